@@ -1,0 +1,229 @@
+"""A local file or a Hub dataset → `data/raw.parquet`, rows that can't be read → `data/unreadable.parquet`.
+
+Where it came from is written to `data/source.json`. Rows stream through: memory does not grow with their number.
+"""
+
+import codecs
+import csv
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import ijson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages.shared.errors import UserError, run
+from stages.shared.examples import LEFT_OUT, RAW
+from stages.shared.files import parquet_writer, read_batches, write_json
+from stages.shared.params import DownloadDatasetParams, load_params
+
+FIELDS = ("instruction", "input", "output")
+REQUIRED = ("instruction", "output")
+ALLOWED = "every row needs 'instruction' and 'output', and may have 'input', all of them text"
+
+
+class BadRowError(Exception):
+    """A row that can't be read. It goes to the ledger, the others go on."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
+
+
+# A row's number in its source, from 1, and its fields by name or why there are none.
+Row = tuple[int, dict[str, Any] | BadRowError]
+
+
+def main() -> None:
+    params = load_params(DownloadDatasetParams)
+    if params.dataset_name is None:
+        path = Path(params.dataset_file)
+        rows, source = read_file(path), {"source": str(path), "revision": f"sha256:{sha256(path)}", "licence": None}
+    else:
+        rows, source = read_hub(params.dataset_name, params.dataset_revision, params.dataset_split)
+
+    with (
+        parquet_writer(Path("data/raw.parquet"), RAW) as raw,
+        parquet_writer(Path("data/unreadable.parquet"), LEFT_OUT) as unreadable,
+    ):
+        for source_row, row in islice(rows, params.max_examples):
+            try:
+                raw.write([{**read_fields(row), "source_row": source_row}])
+            except BadRowError as bad:
+                unreadable.write([{"source_row": source_row, "reason": bad.reason, "detail": str(bad)}])
+        num_rows = raw.num_rows + unreadable.num_rows
+        if num_rows == 0:
+            raise UserError(f"{source['source']}: found no rows; {ALLOWED}")
+    write_json(Path("data/source.json"), {**source, "rows": num_rows})
+    print(f"{source['source']}: {raw.num_rows:,} rows read, {unreadable.num_rows:,} unreadable → data/raw.parquet")
+
+
+def read_fields(row: dict[str, Any] | BadRowError) -> dict[str, str]:
+    """instruction, input and output of one row.
+
+    Raises:
+        BadRowError: a field is missing or is no Unicode text.
+    """
+    if isinstance(row, BadRowError):
+        raise row
+    if not isinstance(row, dict):
+        raise BadRowError("not_an_object", f"found {_shown(row)}; {ALLOWED}")
+    fields = {}
+    for name in FIELDS:
+        value = row.get(name)
+        if value is None and name in REQUIRED:
+            raise BadRowError("missing_field", f"{name!r} is missing; {ALLOWED}")
+        if value is None:
+            value = ""
+        if not isinstance(value, str):
+            raise BadRowError("not_text", f"{name!r} is {_shown(value)}; {ALLOWED}")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise BadRowError("not_unicode", f"{name!r} has half a surrogate pair at character {error.start}") from None
+        fields[name] = value
+    return fields
+
+
+def _shown(value: object) -> str:
+    return f"{type(value).__name__} {value!a:.60}"
+
+
+def read_file(path: Path) -> Iterator[Row]:
+    """The rows of a JSON, JSONL, CSV or Parquet file.
+
+    Raises:
+        UserError: the file as a whole can't be read: not there, another format or encoding, a column missing.
+    """
+    readers = {".json": read_json, ".jsonl": read_json, ".csv": read_csv, ".parquet": read_parquet}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"dataset_file: found {str(path)!r}; must end in {', '.join(readers)}")
+    if not path.is_file():
+        raise UserError(f"dataset_file: {str(path)!r} is not a file; name one, or a Hub dataset in dataset_name")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: is empty; {ALLOWED}")
+    return readers[path.suffix.lower()](path)
+
+
+def read_json(path: Path) -> Iterator[Row]:
+    """One array of objects, or an object a line: told apart by the first character, whatever the file's name."""
+    with path.open("rb") as file:
+        head = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+    return read_json_array(path) if head.startswith(b"[") else read_json_lines(path)
+
+
+def read_json_array(path: Path) -> Iterator[Row]:
+    try:
+        with path.open("rb") as file:
+            if file.read(3) != codecs.BOM_UTF8:
+                file.seek(0)
+            yield from enumerate(ijson.items(file, "item", use_float=True), 1)
+    except (ijson.JSONError, UnicodeDecodeError):
+        # ijson does not say where. Reading all of it again does, and costs memory only on the way out.
+        try:
+            json.loads(path.read_text(encoding="utf-8-sig"))
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}:{error.lineno}: not valid JSON at column {error.colno}: {error.msg}; mend that line"
+            ) from None
+        except UnicodeDecodeError as error:
+            raise _wrong_encoding(path, error.object[: error.start].count(b"\n") + 1, error) from None
+        raise
+
+
+def read_json_lines(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise _wrong_encoding(path, number, error) from None
+            if text.strip():
+                try:
+                    yield number, json.loads(text.rstrip("\r\n"))
+                except (json.JSONDecodeError, RecursionError) as error:
+                    yield number, BadRowError("bad_json", f"{path}:{number}: not valid JSON: {error}")
+
+
+def read_csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)
+    with path.open("rb") as file:
+        reader = csv.DictReader(_decoded_lines(path, file), strict=True)
+        _require_columns(path, reader.fieldnames or ())
+        try:
+            for number, row in enumerate(reader, 1):
+                if None in row:
+                    width = len(reader.fieldnames or ())
+                    yield (
+                        number,
+                        BadRowError("extra_fields", f"line {reader.line_num}: more than the header's {width} fields"),
+                    )
+                else:
+                    yield number, row
+        except csv.Error as error:
+            raise UserError(
+                f'{path}:{reader.line_num + 1}: not valid CSV: {error}; quote fields with " and double it inside'
+            ) from None
+
+
+def _decoded_lines(path: Path, file: Iterable[bytes]) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise _wrong_encoding(path, number, error) from None
+
+
+def read_parquet(path: Path) -> Iterator[Row]:
+    try:
+        _require_columns(path, pq.read_schema(path).names)
+        columns = [name for name in pq.read_schema(path).names if name in FIELDS]
+        rows = (row for batch in read_batches(path, columns) for row in batch)
+        yield from enumerate(rows, 1)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: not a Parquet file that can be read: {error}") from None
+
+
+def read_hub(name: str, revision: str | None, split: str) -> tuple[Iterator[Row], dict[str, Any]]:
+    """The rows of a Hub dataset, and where they came from: the revision resolved to a commit, the licence."""
+    import datasets
+    from huggingface_hub import HfApi
+
+    from stages.shared.hub import hub_errors
+
+    with hub_errors("dataset_name", name, revision):
+        info = HfApi().dataset_info(name, revision=revision)
+        try:
+            dataset = datasets.load_dataset(name, revision=info.sha, split=split)
+        except ValueError as error:  # an unknown split or configuration, or no data files
+            raise UserError(f"dataset_name: {name!r} can't be loaded: {error}") from None
+        except datasets.exceptions.DatasetsError as error:
+            raise UserError(f"dataset_name: {name!r} can't be loaded: {error.__cause__ or error}") from None
+    _require_columns(name, dataset.column_names)
+    licence = info.card_data.get("license") if info.card_data else None
+    return enumerate(dataset, 1), {"source": name, "split": split, "revision": info.sha, "licence": licence}
+
+
+def _require_columns(where: object, columns: Iterable[str]) -> None:
+    for name in REQUIRED:
+        if name not in columns:
+            raise UserError(f"{where}: column {name!r} is missing; found {', '.join(columns) or 'none'}; {ALLOWED}")
+
+
+def _wrong_encoding(path: Path, line: int, error: UnicodeDecodeError) -> UserError:
+    byte = error.object[error.start]
+    return UserError(f"{path}:{line}: not UTF-8: found byte 0x{byte:02x}; save the file as UTF-8 and run again")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,142 @@
+"""An effective batch → micro-batches of tensors.
+
+The loss is a sum over supervised tokens, divided once by their number in the effective batch. So how a batch is cut
+never changes the gradient, and it is cut for speed.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from stages.shared.attention import StreamLayout
+from stages.shared.examples import NOT_SUPERVISED, Example
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What the model is called with, and where its logits are supervised.
+
+    inputs: arguments of the model's `forward`.
+    select: int64 (supervised tokens,), places in the logits with all but their last dimension flattened; None: all.
+    targets: int64 (supervised tokens,), the token ids to predict there.
+    """
+
+    examples: Sequence[Example]
+    inputs: dict[str, Any]
+    select: torch.Tensor | None
+    targets: torch.Tensor
+
+
+def shuffle(examples: Sequence[Example], batch_size: int, seed: int, epoch: int) -> list[list[Example]]:
+    """The effective batches of an epoch: a seeded shuffle, cut every `batch_size` examples; the last may be smaller."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(examples))
+    return [[examples[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
+
+
+class FlatBatches:
+    """Micro-batches without padding: examples end to end, what they all begin with once (see `attention`).
+
+    Args:
+        max_tokens: what a micro-batch may compute, unless one example alone is longer.
+        share_prefix: False where dropout is on, which would drop the same in all examples.
+    """
+
+    def __init__(self, max_tokens: int, share_prefix: bool = True):
+        self.max_tokens = max_tokens
+        self.share_prefix = share_prefix
+
+    def cut(self, examples: Sequence[Example]) -> Iterator[MicroBatch]:
+        group: list[Example] = []
+        # In this order those that begin alike are neighbours, and the first and the last of a group differ the most.
+        for example in sorted(examples, key=lambda example: example.input_ids.tobytes()):
+            joined = self._num_tokens([*group, example])
+            if group and (joined > self.max_tokens or joined > self._num_tokens(group) + len(example.input_ids)):
+                yield self.collate(group)
+                group = []
+            group.append(example)
+        if group:
+            yield self.collate(group)
+
+    def collate(self, group: Sequence[Example]) -> MicroBatch:
+        """A stream of examples that are sorted by their token ids."""
+        prefix = self._prefix_length(group)
+        # The last token of an example predicts nothing: it is not computed.
+        rests = [example.input_ids[prefix:-1] for example in group]
+        first = group[0].input_ids[:prefix]
+        starts = prefix + np.cumsum([0] + [len(rest) for rest in rests[:-1]])
+        positions = [np.arange(prefix), *(np.arange(prefix, prefix + len(rest)) for rest in rests)]
+        supervised = [
+            start + np.flatnonzero(example.labels[prefix + 1 :] != NOT_SUPERVISED)
+            for start, example in zip(starts, group, strict=True)
+        ]
+        inputs = {
+            "input_ids": _row([first, *rests]),
+            "position_ids": _row(positions),
+            "logits_to_keep": _row(supervised)[0],
+            "layout": StreamLayout.of(prefix, [len(rest) for rest in rests]),
+        }
+        return MicroBatch(group, inputs, None, _targets(group))
+
+    def _num_tokens(self, group: Sequence[Example]) -> int:
+        return sum(len(example.input_ids) for example in group) - (len(group) - 1) * self._prefix_length(group)
+
+    def _prefix_length(self, group: Sequence[Example]) -> int:
+        """Prompt tokens that all begin with. The last prompt token predicts the first of the response: never shared."""
+        if len(group) < 2 or not self.share_prefix:
+            return 0
+        longest = min(example.prompt_length for example in group) - 1
+        equal = group[0].input_ids[:longest] == group[-1].input_ids[:longest]
+        return int(longest if equal.all() else equal.argmin())
+
+
+class PaddedBatches:
+    """Micro-batches padded on the right to their longest example: exact for every causal architecture.
+
+    Args:
+        max_tokens: what a micro-batch may compute, padding included, unless one example alone is longer.
+    """
+
+    def __init__(self, max_tokens: int):
+        self.max_tokens = max_tokens
+
+    def cut(self, examples: Sequence[Example]) -> Iterator[MicroBatch]:
+        group: list[Example] = []
+        for example in sorted(examples, key=lambda example: len(example.input_ids)):
+            if group and (len(group) + 1) * len(example.input_ids) > self.max_tokens:
+                yield self.collate(group)
+                group = []
+            group.append(example)
+        if group:
+            yield self.collate(group)
+
+    def collate(self, group: Sequence[Example]) -> MicroBatch:
+        shape = len(group), max(len(example.input_ids) for example in group)
+        input_ids, attention_mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        supervised = np.zeros(shape, bool)
+        for row, example in enumerate(group):
+            length = len(example.input_ids)
+            input_ids[row, :length] = example.input_ids
+            attention_mask[row, :length] = 1
+            supervised[row, : length - 1] = example.labels[1:] != NOT_SUPERVISED
+        columns = np.flatnonzero(supervised.any(0))
+        inputs = {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(attention_mask),
+            "logits_to_keep": torch.from_numpy(columns),
+        }
+        select = torch.from_numpy(np.flatnonzero(supervised[:, columns]))
+        return MicroBatch(group, inputs, select, _targets(group))
+
+
+Batches = FlatBatches | PaddedBatches
+
+
+def _targets(group: Sequence[Example]) -> torch.Tensor:
+    return _row([example.labels[example.labels != NOT_SUPERVISED] for example in group])[0]
+
+
+def _row(parts: Sequence[np.ndarray[Any, Any]]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]

@@ -1,0 +1,67 @@
+"""`data/formatted.parquet` → train, validation and test, without duplicates.
+
+Membership depends on a seeded hash of the normalised prompt alone: added rows never move the old ones, and equal
+prompts never lie in two splits.
+"""
+
+import hashlib
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+from stages.shared.errors import UserError, run
+from stages.shared.examples import FORMATTED
+from stages.shared.files import parquet_writer, read_batches, write_json
+from stages.shared.params import SplitParams, load_params
+
+SPLITS = ("train", "validation", "test")
+
+
+def main() -> None:
+    params = load_params(SplitParams)
+    counts: Counter[str] = Counter()
+    seen: set[str] = set()
+
+    with ExitStack() as files:
+        writers = {
+            name: files.enter_context(parquet_writer(Path(f"data/{name}.parquet"), FORMATTED)) for name in SPLITS
+        }
+        for batch in read_batches(Path("data/formatted.parquet")):
+            for row in batch:
+                counts["rows_in"] += 1
+                if row["example_id"] in seen:
+                    counts["duplicates"] += 1
+                    continue
+                seen.add(row["example_id"])
+                writers[choose_split(row["prompt_id"], params)].write([row])
+
+        sizes = {name: writers[name].num_rows for name in SPLITS}
+        assert counts["rows_in"] == counts["duplicates"] + sum(sizes.values()), "a row vanished"  # noqa: S101
+        for name, size in sizes.items():
+            if size == 0:
+                raise UserError(_empty_split(name, len(seen), params))
+
+    write_json(Path("metrics/split.json"), {"rows_in": counts["rows_in"], "duplicates": counts["duplicates"], **sizes})
+    listed = ", ".join(f"{size:,} {name}" for name, size in sizes.items())
+    print(f"{counts['rows_in']:,} examples → {listed}; {counts['duplicates']:,} duplicates dropped")
+
+
+def choose_split(prompt_id: str, params: SplitParams) -> str:
+    """The split of a prompt: where its seeded hash falls in [0, 1)."""
+    digest = hashlib.sha256(f"{params.seed}:{prompt_id}".encode()).digest()
+    place = int.from_bytes(digest[:8]) / 2**64
+    if place < params.test_fraction:
+        return "test"
+    return "validation" if place < params.test_fraction + params.validation_fraction else "train"
+
+
+def _empty_split(name: str, num_examples: int, params: SplitParams) -> str:
+    found = f"the {name} split is empty: found {num_examples:,} examples, validation_fraction = "
+    found += f"{params.validation_fraction}, test_fraction = {params.test_fraction}; "
+    if name == "train":
+        return found + "lower validation_fraction or test_fraction, or bring more rows"
+    return found + f"raise {name}_fraction, or bring more rows"
+
+
+if __name__ == "__main__":
+    run(main)

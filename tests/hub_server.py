@@ -1,0 +1,164 @@
+"""A small server that speaks the Hub's HTTP on loopback, for the real clients.
+
+Repositories are folders `<root>/models/<owner>/<name>` and `<root>/datasets/<owner>/<name>`. Each has one commit.
+"""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REVISIONS = ("main", "v1", COMMIT)
+
+
+@dataclass
+class Hub:
+    """The server's state, which a test may change.
+
+    gated: repositories that answer 401 with the Hub's code for a gated one.
+    breaks: for a file's name, how many of its next transfers break off half-way.
+    requests: method and path of each request, with its Range header if it had one.
+    """
+
+    root: Path
+    url: str = ""
+    gated: set[str] = field(default_factory=set)
+    breaks: dict[str, int] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+
+    def add(self, repo: str, files: dict[str, bytes]) -> None:
+        for name, content in files.items():
+            path = self.root / repo / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+
+@contextmanager
+def serve(root: Path) -> Iterator[Hub]:
+    hub = Hub(root)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.respond(json.loads(body or b"{}"))
+
+        def do_GET(self) -> None:
+            self.respond({})
+
+        def respond(self, body: dict[str, Any]) -> None:
+            path = unquote(urlsplit(self.path).path)
+            hub.requests.append(f"{self.command} {path} {self.headers.get('Range') or ''}".strip())
+            if path.startswith("/api/"):
+                self.api(path.removeprefix("/api/"), body)
+            else:
+                repo, _, rest = path.removeprefix("/").partition("/resolve/")
+                self.file(repo if repo.startswith("datasets/") else f"models/{repo}", *rest.split("/", 1))
+
+        def api(self, path: str, body: dict[str, Any]) -> None:
+            parts = path.split("/")
+            repo, rest = "/".join(parts[:3]), parts[3:]
+            if not self.readable(repo, rest[1] if len(rest) > 1 else "main"):
+                return
+            files = sorted(file for file in (hub.root / repo).rglob("*") if file.is_file())
+            names = [str(file.relative_to(hub.root / repo)) for file in files]
+            entries = [
+                {"type": "file", "path": name, "size": file.stat().st_size, "oid": sha(file)}
+                for name, file in zip(names, files, strict=True)
+            ]
+            if rest[:1] == ["tree"]:
+                below = "/".join(rest[2:])
+                self.json([entry for entry in entries if str(entry["path"]).startswith(below)])
+            elif rest[:1] == ["paths-info"]:
+                self.json([entry for entry in entries if entry["path"] in body.get("paths", [])])
+            elif rest[:1] in ([], ["revision"]):
+                siblings = [{"rfilename": name} for name in names]
+                card = {"license": "cc0-1.0"}
+                self.json(
+                    {"id": "/".join(parts[1:3]), "sha": COMMIT, "siblings": siblings, "cardData": card, "tags": []}
+                )
+            else:
+                self.error(404, "NotFound", path)
+
+        def file(self, repo: str, revision: str, name: str) -> None:
+            if not self.readable(repo, revision):
+                return None
+            path = hub.root / repo / name
+            if not path.is_file():
+                return self.error(404, "EntryNotFound", name)
+            content = path.read_bytes()
+            start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
+            self.send_response(206 if start else 200)
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("ETag", f'"{sha(path)}"')
+            self.send_header("Accept-Ranges", "bytes")
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            if self.command == "HEAD":
+                return None
+            if hub.breaks.get(path.name):
+                hub.breaks[path.name] -= 1
+                self.wfile.write(content[start : (start + len(content)) // 2])
+                self.close_connection = True
+            else:
+                self.wfile.write(content[start:])
+            return None
+
+        def readable(self, repo: str, revision: str) -> bool:
+            if not (hub.root / repo).is_dir():
+                self.error(401, "RepoNotFound", "Repository not found")
+            elif repo in hub.gated:
+                self.error(401, "GatedRepo", f"Access to {repo} is restricted")
+            elif revision not in REVISIONS:
+                self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            else:
+                return True
+            return False
+
+        def json(self, content: Any) -> None:
+            self.body(200, json.dumps(content).encode())
+
+        def error(self, status: int, code: str, message: str) -> None:
+            self.body(
+                status, json.dumps({"error": message}).encode(), {"X-Error-Code": code, "X-Error-Message": message}
+            )
+
+        def body(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        hub.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield hub
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,95 @@
+"""Effective batches and micro-batches, with literal tensors."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.shared.batches import FlatBatches, PaddedBatches, shuffle
+from tests.conftest import example
+
+FIRST = example([5, 6, 7], [8, 2])
+SECOND = example([5, 6, 9], [1, 3, 2])
+
+
+def test_a_flat_micro_batch_has_the_shared_prefix_once() -> None:
+    batch = FlatBatches(100).collate([FIRST, SECOND])
+    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 3]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4]]
+    assert batch.inputs["logits_to_keep"].tolist() == [2, 3, 4, 5, 6]
+    assert batch.select is None
+    assert batch.targets.tolist() == [8, 2, 1, 3, 2]
+    assert batch.inputs["layout"].prefix_length == 2
+
+
+def test_without_sharing_examples_lie_end_to_end() -> None:
+    batch = FlatBatches(100, share_prefix=False).collate([FIRST, SECOND])
+    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 5, 6, 9, 1, 3]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4]]
+    assert batch.inputs["logits_to_keep"].tolist() == [2, 3, 6, 7, 8]
+
+
+def test_the_last_prompt_token_is_never_shared_since_it_predicts_the_response() -> None:
+    batch = FlatBatches(100).collate([example([5, 6], [8, 2]), example([5, 6], [9, 2])])
+    assert batch.inputs["input_ids"].tolist() == [[5, 6, 8, 6, 9]]
+    assert batch.inputs["logits_to_keep"].tolist() == [1, 2, 3, 4]
+
+
+def test_a_padded_micro_batch_keeps_only_columns_that_supervise() -> None:
+    batch = PaddedBatches(100).collate([FIRST, SECOND])
+    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 2, 0], [5, 6, 9, 1, 3, 2]]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
+    assert batch.inputs["logits_to_keep"].tolist() == [2, 3, 4]
+    assert batch.select.tolist() == [0, 1, 3, 4, 5]
+    assert batch.targets.tolist() == [8, 2, 1, 3, 2]
+
+
+def test_examples_that_begin_otherwise_get_a_micro_batch_of_their_own() -> None:
+    alike = [example([1] * 20 + [i], [2]) for i in range(3)]
+    other = [example([9] * 20 + [i], [2]) for i in range(3)]
+    cut = [
+        len(batch.examples)
+        for batch in FlatBatches(1000).cut([alike[0], other[0], alike[1], other[1], alike[2], other[2]])
+    ]
+    assert cut == [3, 3]
+
+
+def test_a_micro_batch_stays_below_the_token_limit() -> None:
+    examples = [example([1, i], [2, 3]) for i in range(5)]
+    assert [len(batch.examples) for batch in PaddedBatches(8).cut(examples)] == [2, 2, 1]
+    assert [len(batch.examples) for batch in FlatBatches(7).cut(examples)] == [2, 2, 1]
+    assert [len(batch.examples) for batch in PaddedBatches(1).cut(examples)] == [1, 1, 1, 1, 1]
+
+
+def test_the_last_effective_batch_of_an_epoch_is_smaller_and_kept() -> None:
+    examples = [example([i], [2], str(i)) for i in range(7)]
+    batches = shuffle(examples, 3, seed=0, epoch=0)
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    assert sorted(e.example_id for batch in batches for e in batch) == ["0", "1", "2", "3", "4", "5", "6"]
+
+
+def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+    examples = [example([i], [2], str(i)) for i in range(20)]
+
+    def order(seed: int, epoch: int) -> list[str]:
+        return [e.example_id for batch in shuffle(examples, 4, seed, epoch) for e in batch]
+
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(1, 1)
+    assert order(1, 0) != order(2, 0)
+
+
+token_ids = st.lists(st.integers(0, 3), min_size=1, max_size=6)
+
+
+@given(pairs=st.lists(st.tuples(token_ids, token_ids), min_size=1, max_size=12), limit=st.integers(1, 40))
+def test_however_it_is_cut_each_supervised_token_is_there_once(
+    pairs: list[tuple[list[int], list[int]]], limit: int
+) -> None:
+    examples = [example(prompt, response, str(i)) for i, (prompt, response) in enumerate(pairs)]
+    expected = sorted(token for _, response in pairs for token in response)
+    for batches in (FlatBatches(limit), FlatBatches(limit, share_prefix=False), PaddedBatches(limit)):
+        cut = list(batches.cut(examples))
+        assert sorted(e.example_id for batch in cut for e in batch.examples) == sorted(map(str, range(len(pairs))))
+        assert sorted(token for batch in cut for token in batch.targets.tolist()) == expected
+        for batch in cut:
+            places = batch.inputs["logits_to_keep"] if batch.select is None else batch.select
+            assert len(places) == len(batch.targets)

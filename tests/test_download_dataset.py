@@ -1,0 +1,224 @@
+"""Reading files: what is kept, what goes to the ledger, what stops the run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stages import download_dataset
+from stages.shared.errors import UserError
+from tests.test_params import edit
+
+ALLOWED = "every row needs 'instruction' and 'output', and may have 'input', all of them text"
+
+
+def read(name: str, content: bytes | str) -> list[dict[str, Any]]:
+    """Run the stage on a file of this content; the rows of raw.parquet."""
+    path = Path("data") / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    edit(Path.cwd(), dataset_file=str(path))
+    download_dataset.main()
+    return pq.read_table("data/raw.parquet").to_pylist()
+
+
+def unreadable() -> list[tuple[int, str, str]]:
+    return [tuple(row.values()) for row in pq.read_table("data/unreadable.parquet").to_pylist()]
+
+
+def row(instruction: str, output: str, source_row: int, input_text: str = "") -> dict[str, Any]:
+    return {"instruction": instruction, "input": input_text, "output": output, "source_row": source_row}
+
+
+CSV = 'instruction,input,output,other\n"Say ""hi"".",,"Hi,\nthere.",1\nAdd.,"2, 3",5.,2\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", '[{"instruction": "Name é.", "output": "É."}, {"instruction": "B", "input": "b", "output": "c"}]'),
+        (
+            "a.json",
+            '\ufeff [{"instruction": "Name é.", "output": "É."}, {"instruction": "B", "input": "b", "output": "c"}]',
+        ),
+        ("a.json", '{"instruction": "Name é.", "output": "É."}\n{"instruction": "B", "input": "b", "output": "c"}\n'),
+        ("a.jsonl", '{"instruction": "Name é.", "output": "É."}\n{"instruction": "B", "input": "b", "output": "c"}'),
+        (
+            "a.jsonl",
+            '\ufeff{"instruction": "Name é.", "output": "É."}\r\n{"instruction": "B", "input": "b", "output": "c"}',
+        ),
+        ("a.csv", "instruction,input,output\nName é.,,É.\nB,b,c\n"),
+        ("a.CSV", "\ufeffoutput,instruction,input\r\nÉ.,Name é.,\r\nc,B,b\r\n"),
+    ],
+)
+def test_the_same_rows_come_from_each_format(project: Path, name: str, content: str) -> None:
+    assert read(name, content) == [row("Name é.", "É.", 1), row("B", "c", 2, "b")]
+    assert unreadable() == []
+
+
+def test_rows_come_from_parquet_with_other_columns_ignored(project: Path) -> None:
+    table = pa.table({"id": [1, 2], "output": ["x", "y"], "instruction": ["A", "B"], "input": [None, "b"]})
+    pq.write_table(table, "data/a.parquet")
+    edit(project, dataset_file="data/a.parquet")
+    download_dataset.main()
+    assert pq.read_table("data/raw.parquet").to_pylist() == [row("A", "x", 1), row("B", "y", 2, "b")]
+
+
+def test_csv_fields_may_hold_quotes_commas_and_line_ends(project: Path) -> None:
+    assert read("a.csv", CSV) == [row('Say "hi".', "Hi,\nthere.", 1), row("Add.", "5.", 2, "2, 3")]
+
+
+def test_where_the_rows_came_from_is_written_beside_them(project: Path) -> None:
+    read("a.jsonl", '{"instruction": "A", "output": "b"}\n{"instruction": "A"}\n')
+    assert json.loads(Path("data/source.json").read_text()) == {
+        "source": "data/a.jsonl",
+        "revision": "sha256:c861f2e8b1d7bc7b7ac6a36c6c2d71a055f40ff3bbec79b59713dc6a00b3fc4d",
+        "licence": None,
+        "rows": 2,
+    }
+
+
+def test_max_examples_takes_the_first_rows(project: Path) -> None:
+    edit(project, max_examples="2")
+    lines = [f'{{"instruction": "{letter}", "output": "b"}}' for letter in "ABCD"]
+    assert [row["instruction"] for row in read("a.jsonl", "\n".join(lines))] == ["A", "B"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "detail"),
+    [
+        ('{"instruction": "A"}', "missing_field", f"'output' is missing; {ALLOWED}"),
+        ('{"output": "b"}', "missing_field", f"'instruction' is missing; {ALLOWED}"),
+        ('{"instruction": "A", "output": null}', "missing_field", f"'output' is missing; {ALLOWED}"),
+        ('{"instruction": "A", "output": 5}', "not_text", f"'output' is int 5; {ALLOWED}"),
+        ('{"instruction": ["A"], "output": "b"}', "not_text", f"'instruction' is list ['A']; {ALLOWED}"),
+        ('{"instruction": "A", "input": true, "output": "b"}', "not_text", f"'input' is bool True; {ALLOWED}"),
+        ('["A", "b"]', "not_an_object", f"found list ['A', 'b']; {ALLOWED}"),
+        ('"A"', "not_an_object", f"found str 'A'; {ALLOWED}"),
+        (
+            '{"instruction": "A", "output": "b\\ud800"}',
+            "not_unicode",
+            "'output' has half a surrogate pair at character 1",
+        ),
+        (
+            '{"instruction": "A", "output": "b"',
+            "bad_json",
+            "data/a.jsonl:3: not valid JSON: Expecting ',' delimiter: line 1 column 35 (char 34)",
+        ),
+    ],
+)
+def test_a_bad_row_goes_to_the_ledger_and_the_others_go_on(project: Path, line: str, reason: str, detail: str) -> None:
+    good = '{"instruction": "A", "output": "b"}'
+    assert [row["source_row"] for row in read("a.jsonl", f"{good}\n\n{line}\n{good}\n")] == [1, 4]
+    assert unreadable() == [(3, reason, detail)]
+
+
+def test_a_csv_row_with_too_many_or_too_few_fields_goes_to_the_ledger(project: Path) -> None:
+    assert read("a.csv", "instruction,output\nA,b\nA,b,c\nA\nB,c\n") == [row("A", "b", 1), row("B", "c", 4)]
+    assert unreadable() == [
+        (2, "extra_fields", "line 3: more than the header's 2 fields"),
+        (3, "missing_field", f"'output' is missing; {ALLOWED}"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", f"data/a.jsonl: is empty; {ALLOWED}"),
+        ("a.jsonl", b"\n \n", f"data/a.jsonl: found no rows; {ALLOWED}"),
+        ("a.json", b"[]", f"data/a.json: found no rows; {ALLOWED}"),
+        ("a.csv", b"instruction,output\n", f"data/a.csv: found no rows; {ALLOWED}"),
+        (
+            "a.csv",
+            b"question,answer\nA,b\n",
+            f"data/a.csv: column 'instruction' is missing; found question, answer; {ALLOWED}",
+        ),
+        (
+            "a.csv",
+            b"instruction,text\nA,b\n",
+            f"data/a.csv: column 'output' is missing; found instruction, text; {ALLOWED}",
+        ),
+        (
+            "a.json",
+            b'[{"instruction": "A", "output": "b"},\n {"instruction": "A" "output": "b"}]',
+            "data/a.json:2: not valid JSON at column 22: Expecting ',' delimiter; mend that line",
+        ),
+        (
+            "a.json",
+            b'[{"instruction": "A", "output": "b"},\n',
+            "data/a.json:2: not valid JSON at column 1: Expecting value; mend that line",
+        ),
+        (
+            "a.jsonl",
+            '{"instruction": "A", "output": "b"}\n{"instruction": "é", "output": "b"}'.encode("latin-1"),
+            "data/a.jsonl:2: not UTF-8: found byte 0xe9; save the file as UTF-8 and run again",
+        ),
+        (
+            "a.json",
+            '[\n{"instruction": "é", "output": "b"}]'.encode("latin-1"),
+            "data/a.json:2: not UTF-8: found byte 0xe9; save the file as UTF-8 and run again",
+        ),
+        (
+            "a.csv",
+            "instruction,output\nA,b\né,b\n".encode("latin-1"),
+            "data/a.csv:3: not UTF-8: found byte 0xe9; save the file as UTF-8 and run again",
+        ),
+        (
+            "a.csv",
+            "instruction,output\nA,b\n".encode("utf-16"),
+            "data/a.csv:1: not UTF-8: found byte 0xff; save the file as UTF-8 and run again",
+        ),
+        (
+            "a.csv",
+            b'instruction,output\nA,"b',
+            'data/a.csv:2: not valid CSV: unexpected end of data; quote fields with " and double it inside',
+        ),
+        ("a.parquet", b"PAR1 not really", "data/a.parquet: not a Parquet file that can be read: "),
+        ("a.xlsx", b"x", "dataset_file: found 'data/a.xlsx'; must end in .json, .jsonl, .csv, .parquet"),
+    ],
+)
+def test_a_file_that_can_not_be_read_stops_the_run(project: Path, name: str, content: bytes, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        read(name, content)
+    assert str(error.value).startswith(message)
+    assert sorted(path.name for path in Path("data").iterdir()) == [name]
+
+
+def test_a_parquet_file_without_a_column_stops_the_run(project: Path) -> None:
+    pq.write_table(pa.table({"instruction": ["A"], "response": ["b"]}), "data/a.parquet")
+    edit(project, dataset_file="data/a.parquet")
+    with pytest.raises(UserError) as error:
+        download_dataset.main()
+    assert str(error.value) == f"data/a.parquet: column 'output' is missing; found instruction, response; {ALLOWED}"
+
+
+@pytest.mark.parametrize("name", ["data/none.jsonl", "data"])
+def test_a_file_that_is_not_there_stops_the_run(project: Path, name: str) -> None:
+    edit(project, dataset_file=name)
+    with pytest.raises(UserError) as error:
+        download_dataset.main()
+    assert "dataset_file: " in str(error.value)
+
+
+def test_a_million_rows_stream_through(project: Path) -> None:
+    import subprocess
+    import sys
+
+    with Path("data/big.csv").open("w") as file:
+        file.write("instruction,input,output\n")
+        file.writelines(f"Say {i}.,,This is the number {i}.\n" for i in range(1_000_000))
+    edit(project, dataset_file="data/big.csv")
+    code = (
+        "from stages import download_dataset; download_dataset.main(); "
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    )
+    root = str(Path(__file__).parent.parent)
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": root}
+    )
+    summary, peak_kib = out.stdout.splitlines()
+    assert summary == "data/big.csv: 1,000,000 rows read, 0 unreadable → data/raw.parquet"
+    assert pq.ParquetFile("data/raw.parquet").metadata.num_rows == 1_000_000
+    assert int(peak_kib) < 250 * 1024

@@ -1,0 +1,133 @@
+"""Formatting: rows in = rows kept + rows in the ledger."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages import download_dataset, download_model
+from stages import format as format_stage
+from stages.shared.errors import UserError
+from tests.test_params import edit
+
+
+def run_format(tiny_model: Path, rows: list[dict[str, Any]], max_length: int = 256) -> list[dict[str, Any]]:
+    """Run the stages up to format on these rows; the rows of formatted.parquet."""
+    Path("data/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    edit(Path.cwd(), dataset_file="data/a.jsonl", model_name=str(tiny_model), max_length=str(max_length))
+    download_dataset.main()
+    download_model.main()
+    format_stage.main()
+    return pq.read_table("data/formatted.parquet").to_pylist()
+
+
+def left_out() -> list[tuple[Any, ...]]:
+    return [tuple(row.values()) for row in pq.read_table("data/left_out.parquet").to_pylist()]
+
+
+GOOD = {"instruction": "Name a colour.", "input": "", "output": " Red. \n"}
+
+
+def test_a_row_is_rendered_tokenised_and_masked(project: Path, tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    (row,) = run_format(tiny_model, [GOOD])
+    assert row["source_row"] == 1
+    assert row["prompt"].endswith("### Instruction:\nName a colour.\n\n### Response:\n")
+    assert row["response"] == "Red."
+    assert row["truncated"] is False
+    tokenizer = AutoTokenizer.from_pretrained("models/tokenizer")
+    masked = row["labels"].count(-100)
+    assert row["labels"][masked:] == row["input_ids"][masked:]
+    assert tokenizer.decode(row["input_ids"][:masked]) == row["prompt"]
+    assert tokenizer.decode(row["input_ids"][masked:]) == "Red.<|end|>"
+
+
+def test_every_row_is_kept_or_in_the_ledger_with_its_reason(project: Path, tiny_model: Path) -> None:
+    bad = [
+        {"instruction": "A"},
+        {"instruction": "A", "output": 5},
+        {"instruction": " ", "output": "b"},
+        {"instruction": "A", "output": " \n"},
+        {"instruction": "A" * 300, "output": "b"},
+    ]
+    kept = run_format(tiny_model, [bad[0], GOOD, bad[1], GOOD, *bad[2:], GOOD, GOOD, GOOD], max_length=150)
+    assert [row["source_row"] for row in kept] == [2, 4, 8, 9, 10]
+    assert [entry[:2] for entry in left_out()] == [
+        (1, "missing_field"),
+        (3, "not_text"),
+        (5, "empty_instruction"),
+        (6, "empty_response"),
+        (7, "prompt_too_long"),
+    ]
+    assert left_out()[4][2] == "the prompt leaves no room in max_length = 150"
+    metrics = json.loads(Path("metrics/format.json").read_text())
+    assert (metrics["rows_in"], metrics["kept"], metrics["left_out"]) == (10, 5, 5)
+    assert metrics["left_out_by_reason"] == {
+        "empty_instruction": 1,
+        "empty_response": 1,
+        "missing_field": 1,
+        "not_text": 1,
+        "prompt_too_long": 1,
+    }
+
+
+def test_tokens_are_counted_and_their_lengths_plotted(project: Path, tiny_model: Path) -> None:
+    rows = run_format(tiny_model, [GOOD, {**GOOD, "output": "Blue. " * 60}], max_length=100)
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert lengths[1] == 100
+    metrics = json.loads(Path("metrics/format.json").read_text())
+    assert metrics["truncated"] == 1
+    assert metrics["tokens"] == sum(lengths)
+    assert metrics["supervised_tokens"] == sum(len(row["labels"]) - row["labels"].count(-100) for row in rows)
+    plot = Path("metrics/lengths.csv").read_text().splitlines()
+    assert plot[0] == "tokens,examples"
+    assert plot[-1] == "96,1"
+    assert sum(int(line.split(",")[1]) for line in plot[1:]) == 2
+
+
+def test_a_source_of_which_more_than_half_is_bad_stops_the_run(project: Path, tiny_model: Path) -> None:
+    with pytest.raises(UserError) as error:
+        run_format(tiny_model, [GOOD, {"instruction": "A"}, {"instruction": "A", "output": ""}])
+    assert str(error.value) == (
+        "data/a.jsonl: 2 of 3 rows can't be trained on (missing_field: 1, empty_response: 1); more than half is no "
+        "accident: mend the source. First, row 2: missing_field: 'output' is missing; every row needs 'instruction' "
+        "and 'output', and may have 'input', all of them text"
+    )
+    assert not Path("data/formatted.parquet").exists()
+    assert not Path("data/left_out.parquet").exists()
+
+
+def test_half_bad_goes_on(project: Path, tiny_model: Path) -> None:
+    assert len(run_format(tiny_model, [GOOD, {"instruction": "A"}])) == 1
+
+
+def test_prompts_that_differ_in_case_and_space_are_equal(project: Path, tiny_model: Path) -> None:
+    rows = run_format(
+        tiny_model,
+        [
+            {"instruction": "Name  a colour.", "output": "Red."},
+            {"instruction": " name a COLOUR.", "output": "Red."},
+            {"instruction": "Name a colour.", "output": "Blue."},
+            {"instruction": "Name a", "input": "colour.", "output": "Red."},
+        ],
+    )
+    prompt_ids = [row["prompt_id"] for row in rows]
+    assert prompt_ids[0] == prompt_ids[1] == prompt_ids[2] != prompt_ids[3]
+    example_ids = [row["example_id"] for row in rows]
+    assert example_ids[0] == example_ids[1]
+    assert len(set(example_ids)) == 3
+
+
+def test_an_id_is_the_same_on_every_machine() -> None:
+    assert format_stage.content_hash("a", "b") == "59b271ae1bbcb1d31d41929817f4b16f"
+
+
+@given(text=st.text())
+def test_normalising_twice_changes_nothing(text: str) -> None:
+    once = format_stage.normalise(text)
+    assert format_stage.normalise(f"  {once}\n") == once

@@ -1,0 +1,41 @@
+"""Samples as Markdown that shows text as it is."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages import download_model, generate
+from tests.test_params import edit
+
+
+def test_quoted_text_can_not_become_markdown_or_html() -> None:
+    assert generate.quoted("# Title\n<script>alert(1)</script>\n```\n\nend") == (
+        "    # Title\n    <script>alert(1)</script>\n    ```\n    \n    end"
+    )
+    assert generate.quoted("") == "    (empty)"
+
+
+def test_each_prompt_is_answered_under_its_heading(
+    project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit(project, model_name=str(tiny_model), max_new_tokens="5")
+    download_model.main()
+    monkeypatch.setattr(sys, "argv", ["generate", "base"])
+    generate.main()
+    first = Path("metrics/samples/base.md").read_text()
+    assert first.startswith("# Answers of the base model\n\nAt most 5 tokens, temperature 0.7, top_p 0.9, seed 42.\n")
+    assert first.count("\n## ") == 6
+    assert "\n## Write a haiku about programming.\n\n    " in first
+    generate.main()
+    assert Path("metrics/samples/base.md").read_text() == first
+    edit(project, seed="43")
+    generate.main()
+    assert Path("metrics/samples/base.md").read_text() != first
+
+
+def test_a_model_that_is_neither_is_refused(monkeypatch: pytest.MonkeyPatch, project: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate", "other"])
+    with pytest.raises(SystemExit) as error:
+        generate.main()
+    assert error.value.code == 2

@@ -1,0 +1,99 @@
+"""Masks: what is trained, to the token."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.shared.masking import Encoded, encode_examples, encode_prompts
+
+
+class Words:
+    """A tokenizer of white-space-separated numbers, so that the ids stand in the text."""
+
+    eos_token_id = 2
+    bos_token_id: int | None = None
+
+    def __call__(self, texts: Any, add_special_tokens: bool = True, **_: Any) -> dict[str, Any]:
+        start = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
+        if isinstance(texts, str):
+            return {"input_ids": start + [int(word) for word in texts.split()]}
+        return {"input_ids": [start + [int(word) for word in text.split()] for text in texts]}
+
+
+class WordsWithBos(Words):
+    bos_token_id = 1
+
+
+def encode(tokenizer: Any, prompt: str, response: str, max_length: int = 99) -> Encoded | None:
+    return encode_examples(tokenizer, [prompt], [response], max_length)[0]
+
+
+def test_prompt_tokens_are_not_trained_and_the_end_token_is() -> None:
+    assert encode(Words(), "5 6 7", "8 9") == Encoded([5, 6, 7, 8, 9, 2], [-100, -100, -100, 8, 9, 2], truncated=False)
+
+
+def test_labels_come_from_spans_not_from_ids() -> None:
+    # The end token's id inside the prompt is masked, inside the response it is trained.
+    assert encode(Words(), "2 5", "2 8") == Encoded([2, 5, 2, 8, 2], [-100, -100, 2, 8, 2], truncated=False)
+
+
+def test_one_bos_stands_before_the_prompt_and_is_not_trained() -> None:
+    assert encode(WordsWithBos(), "5", "8") == Encoded([1, 5, 8, 2], [-100, -100, 8, 2], truncated=False)
+    assert encode_prompts(WordsWithBos(), ["5"]) == [[1, 5]]  # type: ignore[arg-type]
+
+
+def test_truncation_cuts_the_responses_end() -> None:
+    assert encode(Words(), "5 6", "7 8 9", 4) == Encoded([5, 6, 7, 8], [-100, -100, 7, 8], truncated=True)
+
+
+def test_losing_only_the_end_token_is_a_truncation() -> None:
+    assert encode(Words(), "5 6", "7 8", 4) == Encoded([5, 6, 7, 8], [-100, -100, 7, 8], truncated=True)
+    assert encode(Words(), "5 6", "7 8", 5) == Encoded([5, 6, 7, 8, 2], [-100, -100, 7, 8, 2], truncated=False)
+
+
+def test_at_least_one_token_is_supervised_or_the_example_is_left_out() -> None:
+    assert encode(Words(), "5 6 7", "8 9", 4) == Encoded([5, 6, 7, 8], [-100, -100, -100, 8], truncated=True)
+    assert encode(Words(), "5 6 7", "8 9", 3) is None
+    assert encode(Words(), "5 6 7", "8 9", 2) is None
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def test_text_can_not_become_a_special_token(tokenizer: Any) -> None:
+    encoded = encode(tokenizer, "Say <|end|>", "No <|end|>")
+    assert encoded is not None
+    assert encoded.input_ids.count(0) == 1  # the end token that we put
+    assert encoded.input_ids[-1] == 0
+    assert tokenizer.decode(encoded.input_ids[:-1]) == "Say <|end|>No <|end|>"
+
+
+unicode_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+@settings(max_examples=200, deadline=None)
+@given(prompt=unicode_text, response=unicode_text, max_length=st.integers(2, 80))
+def test_any_text_keeps_its_boundary(tokenizer: Any, prompt: str, response: str, max_length: int) -> None:
+    whole = encode(tokenizer, prompt, response, 100_000)
+    assert whole is not None
+    (prompt_ids,) = encode_prompts(tokenizer, [prompt])
+    supervised = [label for label in whole.labels if label != -100]
+    assert whole.input_ids == prompt_ids + supervised
+    assert supervised[-1] == 0
+    assert tokenizer.decode(prompt_ids) == prompt
+    assert tokenizer.decode(supervised[:-1]) == response
+    cut = encode(tokenizer, prompt, response, max_length)
+    if len(prompt_ids) >= max_length:
+        assert cut is None
+    else:
+        assert cut is not None
+        assert cut.input_ids == whole.input_ids[:max_length]
+        assert cut.labels == whole.labels[:max_length]
+        assert cut.truncated == (len(whole.input_ids) > max_length)

@@ -1,0 +1,33 @@
+"""Loading: fp32 weights, the checkpoint's dtype, bf16 only where the processor has it."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.shared import models
+
+
+def test_weights_are_fp32_whatever_the_checkpoint_is(tiny_model: Path) -> None:
+    assert models.checkpoint_dtype(tiny_model) == torch.bfloat16
+    assert {parameter.dtype for parameter in models.load_model(tiny_model).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("precision", "has_bf16", "expected"),
+    [("auto", True, True), ("auto", False, False), ("bf16", False, True), ("fp32", True, False)],
+)
+def test_auto_takes_bf16_only_where_the_processor_has_it(
+    precision: str, has_bf16: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    assert models.uses_bf16(precision, torch.device("cpu")) is expected
+
+
+def test_autocast_runs_matrix_multiplications_in_bf16_and_leaves_weights() -> None:
+    layer = torch.nn.Linear(2, 2)
+    with models.autocast("bf16", torch.device("cpu")):
+        assert layer(torch.ones(1, 2)).dtype == torch.bfloat16
+    assert layer.weight.dtype == torch.float32
+    assert isinstance(models.autocast("fp32", torch.device("cpu")), nullcontext)

@@ -1,0 +1,266 @@
+"""The training loop, held against a textbook loop on a tiny model."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages import train
+from stages.shared.batches import shuffle
+from stages.shared.errors import UserError
+from stages.shared.examples import FORMATTED, Example, read_split
+from stages.shared.files import parquet_writer, write_json
+from stages.shared.masking import encode_examples
+from stages.shared.models import load_model, load_tokenizer
+from stages.shared.params import TrainParams, load_params
+from stages.shared.templates import render_prompt
+from tests.test_params import edit
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "num_steps", "expected"),
+    [(0, 10, 0), (0, 1, 0), (0.1, 10, 1), (0.1, 51, 6), (0.5, 3, 2), (1, 2, 1), (9, 10, 9)],
+)
+def test_warmup_counts_steps_or_is_a_fraction(warmup_steps: float, num_steps: int, expected: int) -> None:
+    assert train.count_warmup_steps(warmup_steps, num_steps) == expected
+
+
+@pytest.mark.parametrize(("warmup_steps", "num_steps", "said"), [(10, 10, "10"), (500, 57, "500"), (0.9, 1, "1")])
+def test_warmup_that_is_not_shorter_than_the_run_says_both_numbers(
+    warmup_steps: float, num_steps: int, said: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        train.count_warmup_steps(warmup_steps, num_steps)
+    assert f"which is {said} steps of a run of {num_steps}; must be shorter than the run" in str(error.value)
+
+
+def test_biases_and_norms_are_not_decayed() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3), torch.nn.Embedding(4, 2))
+    decayed, free = train.parameter_groups(model, 0.1)  # type: ignore[arg-type]
+    assert (decayed["weight_decay"], [tuple(p.shape) for p in decayed["params"]]) == (0.1, [(3, 2), (4, 2)])
+    assert (free["weight_decay"], [tuple(p.shape) for p in free["params"]]) == (0.0, [(3,), (3,), (3,)])
+
+
+@pytest.fixture
+def inputs(project: Path, tiny_model: Path) -> Path:
+    """All that train depends on: 22 examples of uneven length to train on, 5 to validate on, a tiny base model."""
+    root = Path(__file__).parent.parent
+    shutil.copytree(root / "stages", project / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(tiny_model, project / "models/base")
+    shutil.copytree(tiny_model, project / "models/tokenizer")
+    write_json(project / "models/base/source.json", {"model_name": "tiny", "revision": None})
+    write_json(
+        project / "data/source.json", {"source": "a.jsonl", "revision": "sha256:00", "licence": None, "rows": 27}
+    )
+    tokenizer = load_tokenizer()
+    for name, numbers in (("train", range(22)), ("validation", range(22, 27))):
+        prompts = [render_prompt("alpaca", "Name a colour." * (1 + n % 3), "x" * (n % 2)) for n in numbers]
+        responses = ["Red. " * (1 + n % 7) for n in numbers]
+        with parquet_writer(project / f"data/{name}.parquet", FORMATTED) as writer:
+            for n, encoded in zip(numbers, encode_examples(tokenizer, prompts, responses, 256), strict=True):
+                assert encoded is not None
+                writer.write([{"example_id": str(n), "input_ids": encoded.input_ids, "labels": encoded.labels}])
+    edit(project, batch_size="2", gradient_accumulation_steps="2", num_epochs="4", eval_steps="6", save_steps="5")
+    edit(project, learning_rate="1e-3", lr_scheduler="cosine", warmup_steps="3", logging_steps="1", precision="fp32")
+    return project
+
+
+def textbook(params: TrainParams, examples: list[Example]) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and weights of the loop as textbooks have it: padded micro-batches, all logits, accumulated gradients."""
+    model = load_model(Path("models/base")).train()
+    decayed = [p for name, p in model.named_parameters() if "norm" not in name]
+    free = [p for name, p in model.named_parameters() if "norm" in name]
+    groups = [{"params": decayed, "weight_decay": params.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=params.learning_rate, fused=False, foreach=False)
+    num_steps, step, losses = 24, 0, []
+    for epoch in range(params.num_epochs):
+        for batch in shuffle(examples, 4, params.seed, epoch):
+            num_tokens = sum(int((e.labels != -100).sum()) for e in batch)
+            total = 0.0
+            for start in range(0, len(batch), 2):
+                rows = batch[start : start + 2]
+                width = max(len(e.input_ids) for e in rows)
+                ids, labels = torch.zeros(2, len(rows), width, dtype=torch.long)
+                labels[:] = -100
+                mask = torch.zeros(len(rows), width, dtype=torch.long)
+                for i, e in enumerate(rows):
+                    ids[i, : len(e.input_ids)] = torch.tensor(e.input_ids)
+                    labels[i, : len(e.labels)] = torch.tensor(e.labels)
+                    mask[i, : len(e.labels)] = 1
+                logits = model(input_ids=ids, attention_mask=mask).logits
+                loss = torch.nn.functional.cross_entropy(
+                    logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+                )
+                (loss / num_tokens).backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), params.max_grad_norm)
+            progress = (step - 3) / (num_steps - 3)
+            factor = step / 3 if step < 3 else 0.5 * (1 + math.cos(math.pi * progress))
+            for group in optimizer.param_groups:
+                group["lr"] = params.learning_rate * factor
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(total / num_tokens)
+            step += 1
+    assert step == num_steps
+    return losses, dict(model.named_parameters())
+
+
+def curve(path: str) -> list[list[float]]:
+    return [[float(value) for value in line.split(",")] for line in Path(path).read_text().splitlines()[1:]]
+
+
+def test_losses_and_weights_are_the_textbook_loops(inputs: Path) -> None:
+    edit(inputs, eval_steps="1000")
+    params = load_params(TrainParams)
+    losses, weights = textbook(params, read_split(Path("data/train.parquet")))
+    train.main()
+    points = curve("metrics/train_curve.csv")
+    assert [point[0] for point in points] == list(range(1, 25))
+    assert [point[1] for point in points] == pytest.approx(losses, rel=1e-5)
+    assert [point[2] for point in points[:4]] == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, 1e-3])
+    assert losses[-1] < losses[0] - 0.3
+    tuned = dict(load_model(Path("models/tuned")).named_parameters())
+    for name, weight in weights.items():
+        torch.testing.assert_close(tuned[name], weight.to(torch.bfloat16).float(), rtol=8e-3, atol=1e-5)
+
+
+def test_the_tuned_model_is_complete(inputs: Path) -> None:
+    train.main()
+    names = {path.name for path in Path("models/tuned").iterdir()}
+    assert names == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert json.loads(Path("models/tuned/config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads(Path("models/tuned/generation_config.json").read_text())["eos_token_id"] == 0
+    card = Path("models/tuned/README.md").read_text()
+    assert "# tiny, fine-tuned on a.jsonl" in card
+    assert "| learning_rate | 0.001 |" in card
+    assert "| examples trained on | 22; sha256 of `data/train.parquet`: `" in card
+    assert not list(Path(".scratch/train").iterdir())
+
+
+def test_the_usage_snippet_of_the_model_card_runs(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train.main()
+    capsys.readouterr()
+    snippet = Path("models/tuned/README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(snippet, {})
+    assert capsys.readouterr().out.endswith("\n")
+
+
+def test_the_best_checkpoint_on_validation_is_the_tuned_model(inputs: Path) -> None:
+    edit(inputs, learning_rate="0.1", lr_scheduler="constant", warmup_steps="0", eval_steps="1", weight_decay="0")
+    train.main()
+    validations = curve("metrics/validation_curve.csv")
+    metrics = json.loads(Path("metrics/train.json").read_text())
+    best_step, best_loss = min(validations, key=lambda point: point[1])
+    assert len(validations) == 24
+    assert best_step != 24  # at this learning rate, the last is not the best
+    assert (metrics["best_step"], metrics["validation_loss"]) == (best_step, pytest.approx(best_loss, rel=1e-5))
+
+    from stages.shared.loss import choose_batches
+
+    model = load_model(Path("models/tuned"))
+    examples = read_split(Path("data/validation.parquet"))
+    batches, _ = choose_batches(model.eval(), examples, 1000)
+    # What was written is what was measured, but for bf16.
+    assert train.validate(model, batches, examples, "fp32") == pytest.approx(best_loss, rel=5e-3)
+
+
+def outcome() -> dict[str, bytes]:
+    paths = [*Path("models/tuned").iterdir(), *Path("metrics").iterdir()]
+    return {str(path): path.read_bytes() for path in sorted(paths)}
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Make the loop fail when it computes this step's gradient norm. Returns the undoing."""
+    real = train.require_finite
+
+    def failing(name: str, value: float, at: int, examples: Any) -> float:
+        if at == step:
+            raise KeyboardInterrupt
+        return real(name, value, at, examples)
+
+    monkeypatch.setattr(train, "require_finite", failing)
+    return lambda: monkeypatch.setattr(train, "require_finite", real)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.main()
+    expected = outcome()
+    shutil.rmtree("models/tuned")
+    shutil.rmtree("metrics")
+    undo = interrupt_at(14, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train.main()
+    undo()
+    assert not Path("models/tuned").exists()
+    capsys.readouterr()
+    train.main()
+    assert "Going on from the checkpoint of step 10" in capsys.readouterr().out
+    assert outcome() == expected
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_with_step_and_examples(inputs: Path) -> None:
+    edit(inputs, learning_rate="1e30", lr_scheduler="constant", warmup_steps="0", max_grad_norm="1e30")
+    with pytest.raises(UserError) as error:
+        train.main()
+    assert str(error.value) == (
+        "step 2: gradient norm is nan; lower learning_rate or max_grad_norm, or set precision to fp32. "
+        "Look at these rows of data/train.parquet: 12, 15, 7, 6"
+    )
+    assert not Path("models/tuned").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_examples(inputs: Path) -> None:
+    weights = load_file("models/base/model.safetensors")
+    weights["model.norm.weight"] *= float("nan")
+    save_file(weights, "models/base/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"^step 1: loss is nan; .* rows of data/train.parquet: \d+"):
+        train.main()
+    assert not Path("models/tuned").exists()
+
+
+def test_the_last_smaller_batch_of_an_epoch_is_trained(inputs: Path) -> None:
+    edit(inputs, num_epochs="1")
+    train.main()
+    metrics = json.loads(Path("metrics/train.json").read_text())
+    examples = read_split(Path("data/train.parquet"))
+    assert metrics["steps"] == 6  # five of 4 examples, one of 2
+    assert metrics["supervised_tokens"] == sum(example.num_supervised for example in examples)
+
+
+def test_how_a_batch_is_divided_changes_nothing(inputs: Path) -> None:
+    edit(inputs, num_epochs="1")
+    losses = []
+    for batch_size, accumulation in (("4", "1"), ("1", "4"), ("2", "2")):
+        edit(inputs, batch_size=batch_size, gradient_accumulation_steps=accumulation)
+        train.main()
+        losses.append([point[1] for point in curve("metrics/train_curve.csv")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_curves_are_averages_over_the_logged_steps(inputs: Path) -> None:
+    edit(inputs, num_epochs="1", lr_scheduler="constant", learning_rate="1e-9", warmup_steps="0", logging_steps="6")
+    train.main()
+    ((step, loss, _, _),) = curve("metrics/train_curve.csv")
+    model = load_model(Path("models/base"))
+    examples = read_split(Path("data/train.parquet"))
+    from stages.shared.batches import PaddedBatches
+
+    assert step == 6
+    assert loss == pytest.approx(train.validate(model, PaddedBatches(1000), examples, "fp32"), rel=1e-4)
