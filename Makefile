@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test lint
+.PHONY: help repro test lint bench
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,6 +21,11 @@ lint: $(INSTALLED)  ## check style, format and types
 	ruff check
 	ruff format --check
 	mypy
+
+bench: $(INSTALLED)  ## measure speed against a textbook loop and TRL, a quarter of an hour
+	pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	dvc repro split
+	python -m benchmarks
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; name one with make PYTHON=...")'

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from stages.shared.errors import UserError, run
 from stages.shared.examples import LEFT_OUT, RAW
-from stages.shared.files import parquet_writer, read_batches, write_json
+from stages.shared.files import ROWS_PER_GROUP, parquet_writer, read_batches, write_json
 from stages.shared.params import DownloadDatasetParams, load_params
 
 FIELDS = ("instruction", "input", "output")
@@ -51,11 +51,16 @@ def main() -> None:
         parquet_writer(Path("data/raw.parquet"), RAW) as raw,
         parquet_writer(Path("data/unreadable.parquet"), LEFT_OUT) as unreadable,
     ):
-        for source_row, row in islice(rows, params.max_examples):
-            try:
-                raw.write([{**read_fields(row), "source_row": source_row}])
-            except BadRowError as bad:
-                unreadable.write([{"source_row": source_row, "reason": bad.reason, "detail": str(bad)}])
+        rows = islice(rows, params.max_examples)
+        while batch := list(islice(rows, ROWS_PER_GROUP)):
+            readable, bad = [], []
+            for source_row, row in batch:
+                try:
+                    readable.append({**read_fields(row), "source_row": source_row})
+                except BadRowError as error:
+                    bad.append({"source_row": source_row, "reason": error.reason, "detail": str(error)})
+            raw.write(readable)
+            unreadable.write(bad)
         num_rows = raw.num_rows + unreadable.num_rows
         if num_rows == 0:
             raise UserError(f"{source['source']}: found no rows; {ALLOWED}")
@@ -183,7 +188,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
     try:
         _require_columns(path, pq.read_schema(path).names)
         columns = [name for name in pq.read_schema(path).names if name in FIELDS]
-        rows = (row for batch in read_batches(path, columns) for row in batch)
+        rows = (row for batch in read_batches(path, columns) for row in batch.to_pylist())
         yield from enumerate(rows, 1)
     except pa.ArrowInvalid as error:
         raise UserError(f"{path}: not a Parquet file that can be read: {error}") from None

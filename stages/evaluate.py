@@ -46,7 +46,6 @@ def main() -> None:
     parser.add_argument("model", choices=["base", "tuned"])
     name = parser.parse_args().model
 
-    from stages.shared.batches import FlatBatches
     from stages.shared.decoding import generate_answers
     from stages.shared.loss import choose_batches
     from stages.shared.models import autocast, load_model, load_tokenizer
@@ -58,8 +57,7 @@ def main() -> None:
     prompts = [example.input_ids[: example.prompt_length].tolist() for example in examples]
     with autocast(params.precision, model.device):
         scores = score_tokens(model, batches, examples)
-        flat = isinstance(batches, FlatBatches)
-        answers = generate_answers(model, tokenizer, prompts, params.max_new_tokens, flat=flat)
+        answers = generate_answers(model, tokenizer, prompts, params.max_new_tokens)
 
     references = pq.read_table(TEST, columns=["response"]).column(0).to_pylist()
     rows = [

@@ -6,10 +6,15 @@ Every row that can't be trained on goes to the ledger `data/left_out.parquet` wi
 import hashlib
 import json
 import unicodedata
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
 
 from stages.shared.errors import UserError, run
 from stages.shared.examples import FORMATTED, LEFT_OUT, NOT_SUPERVISED
@@ -22,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LENGTH_BIN = 16  # tokens, the width of a bar in the plot of lengths
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 def main() -> None:
@@ -34,30 +41,27 @@ def main() -> None:
     lengths: Counter[int] = Counter()
     first_left_out = ""
 
+    unreadable = read_batches(Path("data/unreadable.parquet"))
+    parts: Iterator[tuple[pa.Table, list[dict[str, Any]]]] = chain(
+        ((FORMATTED.empty_table(), batch.to_pylist()) for batch in unreadable),
+        map_ahead(lambda batch: format_batch(batch, tokenizer, params), read_batches(Path("data/raw.parquet"))),
+    )
     with (
         parquet_writer(Path("data/formatted.parquet"), FORMATTED) as formatted,
         parquet_writer(Path("data/left_out.parquet"), LEFT_OUT) as ledger,
     ):
-
-        def leave_out(entry: dict[str, Any]) -> None:
-            nonlocal first_left_out
-            first_left_out = first_left_out or f"row {entry['source_row']}: {entry['reason']}: {entry['detail']}"
-            left_out[entry["reason"]] += 1
-            ledger.write([entry])
-
-        for batch in read_batches(Path("data/unreadable.parquet")):
-            for entry in batch:
-                leave_out(entry)
-        for batch in read_batches(Path("data/raw.parquet")):
-            for row in format_rows(batch, tokenizer, params):
-                if "reason" in row:
-                    leave_out(row)
-                    continue
-                formatted.write([row])
-                counts["truncated"] += row["truncated"]
-                counts["tokens"] += len(row["input_ids"])
-                counts["supervised_tokens"] += sum(label != NOT_SUPERVISED for label in row["labels"])
-                lengths[len(row["input_ids"]) // LENGTH_BIN] += 1
+        for examples, entries in parts:
+            formatted.write(examples)
+            ledger.write(entries)
+            left_out.update(entry["reason"] for entry in entries)
+            if entries and not first_left_out:
+                first_left_out = "row {source_row}: {reason}: {detail}".format(**entries[0])
+            num_tokens = examples["input_ids"].combine_chunks().value_lengths().to_numpy()
+            lengths.update((num_tokens // LENGTH_BIN).tolist())
+            counts["truncated"] += int(examples["truncated"].to_numpy().sum())
+            counts["tokens"] += int(num_tokens.sum())
+            labels = examples["labels"].combine_chunks().flatten().to_numpy()
+            counts["supervised_tokens"] += int(np.count_nonzero(labels != NOT_SUPERVISED))
 
         source = json.loads(Path("data/source.json").read_text(encoding="utf-8"))
         kept, rows_in = formatted.num_rows, source["rows"]
@@ -78,32 +82,48 @@ def main() -> None:
     )
 
 
-def format_rows(
-    rows: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", params: FormatParams
-) -> Iterator[dict[str, Any]]:
+def format_batch(
+    batch: pa.Table, tokenizer: "PreTrainedTokenizerBase", params: FormatParams
+) -> tuple[pa.Table, list[dict[str, Any]]]:
     """A row of `FORMATTED` for each row that can be trained on, a row of `LEFT_OUT` for each other, in order."""
+    rows = batch.to_pylist()
     prompts = [render_prompt(params.template, row["instruction"], row["input"]) for row in rows]
     responses = [row["output"].strip() for row in rows]
+    prompt_ids = [content_hash(normalise(row["instruction"]), normalise(row["input"])) for row in rows]
     encoded = encode_examples(tokenizer, prompts, responses, params.max_length)
-    for row, prompt, response, example in zip(rows, prompts, responses, encoded, strict=True):
+    offsets = pa.array(np.concatenate([[0], encoded.lengths.cumsum()]), pa.int32())
+    columns = {
+        "example_id": list(map(content_hash, prompt_ids, responses)),
+        "prompt_id": prompt_ids,
+        "source_row": batch["source_row"],
+        "prompt": prompts,
+        "response": responses,
+        "input_ids": pa.ListArray.from_arrays(offsets, pa.array(encoded.input_ids)),
+        "labels": pa.ListArray.from_arrays(offsets, pa.array(encoded.labels)),
+        "truncated": encoded.truncated,
+    }
+    kept, left_out = [], []
+    for index, (row, response, length) in enumerate(zip(rows, responses, encoded.lengths.tolist(), strict=True)):
         if not row["instruction"].strip():
-            yield _left_out(row, "empty_instruction", "'instruction' is empty")
+            left_out.append(_left_out(row, "empty_instruction", "'instruction' is empty"))
         elif not response:
-            yield _left_out(row, "empty_response", "'output' is empty")
-        elif example is None:
-            yield _left_out(row, "prompt_too_long", f"the prompt leaves no room in max_length = {params.max_length}")
+            left_out.append(_left_out(row, "empty_response", "'output' is empty"))
+        elif not length:
+            detail = f"the prompt leaves no room in max_length = {params.max_length}"
+            left_out.append(_left_out(row, "prompt_too_long", detail))
         else:
-            prompt_id = content_hash(normalise(row["instruction"]), normalise(row["input"]))
-            yield {
-                "example_id": content_hash(prompt_id, response),
-                "prompt_id": prompt_id,
-                "source_row": row["source_row"],
-                "prompt": prompt,
-                "response": response,
-                "input_ids": example.input_ids,
-                "labels": example.labels,
-                "truncated": example.truncated,
-            }
+            kept.append(index)
+    return pa.table(columns, FORMATTED).take(pa.array(kept, pa.int64())), left_out
+
+
+def map_ahead(function: Callable[[S], T], items: Iterator[S]) -> Iterator[T]:
+    """`map` in two threads that are at most two items ahead: one tokenises, which is not Python, while the other is."""
+    with ThreadPoolExecutor(2) as pool:
+        pending = deque(pool.submit(function, item) for item in islice(items, 2))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(function, item) for item in islice(items, 1))
+            yield result
 
 
 def normalise(text: str) -> str:

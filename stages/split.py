@@ -9,6 +9,8 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
+import pyarrow as pa
+
 from stages.shared.errors import UserError, run
 from stages.shared.examples import FORMATTED
 from stages.shared.files import parquet_writer, read_batches, write_json
@@ -27,13 +29,17 @@ def main() -> None:
             name: files.enter_context(parquet_writer(Path(f"data/{name}.parquet"), FORMATTED)) for name in SPLITS
         }
         for batch in read_batches(Path("data/formatted.parquet")):
-            for row in batch:
+            members: dict[str, list[int]] = {name: [] for name in SPLITS}
+            ids = zip(batch["example_id"].to_pylist(), batch["prompt_id"].to_pylist(), strict=True)
+            for row, (example_id, prompt_id) in enumerate(ids):
                 counts["rows_in"] += 1
-                if row["example_id"] in seen:
+                if example_id in seen:
                     counts["duplicates"] += 1
                     continue
-                seen.add(row["example_id"])
-                writers[choose_split(row["prompt_id"], params)].write([row])
+                seen.add(example_id)
+                members[choose_split(prompt_id, params)].append(row)
+            for name, rows in members.items():
+                writers[name].write(batch.take(pa.array(rows, pa.int64())))
 
         sizes = {name: writers[name].num_rows for name in SPLITS}
         assert counts["rows_in"] == counts["duplicates"] + sum(sizes.values()), "a row vanished"  # noqa: S101

@@ -98,7 +98,7 @@ def fit(
     from transformers import get_scheduler
 
     from stages.shared.batches import shuffle
-    from stages.shared.loss import token_losses
+    from stages.shared.loss import accumulate_gradient
     from stages.shared.models import autocast
 
     optimizer = torch.optim.AdamW(parameter_groups(model, params.weight_decay), params.learning_rate, fused=True)
@@ -116,14 +116,13 @@ def fit(
         # The data order is a function of seed and epoch, so a resumed run needs no record of it.
         epoch, done = divmod(state["step"], steps_per_epoch)
         for batch in shuffle(train, effective_batch(params), params.seed, epoch)[done:]:
-            # Forward and backward. Sum, not mean: micro-batches differ in supervised tokens.
+            # Forward and backward.
             num_supervised = sum(example.num_supervised for example in batch)
             loss_sum = 0.0
-            for micro_batch in batches.cut(batch):
-                with autocast(params.precision, model.device):
-                    loss = token_losses(model, micro_batch).losses.sum()
-                loss_sum += require_finite("loss", loss.item(), state["step"] + 1, micro_batch.examples)
-                (loss / num_supervised).backward()
+            with autocast(params.precision, model.device):  # around all of a step: weights are cast once
+                for micro_batch in batches.cut(batch):
+                    loss = accumulate_gradient(model, micro_batch, num_supervised)
+                    loss_sum += require_finite("loss", loss, state["step"] + 1, micro_batch.examples)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), params.max_grad_norm).item()
             require_finite("gradient norm", norm, state["step"] + 1, batch)
 

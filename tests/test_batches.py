@@ -11,45 +11,49 @@ SECOND = example([5, 6, 9], [1, 3, 2])
 
 
 def test_a_flat_micro_batch_has_the_shared_prefix_once() -> None:
-    batch = FlatBatches(100).collate([FIRST, SECOND])
+    batch = FlatBatches(100).collate([[FIRST, SECOND]])
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 3]]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4]]
-    assert batch.inputs["logits_to_keep"].tolist() == [2, 3, 4, 5, 6]
-    assert batch.select is None
+    assert batch.select.tolist() == [2, 3, 4, 5, 6]
     assert batch.targets.tolist() == [8, 2, 1, 3, 2]
-    assert batch.inputs["layout"].prefix_length == 2
 
 
 def test_without_sharing_examples_lie_end_to_end() -> None:
-    batch = FlatBatches(100, share_prefix=False).collate([FIRST, SECOND])
+    batch = FlatBatches(100, share_prefix=False).collate([[FIRST, SECOND]])
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 5, 6, 9, 1, 3]]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4]]
-    assert batch.inputs["logits_to_keep"].tolist() == [2, 3, 6, 7, 8]
+    assert batch.select.tolist() == [2, 3, 6, 7, 8]
 
 
 def test_the_last_prompt_token_is_never_shared_since_it_predicts_the_response() -> None:
-    batch = FlatBatches(100).collate([example([5, 6], [8, 2]), example([5, 6], [9, 2])])
+    batch = FlatBatches(100).collate([[example([5, 6], [8, 2]), example([5, 6], [9, 2])]])
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 8, 6, 9]]
-    assert batch.inputs["logits_to_keep"].tolist() == [1, 2, 3, 4]
+    assert batch.select.tolist() == [1, 2, 3, 4]
 
 
-def test_a_padded_micro_batch_keeps_only_columns_that_supervise() -> None:
+def test_groups_follow_each_other_in_one_micro_batch() -> None:
+    batch = FlatBatches(100).collate([[FIRST, SECOND], [example([9, 9], [4])]])
+    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 3, 9, 9]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1]]
+    assert batch.select.tolist() == [2, 3, 4, 5, 6, 8]
+    assert batch.targets.tolist() == [8, 2, 1, 3, 2, 4]
+
+
+def test_a_padded_micro_batch_selects_what_is_supervised() -> None:
     batch = PaddedBatches(100).collate([FIRST, SECOND])
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 2, 0], [5, 6, 9, 1, 3, 2]]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
-    assert batch.inputs["logits_to_keep"].tolist() == [2, 3, 4]
-    assert batch.select.tolist() == [0, 1, 3, 4, 5]
+    assert batch.select.tolist() == [2, 3, 8, 9, 10]
     assert batch.targets.tolist() == [8, 2, 1, 3, 2]
 
 
-def test_examples_that_begin_otherwise_get_a_micro_batch_of_their_own() -> None:
+def test_examples_that_begin_otherwise_form_a_group_of_their_own() -> None:
     alike = [example([1] * 20 + [i], [2]) for i in range(3)]
     other = [example([9] * 20 + [i], [2]) for i in range(3)]
-    cut = [
-        len(batch.examples)
-        for batch in FlatBatches(1000).cut([alike[0], other[0], alike[1], other[1], alike[2], other[2]])
-    ]
-    assert cut == [3, 3]
+    mixed = [alike[0], other[0], alike[1], other[1], alike[2], other[2]]
+    (batch,) = FlatBatches(1000).cut(mixed)
+    assert batch.inputs["input_ids"].tolist() == [[1] * 20 + [0, 1, 2] + [9] * 20 + [0, 1, 2]]
+    assert [len(batch.examples) for batch in FlatBatches(27).cut(mixed)] == [3, 3]
 
 
 def test_a_micro_batch_stays_below_the_token_limit() -> None:
@@ -91,5 +95,4 @@ def test_however_it_is_cut_each_supervised_token_is_there_once(
         assert sorted(e.example_id for batch in cut for e in batch.examples) == sorted(map(str, range(len(pairs))))
         assert sorted(token for batch in cut for token in batch.targets.tolist()) == expected
         for batch in cut:
-            places = batch.inputs["logits_to_keep"] if batch.select is None else batch.select
-            assert len(places) == len(batch.targets)
+            assert len(batch.select) == len(batch.targets)

@@ -63,7 +63,7 @@ def test_a_full_disk_while_writing_parquet_is_said(tmp_path: Path) -> None:
         "import resource, pyarrow as pa; from pathlib import Path; from stages.shared.files import parquet_writer\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         f"with parquet_writer(Path({str(tmp_path / 'a.parquet')!r}), pa.schema([('a', pa.string())])) as writer:\n"
-        "    writer.write({'a': os.urandom(30).hex()} for _ in range(100_000))"
+        "    writer.write([{'a': os.urandom(30).hex()} for _ in range(100_000)])"
     )
     result = run_main(body)
     assert result.returncode == 1

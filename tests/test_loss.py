@@ -9,14 +9,17 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     PreTrainedConfig,
     Qwen3Config,
 )
 
+from stages.shared import loss
 from stages.shared.batches import FlatBatches, PaddedBatches
 from stages.shared.examples import Example
-from stages.shared.loss import choose_batches, token_losses
+from stages.shared.loss import accumulate_gradient, choose_batches, token_losses
+from stages.shared.models import autocast
 from tests.conftest import example
 
 SMALL: dict[str, Any] = {
@@ -39,7 +42,11 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**SMALL),
     "gpt2": GPT2Config(**GPT2, **NO_DROPOUT),
     "gpt_neox": GPTNeoXConfig(**{key: SMALL[key] for key in SMALL if key not in ("num_key_value_heads", "head_dim")}),
+    "granite, which scales its logits": GraniteConfig(**SMALL, logits_scaling=4.0),
 }
+SLIDING_WINDOW = Gemma3TextConfig(
+    **SMALL, sliding_window=4, query_pre_attn_scalar=8, layer_types=["sliding_attention"] * 2
+)
 # Uneven lengths; the first three begin alike.
 EXAMPLES = [
     example([5, 6, 7, 8], [9, 10, 2], "a"),
@@ -90,26 +97,47 @@ def test_every_path_gives_the_textbook_losses(name: str) -> None:
         assert unshared[key] == pytest.approx(expected[key], rel=1e-5)
 
 
+def gradient(model: Any, batches: Any, precision: str = "fp32") -> torch.Tensor:
+    model.zero_grad()
+    for batch in batches.cut(EXAMPLES):
+        with autocast(precision, model.device):
+            accumulate_gradient(model, batch, 14)
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("flat", [True, False])
-def test_eight_by_one_four_by_two_and_one_by_eight_have_the_same_gradient(name: str, flat: bool) -> None:
+@pytest.mark.parametrize("batches", [FlatBatches, PaddedBatches])
+def test_eight_by_one_four_by_two_and_one_by_eight_have_the_same_gradient(name: str, batches: Any) -> None:
     model = make(CONFIGS[name])
-    if flat:
-        choose_batches(model, EXAMPLES, 30)
-    gradients = []
-    for max_tokens in (1, 12, 1000):
-        batches = FlatBatches(max_tokens) if flat else PaddedBatches(max_tokens)
-        model.zero_grad()
-        for batch in batches.cut(EXAMPLES):
-            (token_losses(model, batch).losses.sum() / 14).backward()
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradients[2], gradients[0], rtol=1e-5, atol=1e-6)
+    one, two, all_at_once = (gradient(model, batches(max_tokens)) for max_tokens in (1, 12, 1000))
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(all_at_once, one, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_exist_only_where_supervised_and_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(CONFIGS["llama"])
+    shapes: list[tuple[int, ...]] = []
+    model.lm_head.register_forward_hook(lambda _, inputs, logits: shapes.append(tuple(logits.shape)))
+    whole = gradient(model, FlatBatches(1000))
+    assert shapes == [(1, 14, 50)]
+    shapes.clear()
+    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", 50 * 6 + 49)
+    torch.testing.assert_close(gradient(model, FlatBatches(1000)), whole, rtol=1e-5, atol=1e-6)
+    assert shapes == [(1, 6, 50), (1, 6, 50), (1, 2, 50)]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_bf16_has_the_gradient_of_fp32_to_its_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(CONFIGS[name])
+    expected = gradient(model, FlatBatches(1000))
+    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", 50 * 6)
+    found = gradient(model, FlatBatches(1000), "bf16")
+    assert found.dtype == torch.float32
+    assert 1e-5 < (found - expected).norm() / expected.norm() < 2e-2
 
 
 def test_a_window_shorter_than_an_example_takes_the_padded_path() -> None:
-    config = Gemma3TextConfig(**SMALL, sliding_window=4, query_pre_attn_scalar=8, layer_types=["sliding_attention"] * 2)
-    model = make(config).eval()
+    model = make(SLIDING_WINDOW).eval()
     expected = textbook_losses(model, EXAMPLES)
     batches, reason = choose_batches(model, EXAMPLES, 30)
     assert reason.startswith("padded micro-batches: a flat stream differs by up to ")

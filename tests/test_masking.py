@@ -1,5 +1,6 @@
 """Masks: what is trained, to the token."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.shared.masking import Encoded, encode_examples, encode_prompts
+from stages.shared.masking import encode_examples, encode_prompts
+
+
+@dataclass
+class One:
+    """One encoded example."""
+
+    input_ids: list[int]
+    labels: list[int]
+    truncated: bool
 
 
 class Words:
     """A tokenizer of white-space-separated numbers, so that the ids stand in the text."""
 
+    is_fast = False
     eos_token_id = 2
     bos_token_id: int | None = None
 
@@ -27,37 +38,49 @@ class WordsWithBos(Words):
     bos_token_id = 1
 
 
-def encode(tokenizer: Any, prompt: str, response: str, max_length: int = 99) -> Encoded | None:
-    return encode_examples(tokenizer, [prompt], [response], max_length)[0]
+def encode(tokenizer: Any, prompt: str, response: str, max_length: int = 99) -> One | None:
+    encoded = encode_examples(tokenizer, [prompt], [response], max_length)
+    assert encoded.lengths.tolist() == [len(encoded.input_ids)] == [len(encoded.labels)]
+    if not encoded.lengths[0]:
+        return None
+    return One(encoded.input_ids.tolist(), encoded.labels.tolist(), encoded.truncated.item())
 
 
 def test_prompt_tokens_are_not_trained_and_the_end_token_is() -> None:
-    assert encode(Words(), "5 6 7", "8 9") == Encoded([5, 6, 7, 8, 9, 2], [-100, -100, -100, 8, 9, 2], truncated=False)
+    assert encode(Words(), "5 6 7", "8 9") == One([5, 6, 7, 8, 9, 2], [-100, -100, -100, 8, 9, 2], truncated=False)
 
 
 def test_labels_come_from_spans_not_from_ids() -> None:
     # The end token's id inside the prompt is masked, inside the response it is trained.
-    assert encode(Words(), "2 5", "2 8") == Encoded([2, 5, 2, 8, 2], [-100, -100, 2, 8, 2], truncated=False)
+    assert encode(Words(), "2 5", "2 8") == One([2, 5, 2, 8, 2], [-100, -100, 2, 8, 2], truncated=False)
 
 
 def test_one_bos_stands_before_the_prompt_and_is_not_trained() -> None:
-    assert encode(WordsWithBos(), "5", "8") == Encoded([1, 5, 8, 2], [-100, -100, 8, 2], truncated=False)
+    assert encode(WordsWithBos(), "5", "8") == One([1, 5, 8, 2], [-100, -100, 8, 2], truncated=False)
     assert encode_prompts(WordsWithBos(), ["5"]) == [[1, 5]]  # type: ignore[arg-type]
 
 
 def test_truncation_cuts_the_responses_end() -> None:
-    assert encode(Words(), "5 6", "7 8 9", 4) == Encoded([5, 6, 7, 8], [-100, -100, 7, 8], truncated=True)
+    assert encode(Words(), "5 6", "7 8 9", 4) == One([5, 6, 7, 8], [-100, -100, 7, 8], truncated=True)
 
 
 def test_losing_only_the_end_token_is_a_truncation() -> None:
-    assert encode(Words(), "5 6", "7 8", 4) == Encoded([5, 6, 7, 8], [-100, -100, 7, 8], truncated=True)
-    assert encode(Words(), "5 6", "7 8", 5) == Encoded([5, 6, 7, 8, 2], [-100, -100, 7, 8, 2], truncated=False)
+    assert encode(Words(), "5 6", "7 8", 4) == One([5, 6, 7, 8], [-100, -100, 7, 8], truncated=True)
+    assert encode(Words(), "5 6", "7 8", 5) == One([5, 6, 7, 8, 2], [-100, -100, 7, 8, 2], truncated=False)
 
 
 def test_at_least_one_token_is_supervised_or_the_example_is_left_out() -> None:
-    assert encode(Words(), "5 6 7", "8 9", 4) == Encoded([5, 6, 7, 8], [-100, -100, -100, 8], truncated=True)
+    assert encode(Words(), "5 6 7", "8 9", 4) == One([5, 6, 7, 8], [-100, -100, -100, 8], truncated=True)
     assert encode(Words(), "5 6 7", "8 9", 3) is None
     assert encode(Words(), "5 6 7", "8 9", 2) is None
+
+
+def test_examples_lie_end_to_end() -> None:
+    encoded = encode_examples(Words(), ["5 6", "5 6 7 8", "5"], ["7", "9", "8 9 3"], 4)  # type: ignore[arg-type]
+    assert encoded.input_ids.tolist() == [5, 6, 7, 2, 5, 8, 9, 3]
+    assert encoded.labels.tolist() == [-100, -100, 7, 2, -100, 8, 9, 3]
+    assert encoded.lengths.tolist() == [4, 0, 4]
+    assert encoded.truncated.tolist() == [False, True, True]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +96,14 @@ def test_text_can_not_become_a_special_token(tokenizer: Any) -> None:
     assert encoded.input_ids.count(0) == 1  # the end token that we put
     assert encoded.input_ids[-1] == 0
     assert tokenizer.decode(encoded.input_ids[:-1]) == "Say <|end|>No <|end|>"
+
+
+def test_ids_are_those_of_a_call_of_the_tokenizer(tokenizer: Any) -> None:
+    text = "Name a colour. <|end|> 🐎\u202e\x00 ### Response:"
+    tokenizer(["a", "a longer text"], padding=True, truncation=True, max_length=2)  # leaves its settings behind
+    expected = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert len(expected) > 10
+    assert encode_prompts(tokenizer, [text, "a"])[0] == expected
 
 
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)

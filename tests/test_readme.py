@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -44,6 +46,12 @@ def test_the_table_of_results_is_that_of_the_metrics() -> None:
         row("mean response, tokens", "mean_response_tokens", 1),
         row("distinct-2", "distinct_2", 3),
     ]
+
+
+def test_the_table_of_speed_is_that_of_the_benchmarks() -> None:
+    results = json.loads(report.RESULTS.read_text(encoding="utf-8"))
+    assert section("bench") == report.table(results)
+    assert f"]({report.PICTURE.relative_to(ROOT)})" in README
 
 
 def test_the_answers_shown_are_in_the_samples() -> None:

@@ -1,26 +1,32 @@
 """The training loop, held against a textbook loop on a tiny model."""
 
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig
 
 from stages import train
-from stages.shared.batches import shuffle
+from stages.shared import loss
+from stages.shared.batches import Batches, FlatBatches, PaddedBatches, shuffle
+from stages.shared.checkpoints import Checkpoints
 from stages.shared.errors import UserError
-from stages.shared.examples import FORMATTED, Example, read_split
+from stages.shared.examples import FORMATTED, read_split
 from stages.shared.files import parquet_writer, write_json
 from stages.shared.masking import encode_examples
 from stages.shared.models import load_model, load_tokenizer
 from stages.shared.params import TrainParams, load_params
 from stages.shared.templates import render_prompt
+from tests.conftest import example
+from tests.test_loss import CONFIGS, SLIDING_WINDOW, make
 from tests.test_params import edit
+from tests.textbook import textbook_steps
 
 
 @pytest.mark.parametrize(
@@ -63,53 +69,12 @@ def inputs(project: Path, tiny_model: Path) -> Path:
         prompts = [render_prompt("alpaca", "Name a colour." * (1 + n % 3), "x" * (n % 2)) for n in numbers]
         responses = ["Red. " * (1 + n % 7) for n in numbers]
         with parquet_writer(project / f"data/{name}.parquet", FORMATTED) as writer:
-            for n, encoded in zip(numbers, encode_examples(tokenizer, prompts, responses, 256), strict=True):
-                assert encoded is not None
+            for n, prompt, response in zip(numbers, prompts, responses, strict=True):
+                encoded = encode_examples(tokenizer, [prompt], [response], 256)
                 writer.write([{"example_id": str(n), "input_ids": encoded.input_ids, "labels": encoded.labels}])
     edit(project, batch_size="2", gradient_accumulation_steps="2", num_epochs="4", eval_steps="6", save_steps="5")
     edit(project, learning_rate="1e-3", lr_scheduler="cosine", warmup_steps="3", logging_steps="1", precision="fp32")
     return project
-
-
-def textbook(params: TrainParams, examples: list[Example]) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and weights of the loop as textbooks have it: padded micro-batches, all logits, accumulated gradients."""
-    model = load_model(Path("models/base")).train()
-    decayed = [p for name, p in model.named_parameters() if "norm" not in name]
-    free = [p for name, p in model.named_parameters() if "norm" in name]
-    groups = [{"params": decayed, "weight_decay": params.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=params.learning_rate, fused=False, foreach=False)
-    num_steps, step, losses = 24, 0, []
-    for epoch in range(params.num_epochs):
-        for batch in shuffle(examples, 4, params.seed, epoch):
-            num_tokens = sum(int((e.labels != -100).sum()) for e in batch)
-            total = 0.0
-            for start in range(0, len(batch), 2):
-                rows = batch[start : start + 2]
-                width = max(len(e.input_ids) for e in rows)
-                ids, labels = torch.zeros(2, len(rows), width, dtype=torch.long)
-                labels[:] = -100
-                mask = torch.zeros(len(rows), width, dtype=torch.long)
-                for i, e in enumerate(rows):
-                    ids[i, : len(e.input_ids)] = torch.tensor(e.input_ids)
-                    labels[i, : len(e.labels)] = torch.tensor(e.labels)
-                    mask[i, : len(e.labels)] = 1
-                logits = model(input_ids=ids, attention_mask=mask).logits
-                loss = torch.nn.functional.cross_entropy(
-                    logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-                )
-                (loss / num_tokens).backward()
-                total += loss.item()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), params.max_grad_norm)
-            progress = (step - 3) / (num_steps - 3)
-            factor = step / 3 if step < 3 else 0.5 * (1 + math.cos(math.pi * progress))
-            for group in optimizer.param_groups:
-                group["lr"] = params.learning_rate * factor
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(total / num_tokens)
-            step += 1
-    assert step == num_steps
-    return losses, dict(model.named_parameters())
 
 
 def curve(path: str) -> list[list[float]]:
@@ -119,7 +84,10 @@ def curve(path: str) -> list[list[float]]:
 def test_losses_and_weights_are_the_textbook_loops(inputs: Path) -> None:
     edit(inputs, eval_steps="1000")
     params = load_params(TrainParams)
-    losses, weights = textbook(params, read_split(Path("data/train.parquet")))
+    model = load_model(Path("models/base")).train()
+    examples = read_split(Path("data/train.parquet"))
+    batches = [batch for epoch in range(4) for batch in shuffle(examples, 4, params.seed, epoch)]
+    losses = list(textbook_steps(model, batches, params, num_warmup_steps=3))
     train.main()
     points = curve("metrics/train_curve.csv")
     assert [point[0] for point in points] == list(range(1, 25))
@@ -127,8 +95,62 @@ def test_losses_and_weights_are_the_textbook_loops(inputs: Path) -> None:
     assert [point[2] for point in points[:4]] == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, 1e-3])
     assert losses[-1] < losses[0] - 0.3
     tuned = dict(load_model(Path("models/tuned")).named_parameters())
-    for name, weight in weights.items():
+    for name, weight in model.named_parameters():
         torch.testing.assert_close(tuned[name], weight.to(torch.bfloat16).float(), rtol=8e-3, atol=1e-5)
+
+
+PATHS: dict[str, Batches] = {
+    "padded": PaddedBatches(1000),
+    "padded, in small micro-batches": PaddedBatches(40),
+    "flat": FlatBatches(1000),
+    "flat, in small micro-batches": FlatBatches(40),
+    "flat, prefix not shared": FlatBatches(1000, share_prefix=False),
+}
+
+
+def assert_trains_as_the_textbook_loop_does(config: PreTrainedConfig, batches: Batches | None = None) -> None:
+    """Over 24 steps, to 1e-5. `batches` None: those that the stage chooses for this model."""
+    edit(Path.cwd(), batch_size="4", gradient_accumulation_steps="2", num_epochs="8", eval_steps="1000")
+    params = load_params(TrainParams)
+    random = np.random.default_rng(0)
+    beginnings = [random.integers(3, 50, 12).tolist() for _ in range(2)]
+    examples = [
+        example(
+            beginnings[n % 2] + random.integers(3, 50, random.integers(1, 9)).tolist(),
+            [*random.integers(3, 50, random.integers(0, 20)), 2],
+            str(n),
+        )
+        for n in range(22)
+    ]
+    expected = make(config).train()
+    effective_batches = [batch for epoch in range(8) for batch in shuffle(examples, 8, params.seed, epoch)]
+    losses = list(textbook_steps(expected, effective_batches, params, num_warmup_steps=3))
+
+    model = make(config).train()
+    batches = batches or loss.choose_batches(model, examples, 1000)[0]
+    train.fit(model, batches, examples, examples[:3], params, 24, 3, Checkpoints(Path("checkpoints")))
+    assert [point[1] for point in curve("metrics/train_curve.csv")] == pytest.approx(losses, rel=1e-5)
+    assert losses[-1] < losses[0] - 0.2
+    for (name, weight), found in zip(expected.named_parameters(), model.parameters(), strict=True):
+        difference = found - weight
+        if name.endswith("c_attn.bias"):
+            # A key's bias adds the same to all scores: its gradient is 0, and Adam makes steps of the rounding there.
+            difference = torch.cat([difference[:32], difference[64:]])
+        assert difference.norm() <= 1e-5 * weight.norm(), name
+
+
+@pytest.mark.parametrize("logits_per_chunk", [50 * 7, 2**25])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3"])
+def test_every_path_trains_as_the_textbook_loop_does(
+    architecture: str, path: str, logits_per_chunk: int, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", logits_per_chunk)
+    assert_trains_as_the_textbook_loop_does(CONFIGS[architecture], PATHS[path])
+
+
+def test_a_model_with_a_sliding_window_trains_as_the_textbook_loop_does(inputs: Path) -> None:
+    assert_trains_as_the_textbook_loop_does(SLIDING_WINDOW)
 
 
 def test_the_tuned_model_is_complete(inputs: Path) -> None:
@@ -260,7 +282,5 @@ def test_curves_are_averages_over_the_logged_steps(inputs: Path) -> None:
     ((step, loss, _, _),) = curve("metrics/train_curve.csv")
     model = load_model(Path("models/base"))
     examples = read_split(Path("data/train.parquet"))
-    from stages.shared.batches import PaddedBatches
-
     assert step == 6
     assert loss == pytest.approx(train.validate(model, PaddedBatches(1000), examples, "fp32"), rel=1e-4)

@@ -17,16 +17,16 @@ from stages.shared.examples import NOT_SUPERVISED, Example
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What the model is called with, and where its logits are supervised.
+    """What the model is called with, and where its output is supervised.
 
     inputs: arguments of the model's `forward`.
-    select: int64 (supervised tokens,), places in the logits with all but their last dimension flattened; None: all.
+    select: int64 (supervised tokens,), places in the output with batch and time flattened.
     targets: int64 (supervised tokens,), the token ids to predict there.
     """
 
     examples: Sequence[Example]
     inputs: dict[str, Any]
-    select: torch.Tensor | None
+    select: torch.Tensor
     targets: torch.Tensor
 
 
@@ -37,7 +37,7 @@ def shuffle(examples: Sequence[Example], batch_size: int, seed: int, epoch: int)
 
 
 class FlatBatches:
-    """Micro-batches without padding: examples end to end, what they all begin with once (see `attention`).
+    """Micro-batches without padding: examples end to end, what a group of them begins with once (see `attention`).
 
     Args:
         max_tokens: what a micro-batch may compute, unless one example alone is longer.
@@ -49,36 +49,46 @@ class FlatBatches:
         self.share_prefix = share_prefix
 
     def cut(self, examples: Sequence[Example]) -> Iterator[MicroBatch]:
-        group: list[Example] = []
+        groups: list[list[Example]] = []
+        num_tokens = 0
         # In this order those that begin alike are neighbours, and the first and the last of a group differ the most.
         for example in sorted(examples, key=lambda example: example.input_ids.tobytes()):
-            joined = self._num_tokens([*group, example])
-            if group and (joined > self.max_tokens or joined > self._num_tokens(group) + len(example.input_ids)):
-                yield self.collate(group)
-                group = []
-            group.append(example)
-        if group:
-            yield self.collate(group)
+            alone = len(example.input_ids)
+            joined = self._num_tokens([*groups[-1], example]) - self._num_tokens(groups[-1]) if groups else alone
+            if groups and num_tokens + min(joined, alone) > self.max_tokens:
+                yield self.collate(groups)
+                groups, num_tokens = [], 0
+            if groups and joined <= alone:
+                groups[-1].append(example)
+                num_tokens += joined
+            else:
+                groups.append([example])
+                num_tokens += alone
+        if groups:
+            yield self.collate(groups)
 
-    def collate(self, group: Sequence[Example]) -> MicroBatch:
-        """A stream of examples that are sorted by their token ids."""
-        prefix = self._prefix_length(group)
-        # The last token of an example predicts nothing: it is not computed.
-        rests = [example.input_ids[prefix:-1] for example in group]
-        first = group[0].input_ids[:prefix]
-        starts = prefix + np.cumsum([0] + [len(rest) for rest in rests[:-1]])
-        positions = [np.arange(prefix), *(np.arange(prefix, prefix + len(rest)) for rest in rests)]
-        supervised = [
-            start + np.flatnonzero(example.labels[prefix + 1 :] != NOT_SUPERVISED)
-            for start, example in zip(starts, group, strict=True)
-        ]
+    def collate(self, groups: Sequence[Sequence[Example]]) -> MicroBatch:
+        """A stream of groups, the examples of each sorted by their token ids."""
+        input_ids, position_ids, select, layout = [], [], [], []
+        num_tokens = 0
+        for group in groups:
+            prefix = self._prefix_length(group)
+            # The last token of an example predicts nothing: it is not computed.
+            rests = [example.input_ids[prefix:-1] for example in group]
+            input_ids += [group[0].input_ids[:prefix], *rests]
+            position_ids += [np.arange(prefix), *(np.arange(prefix, prefix + len(rest)) for rest in rests)]
+            layout.append((prefix, [len(rest) for rest in rests]))
+            num_tokens += prefix
+            for example, rest in zip(group, rests, strict=True):
+                select.append(num_tokens + np.flatnonzero(example.labels[prefix + 1 :] != NOT_SUPERVISED))
+                num_tokens += len(rest)
         inputs = {
-            "input_ids": _row([first, *rests]),
-            "position_ids": _row(positions),
-            "logits_to_keep": _row(supervised)[0],
-            "layout": StreamLayout.of(prefix, [len(rest) for rest in rests]),
+            "input_ids": _row(input_ids)[None],
+            "position_ids": _row(position_ids)[None],
+            "layout": StreamLayout.of(layout),
         }
-        return MicroBatch(group, inputs, None, _targets(group))
+        members = [example for group in groups for example in group]
+        return MicroBatch(members, inputs, _row(select), _targets(members))
 
     def _num_tokens(self, group: Sequence[Example]) -> int:
         return sum(len(example.input_ids) for example in group) - (len(group) - 1) * self._prefix_length(group)
@@ -121,22 +131,16 @@ class PaddedBatches:
             input_ids[row, :length] = example.input_ids
             attention_mask[row, :length] = 1
             supervised[row, : length - 1] = example.labels[1:] != NOT_SUPERVISED
-        columns = np.flatnonzero(supervised.any(0))
-        inputs = {
-            "input_ids": torch.from_numpy(input_ids),
-            "attention_mask": torch.from_numpy(attention_mask),
-            "logits_to_keep": torch.from_numpy(columns),
-        }
-        select = torch.from_numpy(np.flatnonzero(supervised[:, columns]))
-        return MicroBatch(group, inputs, select, _targets(group))
+        inputs = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask)}
+        return MicroBatch(group, inputs, torch.from_numpy(np.flatnonzero(supervised)), _targets(group))
 
 
 Batches = FlatBatches | PaddedBatches
 
 
 def _targets(group: Sequence[Example]) -> torch.Tensor:
-    return _row([example.labels[example.labels != NOT_SUPERVISED] for example in group])[0]
+    return _row([example.labels[example.labels != NOT_SUPERVISED] for example in group])
 
 
 def _row(parts: Sequence[np.ndarray[Any, Any]]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))

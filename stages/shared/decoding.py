@@ -1,6 +1,6 @@
 """Batched generation: answers to prompts, cut at the stop token."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -15,9 +15,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from stages.shared.attention import StreamLayout, flat_stream, stream_rows
+from stages.shared.attention import StreamLayout, flat_is_exact, flat_stream, stream_rows
 
 PROMPTS_PER_BATCH = 128
+Read = tuple[torch.Tensor, DynamicCache, torch.Tensor]
+Reading = Callable[[PreTrainedModel, Sequence[Sequence[int]]], Read]
 
 
 @dataclass(frozen=True)
@@ -36,23 +38,22 @@ def generate_answers(
     max_new_tokens: int,
     temperature: float = 0,
     top_p: float = 1,
-    flat: bool = False,
 ) -> list[Answer]:
     """Answers in the order of `prompts`, which are token ids.
 
     Args:
         temperature: 0 takes the likeliest token each time.
-        flat: read the prompts as a flat stream, for a model where that is exact (see `loss.choose_batches`).
     """
     sampling = None
     if temperature:
         sampling = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)])
+    read = choose_reading(model, prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     new_ids: dict[int, list[int]] = {}
     for start in range(0, len(order), PROMPTS_PER_BATCH):
         indices = order[start : start + PROMPTS_PER_BATCH]
         batch = [prompts[index] for index in indices]
-        rows = generate_batch(model, batch, int(tokenizer.eos_token_id), max_new_tokens, sampling, flat)
+        rows = generate_batch(model, batch, int(tokenizer.eos_token_id), max_new_tokens, sampling, read)
         new_ids |= dict(zip(indices, rows, strict=True))
 
     answers = []
@@ -71,14 +72,14 @@ def generate_batch(
     stop: int,
     max_new_tokens: int,
     sampling: LogitsProcessorList | None,
-    flat: bool,
+    read: Reading,
 ) -> list[list[int]]:
     """The new token ids of each prompt, with `stop` as the last where it came.
 
     Unlike `model.generate`, rows that have stopped leave the batch: what goes on pays for nobody else (a fifth of the
     time where one answer in twenty never stops).
     """
-    logits, cache, mask = (read_flat if flat else read_padded)(model, prompts)
+    logits, cache, mask = read(model, prompts)
     new_ids: list[list[int]] = [[] for _ in prompts]
     going = list(range(len(prompts)))
     for num_new in range(1, max_new_tokens + 1):
@@ -104,7 +105,15 @@ def generate_batch(
     return new_ids
 
 
-Read = tuple[torch.Tensor, DynamicCache, torch.Tensor]
+def choose_reading(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Reading:
+    """`read_flat` where it is exact for this model, else `read_padded`."""
+    probe = [max(prompts, key=len), prompts[0]]
+    exact, _ = flat_is_exact(
+        model,
+        lambda: read_padded(model, probe)[0].float().log_softmax(-1),
+        lambda: read_flat(model, probe)[0].float().log_softmax(-1),
+    )
+    return read_flat if exact else read_padded
 
 
 def read_padded(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Read:
@@ -135,7 +144,7 @@ def read_flat(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Read:
             position_ids=torch.tensor([positions], device=model.device),
             past_key_values=cache,
             logits_to_keep=(torch.tensor(lengths).cumsum(0) + prefix - 1).to(model.device),
-            layout=StreamLayout.of(prefix, lengths).to(model.device),
+            layout=StreamLayout.of([(prefix, lengths)]).to(model.device),
         )
     # From the stream to a row for each prompt: the prefix, its own tokens, and what is never looked at.
     rows = stream_rows(prefix, lengths)

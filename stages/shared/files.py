@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -41,28 +41,28 @@ def write_json(path: Path, content: Any) -> None:
 
 
 class ParquetWriter:
-    """Collects rows and writes them in row groups of fixed size, so that the bytes depend on the rows alone."""
+    """Writes rows in row groups of fixed size, so that the bytes depend on the rows alone, not on how they came."""
 
     def __init__(self, path: Path, schema: pa.Schema):
         self._schema = schema
-        self._rows: list[dict[str, Any]] = []
+        self._pending = schema.empty_table()
         self._writer = pq.ParquetWriter(path, schema, compression="zstd", compression_level=3)
         self.num_rows = 0
 
-    def write(self, rows: Iterable[dict[str, Any]]) -> None:
-        for row in rows:
-            self._rows.append(row)
-            self.num_rows += 1
-            if len(self._rows) == ROWS_PER_GROUP:
-                self._flush()
+    def write(self, rows: pa.Table | list[dict[str, Any]]) -> None:
+        table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, self._schema)
+        self.num_rows += len(table)
+        self._pending = pa.concat_tables([self._pending, table])
+        whole = len(self._pending) // ROWS_PER_GROUP * ROWS_PER_GROUP
+        self._flush(whole)
 
-    def _flush(self) -> None:
-        self._writer.write_table(pa.Table.from_pylist(self._rows, self._schema))
-        self._rows.clear()
+    def _flush(self, num_rows: int) -> None:
+        for start in range(0, num_rows, ROWS_PER_GROUP):
+            self._writer.write_table(self._pending.slice(start, min(ROWS_PER_GROUP, num_rows - start)).combine_chunks())
+        self._pending = self._pending.slice(num_rows)
 
     def close(self) -> None:
-        if self._rows:
-            self._flush()
+        self._flush(len(self._pending))
         self._writer.close()
 
     def abandon(self) -> None:
@@ -89,8 +89,8 @@ def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[ParquetWriter]:
             raise
 
 
-def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[list[dict[str, Any]]]:
-    """The rows of a Parquet file, `ROWS_PER_GROUP` at a time."""
+def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """A Parquet file, `ROWS_PER_GROUP` rows at a time."""
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(ROWS_PER_GROUP, columns=columns):
-            yield batch.to_pylist()
+            yield pa.Table.from_batches([batch])

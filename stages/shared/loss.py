@@ -1,18 +1,19 @@
 """Loss at supervised positions: the one definition that training, validation and evaluation share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
-from stages.shared.attention import flat_stream
+from stages.shared.attention import flat_is_exact, flat_stream
 from stages.shared.batches import Batches, FlatBatches, MicroBatch, PaddedBatches
 from stages.shared.examples import Example
 
-TOLERANCE = 1e-4  # nats a token; fp32 rounding is a hundredth of it, another attention pattern far above
+LOGITS_PER_CHUNK = 2**25  # tokens × vocabulary that exist at once: 128 MiB for each fp32 copy
 
 
 @dataclass(frozen=True)
@@ -24,42 +25,82 @@ class TokenLosses:
 
 
 def token_losses(model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
-    """The loss at each supervised token of a micro-batch, in the order of its examples. Logits exist only there."""
+    """The loss at each supervised token of a micro-batch, in the order of its examples. For use without gradients."""
+    losses, correct = [], []
+    output, states = run_body(model, batch)
+    for logits, targets in run_head(model, output, states, batch.targets):
+        losses.append(losses_of(logits, targets))
+        correct.append(logits.argmax(-1) == targets)
+    return TokenLosses(torch.cat(losses), torch.cat(correct))
+
+
+def accumulate_gradient(model: PreTrainedModel, batch: MicroBatch, num_supervised: int) -> float:
+    """Add to the gradients those of a micro-batch's summed loss ÷ `num_supervised`, the tokens of the effective batch.
+
+    The logits of a chunk are gone before the next come into being: memory does not grow with length × vocabulary.
+
+    Returns:
+        The summed loss of the micro-batch, in nats.
+    """
+    output, states = run_body(model, batch)
+    leaf = states.detach().requires_grad_()
+    total = 0.0
+    for logits, targets in run_head(model, output, leaf, batch.targets):
+        # Sum, not mean: micro-batches differ in supervised tokens.
+        loss = losses_of(logits, targets).sum()
+        (loss / num_supervised).backward()
+        total += loss.item()
+    states.backward(leaf.grad)
+    return total
+
+
+def losses_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """float32 (tokens,) of logits (tokens, vocabulary)."""
+    return cross_entropy(logits.float(), targets, reduction="none")
+
+
+def run_body(model: PreTrainedModel, batch: MicroBatch) -> tuple[ModelOutput, torch.Tensor]:
+    """What the model's body gives, and of it (supervised tokens, hidden size), the states where it is supervised."""
     inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
-    targets = batch.targets.to(model.device)
     with flat_stream(model) if "layout" in inputs else nullcontext():
-        logits = model(**inputs, use_cache=False).logits
-    logits = logits.flatten(0, 1)
-    if batch.select is not None:
-        logits = logits.index_select(0, batch.select.to(model.device))
-    losses = cross_entropy(logits.float(), targets, reduction="none")
-    return TokenLosses(losses, logits.detach().argmax(-1) == targets)
+        output = model.base_model(**inputs, use_cache=False)
+    return output, output.last_hidden_state.flatten(0, 1).index_select(0, batch.select.to(model.device))
+
+
+def run_head(
+    model: PreTrainedModel, output: ModelOutput, states: torch.Tensor, targets: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits (tokens, vocabulary) of the states and their targets (tokens,), at most `LOGITS_PER_CHUNK` at once.
+
+    Not `model.lm_head(states)`: some architectures scale or cap what the head gives. So the model's own `forward` runs,
+    with a body that gives the states.
+    """
+    tokens = max(LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size, 1)
+    body, forward = model.base_model, model.base_model.forward
+    for chunk, chunk_targets in zip(states.split(tokens), targets.to(model.device).split(tokens), strict=True):
+        given = replace(output, last_hidden_state=chunk[None])  # type: ignore[type-var]
+        body.forward = lambda *_, given=given, **__: given
+        try:
+            # Which ids are passed is of no matter: the body does not look at them.
+            logits = model(input_ids=chunk_targets[None], use_cache=False).logits[0]
+        finally:
+            body.forward = forward
+        yield logits, chunk_targets
 
 
 def choose_batches(model: PreTrainedModel, examples: Sequence[Example], max_tokens: int) -> tuple[Batches, str]:
-    """The flat stream where it is exact for this model, padded micro-batches otherwise, and why.
-
-    Nothing is taken on trust from the architecture's name: the longest and the first example are computed both ways.
-    An attention window that is shorter than the longest example, or attention of the model's own, shows there.
-    """
+    """The flat stream where it is exact for this model, padded micro-batches otherwise, and why."""
     longest = max(examples, key=lambda example: len(example.input_ids))
     probe = sorted([longest, examples[0]], key=lambda example: example.input_ids.tobytes())
     padded, flat = PaddedBatches(max_tokens), FlatBatches(max_tokens)
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        expected = token_losses(model, padded.collate(probe)).losses
-        try:
-            found = token_losses(model, flat.collate(probe)).losses
-            difference = float((found - expected).abs().max())
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            difference, reason = float("inf"), f"this model can't take a flat stream ({type(error).__name__})"
-        else:
-            reason = f"a flat stream differs by up to {difference:.2g} nats a token"
-    model.train(training)
-    if not difference <= TOLERANCE:
-        return padded, f"padded micro-batches: {reason}"
-    if training and _has_dropout(model):
+    exact, difference = flat_is_exact(
+        model,
+        lambda: token_losses(model, padded.collate(probe)).losses,
+        lambda: token_losses(model, flat.collate([probe])).losses,
+    )
+    if not exact:
+        return padded, f"padded micro-batches: {difference}"
+    if model.training and _has_dropout(model):
         return FlatBatches(max_tokens, share_prefix=False), "flat stream, prefix not shared: dropout is on"
     return flat, "flat stream with a shared prefix"
 

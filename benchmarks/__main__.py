@@ -1,0 +1,54 @@
+"""Measure, and write `benchmarks/results.json` and `benchmarks/results.png`; prints the table of the README."""
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from benchmarks import formatting, training
+from benchmarks.data import long_examples
+from benchmarks.report import RESULTS, draw, table
+from stages.shared.examples import read_split
+from stages.shared.files import write_json
+from stages.shared.models import uses_bf16
+from stages.shared.params import TrainParams, load_params
+
+
+def main() -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # for the engines' processes: their bars would overwrite each other
+    params = load_params(TrainParams)
+    if uses_bf16("auto", torch.device("cpu")):
+        runs = [("textbook", "fp32"), ("textbook", "bf16"), ("TRL", "bf16"), ("this project", "bf16")]
+    else:
+        print("This processor has no bf16 instructions: emulated, a step would take minutes, so all run in fp32.")
+        runs = [("textbook", "fp32"), ("TRL", "fp32"), ("this project", "fp32")]
+    num_examples = training.STEPS * training.effective_batch(params)
+    results = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "flops_per_token": training.flops_per_token(),
+        "training": {
+            "short": training.measure(read_split(Path("data/train.parquet")), params, runs),
+            "long": training.measure(long_examples(num_examples), params, runs),
+        },
+        "format": formatting.measure(),
+    }
+    write_json(RESULTS, results)
+    draw(results)
+    print(table(results))
+
+
+def processor() -> str:
+    """The processor's name, and of its instructions what decides about speed here."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    values = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in values.items()}
+    widest = next((name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in fields["flags"]), "none")
+    return f"{fields['model name']} ({widest})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The benchmarks measure what they say: every engine does the same work, one step for each word from outside."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report, training
+from stages.shared.params import TrainParams, load_params
+from tests.conftest import example
+from tests.test_params import edit
+
+LOSSES = [5.95613, 5.93574, 5.9469]  # of the textbook loop
+EXAMPLES = [example([5, 6, 7 + n], [*range(20, 22 + n), 0], str(n)) for n in range(12)]
+
+
+@pytest.mark.parametrize("engine", ["textbook", "this project"])
+def test_an_engine_waits_before_each_step_and_after_the_last(
+    engine: str, project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "BASE", tiny_model)
+    edit(project, batch_size="2", gradient_accumulation_steps="2", precision="fp32", max_length="32")
+    gates: list[None] = []
+    losses = training.ENGINES[engine](training.Work(EXAMPLES, load_params(TrainParams)), lambda: gates.append(None))
+    assert len(gates) == 4
+    assert losses == pytest.approx(LOSSES, rel=1e-4)
+
+
+def test_engines_in_processes_of_their_own_do_the_same_steps(
+    project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_model, project / "models/base")
+    monkeypatch.setattr(training, "STEPS", 3)
+    monkeypatch.setattr(training, "matmul_rate", lambda precision: 1e9)
+    edit(project, batch_size="2", gradient_accumulation_steps="2", max_length="32")
+    runs = [("textbook", "fp32"), ("this project", "fp32")]
+    measured = training.measure([*EXAMPLES, *EXAMPLES], load_params(TrainParams), runs)
+    assert sum(measured["real_tokens"]) == 12 * 6 + 66
+    assert sum(measured["supervised_tokens"]) == 12 * 3 + 66
+    assert all(
+        distinct < real for distinct, real in zip(measured["distinct_tokens"], measured["real_tokens"], strict=True)
+    )
+    for name in ("textbook, fp32", "this project, fp32"):
+        run = measured["engines"][name]
+        assert run["losses"] == pytest.approx(LOSSES, rel=1e-4)
+        assert len(run["seconds"]) == 3
+        assert run["peak_memory_bytes"] > 100_000_000
+
+
+def test_steps_are_compared_pairwise_and_the_first_warms_up() -> None:
+    def run(seconds: list[float], loss: float) -> dict[str, object]:
+        return {"seconds": seconds, "losses": [3.0, 2.5, loss], "peak_memory_bytes": 4_500_000_000}
+
+    measured = {
+        "real_tokens": [9, 1000, 1200],
+        "distinct_tokens": [9, 700, 900],
+        "supervised_tokens": [9, 300, 500],
+        "matmul_flops": [1.0, 10_000.0, 10_000.0],
+        "engines": {"TRL, bf16": run([99.0, 8.0, 12.0], 2.25), "this project, bf16": run([99.0, 2.0, 4.0], 2.24)},
+    }
+    growth = [{"rows": 1000, "seconds": 3.0, "peak_memory_bytes": 500_000_000}]
+    formatting = {
+        "rows": 52_000,
+        "start_up_seconds": [2.0],
+        "stage_seconds": [8.0, 9.0, 7.0],
+        "tokenizer_seconds": [5.0],
+    }
+    results = {
+        "date": "2026-11-24",
+        "processor": "P",
+        "cores": 2,
+        "torch": "2",
+        "flops_per_token": [10, 20],
+        "training": {"short": measured},
+        "format": {**formatting, "growth": growth},
+    }
+    lines = report.table(results).splitlines()
+    assert lines[2:9] == [
+        "Short examples: 1,100 tokens a step, of which 800 are distinct and 400 supervised.",
+        "",
+        "| engine | s a step | time ÷ ours | supervised tokens/s | tokens/s | of the peak | peak GB | last loss |",
+        "|---|---|---|---|---|---|---|---|",
+        "| TRL, bf16 | 10.0 | 3.5 (3.0–4.0) | 40 | 110 | 16% | 4.5 | 2.2500 |",
+        "| this project, bf16 | 3.0 | 1.0 (1.0–1.0) | 133 | 367 | 56% | 4.5 | 2.2400 |",
+        "",
+    ]
+    assert lines[9] == (
+        "Format, 52,000 long rows: 8.0 s, of which 2.0 s are start-up. The bare tokenizer: 5.0 s. "
+        "That is 1.60 times, 1.20 without start-up."
+    )
+    assert lines[-1] == "| 1,000 | 3.0 | 0.50 |"

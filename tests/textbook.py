@@ -1,0 +1,65 @@
+"""The training loop as textbooks have it, with no trick at all: what the engine is held against."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from stages.shared.examples import Example
+from stages.shared.params import TrainParams
+
+
+def textbook_steps(
+    model: PreTrainedModel,
+    batches: Sequence[Sequence[Example]],
+    params: TrainParams,
+    num_warmup_steps: int,
+    pad_to: int | None = None,
+) -> Iterator[float]:
+    """Train the model in place, one effective batch a step; yields each step's loss, nats a supervised token.
+
+    Micro-batches of `batch_size` in the order of the data, padded on the right, with all logits; gradients accumulate.
+
+    Args:
+        pad_to: tokens; None pads to the longest of a micro-batch.
+    """
+    no_decay = ("norm", "ln_", "bias")
+    decayed = [p for name, p in model.named_parameters() if not any(word in name for word in no_decay)]
+    free = [p for name, p in model.named_parameters() if any(word in name for word in no_decay)]
+    groups = [{"params": decayed, "weight_decay": params.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=params.learning_rate)
+    for step, batch in enumerate(batches):
+        num_tokens = sum(int((example.labels != -100).sum()) for example in batch)
+        total = 0.0
+        for start in range(0, len(batch), params.batch_size):
+            rows = batch[start : start + params.batch_size]
+            width = pad_to or max(len(example.input_ids) for example in rows)
+            ids, labels, mask = torch.zeros(3, len(rows), width, dtype=torch.long)
+            labels[:] = -100
+            for row, example in enumerate(rows):
+                length = len(example.input_ids)
+                ids[row, :length] = torch.tensor(example.input_ids)
+                labels[row, :length] = torch.tensor(example.labels)
+                mask[row, :length] = 1
+            with torch.autocast("cpu", torch.bfloat16, enabled=params.precision == "bf16"):
+                logits = model(input_ids=ids, attention_mask=mask).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+            )
+            (loss / num_tokens).backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), params.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = params.learning_rate * schedule(params.lr_scheduler, step, num_warmup_steps, len(batches))
+        optimizer.step()
+        optimizer.zero_grad()
+        yield total / num_tokens
+
+
+def schedule(kind: str, step: int, num_warmup_steps: int, num_steps: int) -> float:
+    """The share of the peak learning rate at a step, counted from 0."""
+    if step < num_warmup_steps:
+        return step / num_warmup_steps
+    progress = (step - num_warmup_steps) / (num_steps - num_warmup_steps)
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[kind]
