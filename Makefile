@@ -6,21 +6,32 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test lint bench
+.PHONY: help repro test lint audit chaos clean bench
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 repro: $(INSTALLED)  ## run the pipeline: what changed, and nothing else
 	dvc repro
+	@echo "Disk (results of all runs, checkpoints); how to get it back is in the README:"
+	@du -sh .dvc/cache .scratch 2>/dev/null || true  # one of them may not be there
 
 test: $(INSTALLED)  ## run the tests
-	pytest
+	OMP_NUM_THREADS=1 pytest --numprocesses auto --dist loadfile
 
 lint: $(INSTALLED)  ## check style, format and types
 	ruff check
 	ruff format --check
 	mypy
+
+audit: $(INSTALLED)  ## look for known vulnerabilities and for secrets
+	python .ci/audit.py
+
+chaos: $(INSTALLED)  ## kill the pipeline at 100 random moments and see that nothing is lost, ten minutes
+	python -m tests.chaos
+
+clean: $(INSTALLED)  ## delete checkpoints and what killed runs have left; results stay
+	python -m stages.clean
 
 bench: $(INSTALLED)  ## measure speed against a textbook loop and TRL, a quarter of an hour
 	pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'

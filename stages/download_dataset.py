@@ -5,26 +5,33 @@ Where it came from is written to `data/source.json`. Rows stream through: memory
 
 import codecs
 import csv
-import hashlib
 import json
+import re
+import reprlib
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import ijson
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.shared.errors import UserError, run
+from stages.shared.errors import UserError, reading
 from stages.shared.examples import LEFT_OUT, RAW
-from stages.shared.files import ROWS_PER_GROUP, parquet_writer, read_batches, write_json
+from stages.shared.files import ROWS_PER_GROUP, file_sha256, parquet_writer, read_batches, write_json
 from stages.shared.params import DownloadDatasetParams, load_params
+from stages.shared.run import run
+from stages.shared.text import printable
 
 FIELDS = ("instruction", "input", "output")
 REQUIRED = ("instruction", "output")
 ALLOWED = "every row needs 'instruction' and 'output', and may have 'input', all of them text"
+OTHER_DATASET = "use another dataset, one with JSON, CSV or Parquet files"
+WHITE_SPACE = re.compile(r"[ \t\r\n]*")
+CHARACTERS_AT_ONCE = 2**16
+# Integers of thousands of digits are an error to Python, and no text anyway: what stands beside them shall be read.
+JSON = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits))
 
 
 class BadRowError(Exception):
@@ -43,7 +50,8 @@ def main() -> None:
     params = load_params(DownloadDatasetParams)
     if params.dataset_name is None:
         path = Path(params.dataset_file)
-        rows, source = read_file(path), {"source": str(path), "revision": f"sha256:{sha256(path)}", "licence": None}
+        rows = read_file(path)
+        source: dict[str, Any] = {"source": str(path), "revision": f"sha256:{file_sha256(path)}", "licence": None}
     else:
         rows, source = read_hub(params.dataset_name, params.dataset_revision, params.dataset_split)
 
@@ -96,7 +104,7 @@ def read_fields(row: dict[str, Any] | BadRowError) -> dict[str, str]:
 
 
 def _shown(value: object) -> str:
-    return f"{type(value).__name__} {value!a:.60}"
+    return f"{type(value).__name__} {reprlib.repr(value).encode('ascii', 'backslashreplace').decode():.60}"
 
 
 def read_file(path: Path) -> Iterator[Row]:
@@ -123,22 +131,57 @@ def read_json(path: Path) -> Iterator[Row]:
 
 
 def read_json_array(path: Path) -> Iterator[Row]:
+    """The elements of an array one by one, so that memory holds the longest and not all of them.
+
+    Not with ijson: its parser turns half a surrogate pair into a question mark, and ends at an integer of 20 digits.
+    """
+    number = 0
     try:
-        with path.open("rb") as file:
-            if file.read(3) != codecs.BOM_UTF8:
-                file.seek(0)
-            yield from enumerate(ijson.items(file, "item", use_float=True), 1)
-    except (ijson.JSONError, UnicodeDecodeError):
-        # ijson does not say where. Reading all of it again does, and costs memory only on the way out.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for number, element in enumerate(_array_elements(file), 1):
+                yield number, element
+    except RecursionError:
+        raise UserError(f"{path}: row {number + 1} is nested too deep; {ALLOWED}") from None
+    except (ValueError, IndexError):
+        # Where it is in the file is found by reading all of it again, which costs memory only on the way out.
+        with path.open("rb") as again:
+            text = "".join(_decoded_lines(path, again))
         try:
-            json.loads(path.read_text(encoding="utf-8-sig"))
+            JSON.decode(text)
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{path}:{error.lineno}: not valid JSON at column {error.colno}: {error.msg}; mend that line"
             ) from None
-        except UnicodeDecodeError as error:
-            raise _wrong_encoding(path, error.object[: error.start].count(b"\n") + 1, error) from None
         raise
+
+
+def _array_elements(file: TextIO) -> Iterator[Any]:
+    text, at = file.read(CHARACTERS_AT_ONCE).lstrip().removeprefix("["), 0
+    empty = True
+    while True:
+        try:
+            start = WHITE_SPACE.search(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+            if empty and text[start] == "]":
+                after = start
+                break
+            element, end = JSON.raw_decode(text, start)
+            after = WHITE_SPACE.search(text, end).end()  # type: ignore[union-attr]
+            separator = text[after]
+            if separator not in ",]":  # what is here of a number may be its beginning
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, after)
+        except (json.JSONDecodeError, IndexError):
+            # More of the file makes it whole, or it is wrong.
+            if not (more := file.read(max(len(text) - at, CHARACTERS_AT_ONCE))):
+                raise
+            text, at = text[at:] + more, 0
+            continue
+        yield element
+        empty = False
+        if separator == "]":
+            break
+        at = after + 1
+    if text[after + 1 :].strip() or file.read().strip():
+        raise json.JSONDecodeError("Extra data", text, after)
 
 
 def read_json_lines(path: Path) -> Iterator[Row]:
@@ -150,7 +193,7 @@ def read_json_lines(path: Path) -> Iterator[Row]:
                 raise _wrong_encoding(path, number, error) from None
             if text.strip():
                 try:
-                    yield number, json.loads(text.rstrip("\r\n"))
+                    yield number, JSON.decode(text.rstrip("\r\n"))
                 except (json.JSONDecodeError, RecursionError) as error:
                     yield number, BadRowError("bad_json", f"{path}:{number}: not valid JSON: {error}")
 
@@ -159,8 +202,8 @@ def read_csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     with path.open("rb") as file:
         reader = csv.DictReader(_decoded_lines(path, file), strict=True)
-        _require_columns(path, reader.fieldnames or ())
         try:
+            _require_columns(path, reader.fieldnames or ())
             for number, row in enumerate(reader, 1):
                 if None in row:
                     width = len(reader.fieldnames or ())
@@ -185,13 +228,12 @@ def _decoded_lines(path: Path, file: Iterable[bytes]) -> Iterator[str]:
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
-    try:
-        _require_columns(path, pq.read_schema(path).names)
-        columns = [name for name in pq.read_schema(path).names if name in FIELDS]
+    with reading(path):
+        schema = pq.read_schema(path)
+        _require_columns(path, schema.names)
+        columns = [name for name in schema.names if name in FIELDS]
         rows = (row for batch in read_batches(path, columns) for row in batch.to_pylist())
         yield from enumerate(rows, 1)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file that can be read: {error}") from None
 
 
 def read_hub(name: str, revision: str | None, split: str) -> tuple[Iterator[Row], dict[str, Any]]:
@@ -201,33 +243,40 @@ def read_hub(name: str, revision: str | None, split: str) -> tuple[Iterator[Row]
 
     from stages.shared.hub import hub_errors
 
-    with hub_errors("dataset_name", name, revision):
+    where = f"dataset_name: {name!r}"
+    if Path(name).exists():  # load_dataset would read that, whatever the Hub has
+        raise UserError(f"{where} is also a path here; rename that, or name a file in dataset_file")
+    with reading(where, OTHER_DATASET), hub_errors("dataset_name", name, revision):
         info = HfApi().dataset_info(name, revision=revision)
         try:
             dataset = datasets.load_dataset(name, revision=info.sha, split=split)
-        except ValueError as error:  # an unknown split or configuration, or no data files
-            raise UserError(f"dataset_name: {name!r} can't be loaded: {error}") from None
-        except datasets.exceptions.DatasetsError as error:
-            raise UserError(f"dataset_name: {name!r} can't be loaded: {error.__cause__ or error}") from None
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise error.__cause__ or error from None
+        licence = info.card_data.get("license") if info.card_data else None
+        licence = ", ".join(map(str, licence)) if isinstance(licence, list) else licence
     _require_columns(name, dataset.column_names)
-    licence = info.card_data.get("license") if info.card_data else None
-    return enumerate(dataset, 1), {"source": name, "split": split, "revision": info.sha, "licence": licence}
+    source = {"source": name, "split": split, "revision": info.sha, "licence": licence and printable(str(licence))}
+    return _numbered(where, dataset), source
+
+
+def _numbered(where: str, dataset: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    with reading(where, OTHER_DATASET):
+        yield from enumerate(dataset, 1)
 
 
 def _require_columns(where: object, columns: Iterable[str]) -> None:
-    for name in REQUIRED:
-        if name not in columns:
-            raise UserError(f"{where}: column {name!r} is missing; found {', '.join(columns) or 'none'}; {ALLOWED}")
+    names = list(columns)
+    for name in FIELDS:
+        if name in REQUIRED and name not in names:
+            found = textwrap.shorten(", ".join(names), 300, placeholder=" ...") or "none"
+            raise UserError(f"{where}: column {name!r} is missing; found {found}; {ALLOWED}")
+        if names.count(name) > 1:
+            raise UserError(f"{where}: column {name!r} is there {names.count(name)} times; keep one of them")
 
 
 def _wrong_encoding(path: Path, line: int, error: UnicodeDecodeError) -> UserError:
     byte = error.object[error.start]
     return UserError(f"{path}:{line}: not UTF-8: found byte 0x{byte:02x}; save the file as UTF-8 and run again")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

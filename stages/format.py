@@ -4,7 +4,6 @@ Every row that can't be trained on goes to the ledger `data/left_out.parquet` wi
 """
 
 import hashlib
-import json
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -16,11 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from stages.shared.errors import UserError, run
+from stages.shared.errors import UserError, reading
 from stages.shared.examples import FORMATTED, LEFT_OUT, NOT_SUPERVISED
-from stages.shared.files import parquet_writer, read_batches, write_json, write_text
+from stages.shared.files import parquet_writer, read_batches, read_json, write_json, write_text
 from stages.shared.masking import encode_examples
 from stages.shared.params import FormatParams, load_params
+from stages.shared.run import run
 from stages.shared.templates import render_prompt
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ def main() -> None:
     params = load_params(FormatParams)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained("models/tokenizer", local_files_only=True)
+    with reading(Path("models/tokenizer")):
+        tokenizer = AutoTokenizer.from_pretrained("models/tokenizer", local_files_only=True)
     counts: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
     lengths: Counter[int] = Counter()
@@ -63,9 +64,13 @@ def main() -> None:
             labels = examples["labels"].combine_chunks().flatten().to_numpy()
             counts["supervised_tokens"] += int(np.count_nonzero(labels != NOT_SUPERVISED))
 
-        source = json.loads(Path("data/source.json").read_text(encoding="utf-8"))
+        source = read_json(Path("data/source.json"))
         kept, rows_in = formatted.num_rows, source["rows"]
-        assert rows_in == kept + left_out.total(), "a row vanished"  # noqa: S101
+        if rows_in != kept + left_out.total():
+            raise UserError(
+                f"data/source.json: says {rows_in:,} rows, raw.parquet and unreadable.parquet have "
+                f"{kept + left_out.total():,}; run `dvc repro`, which makes all of them"
+            )
         if left_out.total() > rows_in / 2:
             raise UserError(
                 f"{source['source']}: {left_out.total():,} of {rows_in:,} rows can't be trained on "
@@ -90,7 +95,8 @@ def format_batch(
     prompts = [render_prompt(params.template, row["instruction"], row["input"]) for row in rows]
     responses = [row["output"].strip() for row in rows]
     prompt_ids = [content_hash(normalise(row["instruction"]), normalise(row["input"])) for row in rows]
-    encoded = encode_examples(tokenizer, prompts, responses, params.max_length)
+    with reading("models/tokenizer", "its tokenizer can't encode this text: use another model"):
+        encoded = encode_examples(tokenizer, prompts, responses, params.max_length)
     offsets = pa.array(np.concatenate([[0], encoded.lengths.cumsum()]), pa.int32())
     columns = {
         "example_id": list(map(content_hash, prompt_ids, responses)),

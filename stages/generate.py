@@ -6,10 +6,11 @@ They lie in git, so that a pull request shows how the answers changed.
 import argparse
 from pathlib import Path
 
-from stages.shared.errors import run
 from stages.shared.files import write_text
 from stages.shared.params import GenerateParams, load_params
+from stages.shared.run import run
 from stages.shared.templates import render_prompt
+from stages.shared.text import block, heading
 
 
 def main() -> None:
@@ -22,33 +23,23 @@ def main() -> None:
 
     from stages.shared.decoding import generate_answers
     from stages.shared.masking import encode_prompts
-    from stages.shared.models import autocast, load_model, load_tokenizer
+    from stages.shared.models import autocast, load_model, load_tokenizer, require_context
 
     model, tokenizer = load_model(Path("models") / name).eval(), load_tokenizer()
-    prompts = [render_prompt(params.template, instruction) for instruction in params.sample_prompts]
+    texts = [render_prompt(params.template, instruction) for instruction in params.sample_prompts]
+    prompts = encode_prompts(tokenizer, texts)
+    require_context(model, max(map(len, prompts)), "sample_prompts")
     set_seed(params.seed)
     with autocast(params.precision, model.device):
-        answers = generate_answers(
-            model,
-            tokenizer,
-            encode_prompts(tokenizer, prompts),
-            params.max_new_tokens,
-            params.temperature,
-            params.top_p,
-        )
+        answers = generate_answers(model, tokenizer, prompts, params.max_new_tokens, params.temperature, params.top_p)
     settings = f"temperature {params.temperature:g}, top_p {params.top_p:g}, seed {params.seed}"
     parts = [f"# Answers of the {name} model\n\nAt most {params.max_new_tokens} tokens, {settings}.\n"]
     for instruction, answer in zip(params.sample_prompts, answers, strict=True):
-        end = "" if answer.stopped else f"\n*(cut at {params.max_new_tokens} tokens)*\n"
-        parts.append(f"## {' '.join(instruction.split())}\n\n{quoted(answer.text)}\n{end}")
+        end = "" if answer.stopped else f"\n*(cut at {answer.num_tokens} tokens)*\n"
+        parts.append(f"## {heading(instruction)}\n\n{block(answer.text)}\n{end}")
     path = Path(f"metrics/samples/{name}.md")
     write_text(path, "\n".join(parts))
     print(f"{sum(answer.stopped for answer in answers)} of {len(answers)} answers stopped by themselves → {path}")
-
-
-def quoted(text: str) -> str:
-    """Text as an indented block: whatever a model writes is shown as it is and can't become Markdown or HTML."""
-    return "\n".join(f"    {line}" for line in text.splitlines()) or "    (empty)"
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from stages.shared.errors import UserError, run
+from stages.shared.errors import UserError
 from stages.shared.examples import FORMATTED
 from stages.shared.files import parquet_writer, read_batches, write_json
 from stages.shared.params import SplitParams, load_params
+from stages.shared.run import run
 
 SPLITS = ("train", "validation", "test")
 

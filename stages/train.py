@@ -4,18 +4,20 @@ Loss is summed over supervised tokens and divided once by their number in the ef
 cut into micro-batches never changes the gradient.
 """
 
-import hashlib
-import json
 import math
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.shared.errors import UserError, run
+from stages.shared.errors import UserError
 from stages.shared.examples import Example, read_split
-from stages.shared.files import atomic_path, write_json, write_text
+from stages.shared.files import atomic_path, disk_use, file_sha256, read_json, write_json, write_text
 from stages.shared.params import TrainParams, load_params
+from stages.shared.run import run
 from stages.shared.templates import render_prompt
+from stages.shared.text import code
 
 if TYPE_CHECKING:
     import torch
@@ -37,13 +39,15 @@ def main() -> None:
     from transformers import set_seed
 
     from stages.shared.checkpoints import Checkpoints
+    from stages.shared.environment import environment
     from stages.shared.loss import choose_batches
-    from stages.shared.models import load_model, uses_bf16
+    from stages.shared.models import load_model, pick_device, uses_bf16
 
-    with Checkpoints.opened("train", params.model_dump()) as checkpoints:
+    made_with = environment(pick_device())
+    with Checkpoints.opened("train", params.model_dump(), made_with) as checkpoints:
         set_seed(params.seed)
         model = load_model(BASE).train()
-        batches, reason = choose_batches(model, train, params.batch_size * params.max_length)
+        batches, reason = choose_batches(model, [*train, *validation], params.batch_size * params.max_length)
         precision = "bf16" if uses_bf16(params.precision, model.device) else "fp32"
         print(
             f"{len(train):,} examples, {num_steps:,} steps of {effective_batch(params)}; {precision} on {model.device}"
@@ -51,8 +55,11 @@ def main() -> None:
         print(f"Engine: {reason}", flush=True)
         metrics = fit(model, batches, train, validation, params, num_steps, num_warmup_steps, checkpoints)
         save_tuned(model, params, metrics, checkpoints)
-        write_json(Path("metrics/train.json"), metrics)
+        write_json(Path("metrics/train.json"), {**metrics, "environment": made_with})
     print(f"Best validation loss {metrics['validation_loss']:.4f} at step {metrics['best_step']} → {TUNED}")
+    root = Path(os.environ.get("DVC_ROOT", "."))
+    used = [f"{disk_use(root / folder) / 1e9:.2f} GB in {folder}" for folder in (".dvc/cache", ".scratch")]
+    print(f"Disk: {', '.join(used)}; how to get it back is in the README, Disk")
 
 
 def effective_batch(params: TrainParams) -> int:
@@ -104,14 +111,15 @@ def fit(
     optimizer = torch.optim.AdamW(parameter_groups(model, params.weight_decay), params.learning_rate, fused=True)
     kind = "constant_with_warmup" if params.lr_scheduler == "constant" else params.lr_scheduler
     scheduler = get_scheduler(kind, optimizer, num_warmup_steps, num_steps)
-    state: dict[str, Any] = {"step": 0, "loss_sum": 0.0, "supervised_tokens": 0, "curve": [], "validations": []}
+    state: dict[str, Any] = {"step": 0, "curve": [], "validations": []}
+    # Summed loss and supervised tokens of the run, and of what the next point of the curve averages.
+    state |= {"run_loss": 0.0, "run_tokens": 0, "point_loss": 0.0, "point_tokens": 0}
     if checkpoint := checkpoints.load():
         state = restore(checkpoint, model, optimizer, scheduler)
         print(f"Going on from the checkpoint of step {state['step']:,}", flush=True)
 
     steps_per_epoch = num_steps // params.num_epochs
     progress = tqdm(total=num_steps, initial=state["step"], unit="step")
-    logged_loss, logged_tokens = 0.0, 0
     while state["step"] < num_steps:
         # The data order is a function of seed and epoch, so a resumed run needs no record of it.
         epoch, done = divmod(state["step"], steps_per_epoch)
@@ -132,17 +140,17 @@ def fit(
             scheduler.step()
             optimizer.zero_grad()
             state["step"] += 1
-            state["loss_sum"] += loss_sum
-            state["supervised_tokens"] += num_supervised
+            for name in ("run", "point"):
+                state[f"{name}_loss"] += loss_sum
+                state[f"{name}_tokens"] += num_supervised
             last = state["step"] == num_steps
 
             # Log.
-            logged_loss, logged_tokens = logged_loss + loss_sum, logged_tokens + num_supervised
             if state["step"] % params.logging_steps == 0 or last:
-                loss_mean = logged_loss / logged_tokens
+                loss_mean = state["point_loss"] / state["point_tokens"]
                 state["curve"].append([state["step"], loss_mean, learning_rate, norm])
                 write_csv(TRAIN_CURVE, "step,loss,learning_rate,gradient_norm", state["curve"])
-                logged_loss, logged_tokens = 0.0, 0
+                state["point_loss"], state["point_tokens"] = 0.0, 0
                 rate = sum(len(example.input_ids) for example in batch) * (progress.format_dict["rate"] or 0)
                 progress.set_postfix_str(f"loss {loss_mean:.3f}, lr {learning_rate:.2e}, {rate:,.0f} tokens/s")
             progress.update()
@@ -150,6 +158,7 @@ def fit(
             # Validate, and keep the best.
             if state["step"] % params.eval_steps == 0 or last:
                 validation_loss = validate(model, batches, validation, params.precision)
+                require_finite("validation loss", validation_loss, state["step"], batch)
                 if validation_loss < min((loss for _, loss in state["validations"]), default=math.inf):
                     checkpoints.save_best(dict(model.named_parameters()))
                 state["validations"].append([state["step"], validation_loss])
@@ -162,8 +171,8 @@ def fit(
     return {
         "steps": num_steps,
         "examples": len(train),
-        "supervised_tokens": state["supervised_tokens"],
-        "loss": state["loss_sum"] / state["supervised_tokens"],
+        "supervised_tokens": state["run_tokens"],
+        "loss": state["run_loss"] / state["run_tokens"],
         "validation_loss": best_loss,
         "best_step": best_step,
     }
@@ -192,7 +201,7 @@ def parameter_groups(model: "PreTrainedModel", weight_decay: float) -> list[dict
 
 def require_finite(name: str, value: float, step: int, examples: Sequence[Example]) -> float:
     if not math.isfinite(value):
-        ids = ", ".join(example.example_id for example in examples)
+        ids = ", ".join(example.example_id for example in examples[:16])
         raise UserError(
             f"step {step:,}: {name} is {value}; lower learning_rate or max_grad_norm, or set precision to fp32. "
             f"Look at these rows of data/train.parquet: {ids}"
@@ -261,7 +270,7 @@ def save_tuned(
         eos_token_id=tokenizer.eos_token_id,  # the one that was trained, whatever the base model stopped at
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
-    with atomic_path(TUNED) as partial:
+    with atomic_path(TUNED, durable=True) as partial:
         torch.nn.Module.to(model, checkpoint_dtype(BASE))
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -269,9 +278,9 @@ def save_tuned(
 
 
 def model_card(params: TrainParams, metrics: dict[str, Any]) -> str:
-    base = json.loads((BASE / "source.json").read_text(encoding="utf-8"))
-    data = json.loads(Path("data/source.json").read_text(encoding="utf-8"))
-    data_hash = hashlib.sha256(Path("data/train.parquet").read_bytes()).hexdigest()
+    base = read_json(BASE / "source.json")
+    data = read_json(Path("data/source.json"))
+    data_hash = file_sha256(Path("data/train.parquet"))
     listed = "\n".join(f"| {name} | {value} |" for name, value in params.model_dump().items())
     prompt = render_prompt(params.template, "What is the capital of France?")
     return f"""\
@@ -279,12 +288,12 @@ def model_card(params: TrainParams, metrics: dict[str, Any]) -> str:
 library_name: transformers
 pipeline_tag: text-generation
 ---
-# {base["model_name"].partition("#")[0]}, fine-tuned on {data["source"]}
+# {code(re.sub("#sha256=.*", "", base["model_name"]))}, fine-tuned on {code(data["source"])}
 
 | what | value |
 |---|---|
-| base model | `{base["model_name"]}`, revision {base["revision"] or "as named"} |
-| dataset | `{data["source"]}`, revision {data["revision"]}, licence {data["licence"] or "not stated"} |
+| base model | {code(base["model_name"])}, revision {code(base["revision"] or "as named")} |
+| dataset | {code(data["source"])}, revision {code(data["revision"])}, licence {code(data["licence"] or "not stated")} |
 | examples trained on | {metrics["examples"]:,}; sha256 of `data/train.parquet`: `{data_hash}` |
 | training loss | {metrics["loss"]:.4f} nats a token, mean of the run |
 | validation loss | {metrics["validation_loss"]:.4f} nats a token, step {metrics["best_step"]} of {metrics["steps"]} |

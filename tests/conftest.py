@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny model and tokenizer made on the spot, and examples of literal token ids."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,48 +8,13 @@ import numpy as np
 import pytest
 
 from stages.shared.examples import Example
-
-CORPUS = [
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
-    "Below is an instruction that describes a task, paired with an input that provides further context.",
-    "### Instruction: ### Input: ### Response: Name a colour. Red. Blue. Green. Add two and two. Four.",
-]
+from tests.clone import make_tiny_model
+from tests.test_params import edit
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small random Llama and a byte-level tokenizer whose end token is also its pad token."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>").save_pretrained(
-        folder
-    )
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        eos_token_id=0,
-        pad_token_id=0,
-        bos_token_id=None,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture
@@ -60,6 +26,27 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
     yield tmp_path
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A project in which every stage up to split has run, so that any stage can."""
+    folder = tmp_path_factory.mktemp("prepared")
+    from stages import download_dataset, download_model, format, split  # noqa: A004
+
+    root = Path(__file__).parent.parent
+    for name in ("params.yaml", "dvc.yaml", "stages"):
+        copy = shutil.copytree if (root / name).is_dir() else shutil.copy
+        copy(root / name, folder / name)
+    (folder / "data").mkdir()
+    rows = (root / "data/instructions.jsonl").read_text(encoding="utf-8").splitlines(True)[:60]
+    (folder / "data/instructions.jsonl").write_text("".join(rows), encoding="utf-8")
+    edit(folder, model_name=str(tiny_model), max_length="512")
+    with pytest.MonkeyPatch.context() as context:
+        context.chdir(folder)
+        for stage in (download_dataset, download_model, format, split):
+            stage.main()
+    return folder
 
 
 def example(prompt: list[int], response: list[int], example_id: str = "x") -> Example:

@@ -23,12 +23,14 @@ class Hub:
     """The server's state, which a test may change.
 
     gated: repositories that answer 401 with the Hub's code for a gated one.
+    licence: what the card of a repository says.
     breaks: for a file's name, how many of its next transfers break off half-way.
     requests: method and path of each request, with its Range header if it had one.
     """
 
     root: Path
     url: str = ""
+    licence: str = "cc0-1.0"
     gated: set[str] = field(default_factory=set)
     breaks: dict[str, int] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
@@ -87,7 +89,7 @@ def serve(root: Path) -> Iterator[Hub]:
                 self.json([entry for entry in entries if entry["path"] in body.get("paths", [])])
             elif rest[:1] in ([], ["revision"]):
                 siblings = [{"rfilename": name} for name in names]
-                card = {"license": "cc0-1.0"}
+                card = {"license": hub.licence}
                 self.json(
                     {"id": "/".join(parts[1:3]), "sha": COMMIT, "siblings": siblings, "cardData": card, "tags": []}
                 )

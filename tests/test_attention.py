@@ -13,12 +13,12 @@ def test_a_layout_says_where_the_examples_lie(monkeypatch: pytest.MonkeyPatch) -
     layout = StreamLayout.of([(2, [3, 1, 2]), (0, [1])])
     prefix, short, long, other = layout.blocks
     assert prefix.rows.tolist() == [[0, 1]]
-    assert prefix.mask.int().tolist() == [[1, 0], [1, 1]]
+    assert prefix.mask.exp().int().tolist() == [[1, 0], [1, 1]]
     assert short.prefix == slice(0, 2)
     assert short.rows.tolist() == [[5, 0], [6, 7]]
-    assert short.mask.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert short.mask.exp().int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert long.rows.tolist() == [[2, 3, 4]]
-    assert long.mask.int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert long.mask.exp().int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert other.prefix == slice(8, 8)
     assert other.rows.tolist() == [[8]]
     # The stream's tokens 2, 3, 4 lie in the third block, behind the two places of the first and four of the second.

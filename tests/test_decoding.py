@@ -91,6 +91,17 @@ def test_a_model_with_a_sliding_window_reads_padded_prompts() -> None:
         assert decoding.choose_reading(make(CONFIGS["llama"]).eval(), prompts) is read_flat
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_an_answer_ends_where_the_context_is_full(name: str) -> None:
+    model = make(CONFIGS[name]).eval()  # 128 positions
+    prompts = [[5 + n % 40 for n in range(length)] for length in (126, 100, 128)]
+    found = decoding.generate_batch(model, prompts, -1, 40, None, read_padded)
+    assert [len(ids) for ids in found] == [3, 29, 1]  # the last new token is not read again
+    assert found == decoding.generate_batch(model, prompts, -1, 40, None, read_flat)
+    whole = decoding.generate_batch(model, prompts[:2], -1, 3, None, read_padded)
+    assert [ids[:3] for ids in found[:2]] == whole
+
+
 @pytest.mark.parametrize("read", [read_padded, read_flat])
 def test_a_row_that_stops_leaves_the_others_as_they_were(model: Any, read: Reading) -> None:
     whole = decoding.generate_batch(model, PROMPTS, 399, 12, None, read)

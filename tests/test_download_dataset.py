@@ -1,5 +1,6 @@
 """Reading files: what is kept, what goes to the ledger, what stops the run."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stages import download_dataset
 from stages.shared.errors import UserError
@@ -123,83 +126,76 @@ def test_a_csv_row_with_too_many_or_too_few_fields_goes_to_the_ledger(project: P
     ]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b"", f"data/a.jsonl: is empty; {ALLOWED}"),
-        ("a.jsonl", b"\n \n", f"data/a.jsonl: found no rows; {ALLOWED}"),
-        ("a.json", b"[]", f"data/a.json: found no rows; {ALLOWED}"),
-        ("a.csv", b"instruction,output\n", f"data/a.csv: found no rows; {ALLOWED}"),
-        (
-            "a.csv",
-            b"question,answer\nA,b\n",
-            f"data/a.csv: column 'instruction' is missing; found question, answer; {ALLOWED}",
-        ),
-        (
-            "a.csv",
-            b"instruction,text\nA,b\n",
-            f"data/a.csv: column 'output' is missing; found instruction, text; {ALLOWED}",
-        ),
-        (
-            "a.json",
-            b'[{"instruction": "A", "output": "b"},\n {"instruction": "A" "output": "b"}]',
-            "data/a.json:2: not valid JSON at column 22: Expecting ',' delimiter; mend that line",
-        ),
-        (
-            "a.json",
-            b'[{"instruction": "A", "output": "b"},\n',
-            "data/a.json:2: not valid JSON at column 1: Expecting value; mend that line",
-        ),
-        (
-            "a.jsonl",
-            '{"instruction": "A", "output": "b"}\n{"instruction": "é", "output": "b"}'.encode("latin-1"),
-            "data/a.jsonl:2: not UTF-8: found byte 0xe9; save the file as UTF-8 and run again",
-        ),
-        (
-            "a.json",
-            '[\n{"instruction": "é", "output": "b"}]'.encode("latin-1"),
-            "data/a.json:2: not UTF-8: found byte 0xe9; save the file as UTF-8 and run again",
-        ),
-        (
-            "a.csv",
-            "instruction,output\nA,b\né,b\n".encode("latin-1"),
-            "data/a.csv:3: not UTF-8: found byte 0xe9; save the file as UTF-8 and run again",
-        ),
-        (
-            "a.csv",
-            "instruction,output\nA,b\n".encode("utf-16"),
-            "data/a.csv:1: not UTF-8: found byte 0xff; save the file as UTF-8 and run again",
-        ),
-        (
-            "a.csv",
-            b'instruction,output\nA,"b',
-            'data/a.csv:2: not valid CSV: unexpected end of data; quote fields with " and double it inside',
-        ),
-        ("a.parquet", b"PAR1 not really", "data/a.parquet: not a Parquet file that can be read: "),
-        ("a.xlsx", b"x", "dataset_file: found 'data/a.xlsx'; must end in .json, .jsonl, .csv, .parquet"),
-    ],
+def test_a_file_that_can_not_be_read_leaves_no_output(project: Path) -> None:
+    with pytest.raises(UserError, match="not valid CSV"):
+        read("a.csv", 'instruction,output\nA,b\nA,"b')
+    assert sorted(path.name for path in Path("data").iterdir()) == ["a.csv"]
+
+
+def test_what_json_can_hold_beside_the_text_is_no_matter(project: Path) -> None:
+    digits = "9" * 5000
+    content = f'[{{"instruction": "A", "output": "b", "id": {digits}, "x": [1e999, NaN, {{"y": null}}]}}]'
+    assert read("a.json", content) == [row("A", "b", 1)]
+    assert read("a.jsonl", content[1:-1]) == [row("A", "b", 1)]
+
+
+def test_half_a_surrogate_pair_is_no_text_in_an_array_either(project: Path) -> None:
+    assert read("a.json", '[{"instruction": "A", "output": "b\\ud800"}, {"instruction": "A", "output": "b"}]') == [
+        row("A", "b", 2)
+    ]
+    assert unreadable() == [(1, "not_unicode", "'output' has half a surrogate pair at character 1")]
+
+
+def test_nesting_without_end_goes_to_the_ledger(project: Path) -> None:
+    deep = "[" * 100_000
+    assert read("a.jsonl", f'{{"instruction": "A", "output": "b"}}\n{{"instruction": {deep}}}\n') == [row("A", "b", 1)]
+    assert [(number, reason) for number, reason, _ in unreadable()] == [(2, "bad_json")]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(
+        st.dictionaries(
+            st.sampled_from(["instruction", "output", "input", "other"]),
+            st.text() | st.none() | st.integers() | st.lists(st.text(), max_size=2),
+        )
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.booleans(),
+        min_size=1,
+        max_size=9,
+    ),
+    indent=st.sampled_from([None, 0, 2]),
+    ascii_only=st.booleans(),
+    characters=st.integers(1, 40),
 )
-def test_a_file_that_can_not_be_read_stops_the_run(project: Path, name: str, content: bytes, message: str) -> None:
-    with pytest.raises(UserError) as error:
-        read(name, content)
-    assert str(error.value).startswith(message)
-    assert sorted(path.name for path in Path("data").iterdir()) == [name]
+def test_an_array_is_read_as_json_reads_it_wherever_it_is_cut(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], indent: int | None, ascii_only: bool, characters: int
+) -> None:
+    path = tmp_path_factory.mktemp("json") / "a.json"
+    path.write_text(json.dumps(rows, indent=indent, ensure_ascii=ascii_only), encoding="utf-8", errors="replace")
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(download_dataset, "CHARACTERS_AT_ONCE", characters)
+        found = list(download_dataset.read_json(path))
+    assert found == list(enumerate(json.loads(path.read_text(encoding="utf-8")), 1))
 
 
-def test_a_parquet_file_without_a_column_stops_the_run(project: Path) -> None:
-    pq.write_table(pa.table({"instruction": ["A"], "response": ["b"]}), "data/a.parquet")
-    edit(project, dataset_file="data/a.parquet")
-    with pytest.raises(UserError) as error:
-        download_dataset.main()
-    assert str(error.value) == f"data/a.parquet: column 'output' is missing; found instruction, response; {ALLOWED}"
-
-
-@pytest.mark.parametrize("name", ["data/none.jsonl", "data"])
-def test_a_file_that_is_not_there_stops_the_run(project: Path, name: str) -> None:
-    edit(project, dataset_file=name)
-    with pytest.raises(UserError) as error:
-        download_dataset.main()
-    assert "dataset_file: " in str(error.value)
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.parquet"])
+@pytest.mark.parametrize("text", ["a" * 3_000_000, "🐎" * 800_000, " <|im_end|>" * 300_000, "\n" * 3_000_000 + "."])
+def test_a_row_of_megabytes_comes_through(project: Path, name: str, text: str) -> None:
+    edit(project, dataset_file=f"data/{name}")
+    path = project / "data" / name
+    if name == "a.csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([["instruction", "output"], ["A", text]])
+    elif name == "a.parquet":
+        pq.write_table(pa.table({"instruction": ["A"], "output": [text]}), path)
+    else:
+        line = json.dumps({"instruction": "A", "output": text})
+        path.write_text(f"[{line}]" if name == "a.json" else line)
+    download_dataset.main()
+    (found,) = pq.read_table("data/raw.parquet").to_pylist()
+    assert found["output"] == text
 
 
 def test_a_million_rows_stream_through(project: Path) -> None:

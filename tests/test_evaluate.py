@@ -60,6 +60,8 @@ def test_one_example_has_no_spread() -> None:
         ("", "the cat", 0.0),
         ("the cat sat", "the sat cat", 2 / 3),  # two of three in order
         ("the cat", "the cat sat down", 2 / 3),  # precision 1, recall 1/2
+        ("Кот, здесь!", "кот здесь", 1.0),
+        ("it's café_au", "It s café au", 1.0),
     ],
 )
 def test_rouge_l(answer: str, reference: str, score: float) -> None:

@@ -102,6 +102,17 @@ def test_a_source_of_which_more_than_half_is_bad_stops_the_run(project: Path, ti
     assert not Path("data/left_out.parquet").exists()
 
 
+@pytest.mark.parametrize("text", ["a" * 1_000_000, "🐎" * 250_000, " <|im_end|>" * 100_000, "word " * 200_000])
+def test_a_row_of_a_megabyte_is_cut_or_left_out(project: Path, tiny_model: Path, text: str) -> None:
+    (kept, whole) = run_format(
+        tiny_model, [{**GOOD, "output": text}, {**GOOD, "instruction": text}, GOOD], max_length=99
+    )
+    assert len(kept["input_ids"]) == 99
+    assert kept["truncated"] is True
+    assert whole["truncated"] is False
+    assert [entry[:2] for entry in left_out()] == [(2, "prompt_too_long")]
+
+
 def test_half_bad_goes_on(project: Path, tiny_model: Path) -> None:
     assert len(run_format(tiny_model, [GOOD, {"instruction": "A"}])) == 1
 

@@ -9,13 +9,6 @@ from stages import download_model, generate
 from tests.test_params import edit
 
 
-def test_quoted_text_can_not_become_markdown_or_html() -> None:
-    assert generate.quoted("# Title\n<script>alert(1)</script>\n```\n\nend") == (
-        "    # Title\n    <script>alert(1)</script>\n    ```\n    \n    end"
-    )
-    assert generate.quoted("") == "    (empty)"
-
-
 def test_each_prompt_is_answered_under_its_heading(
     project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,9 +1,11 @@
 """The Hub path with the real clients, against a small server on loopback."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -154,7 +156,7 @@ def test_a_split_that_does_not_exist(project: Path, hub: Hub) -> None:
     hub.add("datasets/acme/rows", {"train.jsonl": JSONL})
     edit(project, dataset_name="acme/rows", dataset_split="validation")
     message = failure(run_stage("download_dataset", project, hub))
-    assert message.startswith("error: dataset_name: 'acme/rows' can't be loaded: Unknown split \"validation\"")
+    assert message.startswith("error: dataset_name: 'acme/rows': can't be read: Unknown split \"validation\"")
 
 
 def test_a_dataset_without_the_columns(project: Path, hub: Hub) -> None:
@@ -163,6 +165,60 @@ def test_a_dataset_without_the_columns(project: Path, hub: Hub) -> None:
     assert failure(run_stage("download_dataset", project, hub)) == (
         "error: acme/rows: column 'instruction' is missing; found question, answer; "
         "every row needs 'instruction' and 'output', and may have 'input', all of them text"
+    )
+
+
+def zipped(name: str, content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"rows.py": b"raise SystemExit('the script ran')"},
+        {"train.pkl": b"cos\nsystem\n(S'touch owned'\ntR."},
+        {"README.md": b"# nothing but words"},
+        {"train.jsonl": b'{"instruction": "\xff", "output": "b"}\n'},
+        {"train.parquet": b"PAR1 not really"},
+    ],
+)
+def test_a_dataset_of_scripts_pickles_or_damaged_files_is_refused(
+    project: Path, hub: Hub, files: dict[str, bytes]
+) -> None:
+    hub.add("datasets/acme/rows", files)
+    edit(project, dataset_name="acme/rows")
+    message = failure(run_stage("download_dataset", project, hub))
+    assert message.startswith("error: dataset_name: 'acme/rows': can't be read: ")
+    assert message.endswith("; use another dataset, one with JSON, CSV or Parquet files")
+    assert not Path("owned").exists()
+
+
+def test_an_archive_of_the_hub_can_not_write_outside_its_folder(project: Path, hub: Hub) -> None:
+    hub.add("datasets/acme/rows", {"train.zip": zipped("../../../../../../escaped.jsonl", JSONL)})
+    edit(project, dataset_name="acme/rows")
+    failure(run_stage("download_dataset", project, hub))
+    assert list(project.parent.rglob("*escaped*")) == []
+
+
+def test_a_hostile_licence_of_the_hub_stays_text(project: Path, hub: Hub) -> None:
+    hub.add("datasets/acme/rows", {"train.jsonl": JSONL})
+    hub.licence = "mit |\n\n<script>\ud800\x1b[2J"
+    edit(project, dataset_name="acme/rows")
+    assert run_stage("download_dataset", project, hub).returncode == 0
+    licence = json.loads(Path("data/source.json").read_text())["licence"]
+    assert licence == "mit |\n\n<script>\\ud800\\x1b[2J"
+
+
+def test_a_local_folder_is_not_read_in_place_of_the_hubs_dataset(project: Path, hub: Hub) -> None:
+    hub.add("datasets/acme/rows", {"train.jsonl": JSONL})
+    (project / "acme/rows").mkdir(parents=True)
+    (project / "acme/rows/train.jsonl").write_bytes(JSONL)
+    edit(project, dataset_name="acme/rows")
+    assert failure(run_stage("download_dataset", project, hub)) == (
+        "error: dataset_name: 'acme/rows' is also a path here; rename that, or name a file in dataset_file"
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from stages.shared import models
+from stages.shared.environment import environment
 
 
 def test_weights_are_fp32_whatever_the_checkpoint_is(tiny_model: Path) -> None:
@@ -31,3 +32,11 @@ def test_autocast_runs_matrix_multiplications_in_bf16_and_leaves_weights() -> No
         assert layer(torch.ones(1, 2)).dtype == torch.bfloat16
     assert layer.weight.dtype == torch.float32
     assert isinstance(models.autocast("fp32", torch.device("cpu")), nullcontext)
+
+
+def test_the_environment_names_releases_and_processor() -> None:
+    found = environment(torch.device("cpu"))
+    assert list(found) == ["python", "numpy", "pyarrow", "tokenizers", "torch", "transformers", "device"]
+    assert found["torch"] == torch.__version__.partition("+")[0]
+    assert found["device"].startswith("cpu, ")
+    assert found["device"].endswith(f", {torch.get_num_threads()} threads")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
+from tests import chaos
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,6 +53,10 @@ def test_the_table_of_speed_is_that_of_the_benchmarks() -> None:
     results = json.loads(report.RESULTS.read_text(encoding="utf-8"))
     assert section("bench") == report.table(results)
     assert f"]({report.PICTURE.relative_to(ROOT)})" in README
+
+
+def test_the_table_of_chaos_is_that_of_its_results() -> None:
+    assert section("chaos") == chaos.table(json.loads(chaos.RESULTS.read_text(encoding="utf-8")))
 
 
 def test_the_answers_shown_are_in_the_samples() -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -167,10 +168,11 @@ def test_the_tuned_model_is_complete(inputs: Path) -> None:
     assert json.loads(Path("models/tuned/config.json").read_text())["dtype"] == "bfloat16"
     assert json.loads(Path("models/tuned/generation_config.json").read_text())["eos_token_id"] == 0
     card = Path("models/tuned/README.md").read_text()
-    assert "# tiny, fine-tuned on a.jsonl" in card
+    assert "# `tiny`, fine-tuned on `a.jsonl`" in card
     assert "| learning_rate | 0.001 |" in card
     assert "| examples trained on | 22; sha256 of `data/train.parquet`: `" in card
-    assert not list(Path(".scratch/train").iterdir())
+    (run,) = Path(".scratch/train").glob("*/")
+    assert sorted(path.name for path in run.iterdir()) == ["finished", "step-00000020"]
 
 
 def test_the_usage_snippet_of_the_model_card_runs(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,14 +183,18 @@ def test_the_usage_snippet_of_the_model_card_runs(inputs: Path, capsys: pytest.C
     assert capsys.readouterr().out.endswith("\n")
 
 
-def test_the_best_checkpoint_on_validation_is_the_tuned_model(inputs: Path) -> None:
-    edit(inputs, learning_rate="0.1", lr_scheduler="constant", warmup_steps="0", eval_steps="1", weight_decay="0")
+def test_the_best_checkpoint_on_validation_is_the_tuned_model(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = train.validate, count(1)
+    # From the tenth on, validations are bad: the best is not the last.
+    monkeypatch.setattr(train, "validate", lambda *args: real(*args) + 100 * (next(calls) >= 10))
+    edit(inputs, eval_steps="1")
     train.main()
+    monkeypatch.setattr(train, "validate", real)
     validations = curve("metrics/validation_curve.csv")
     metrics = json.loads(Path("metrics/train.json").read_text())
     best_step, best_loss = min(validations, key=lambda point: point[1])
     assert len(validations) == 24
-    assert best_step != 24  # at this learning rate, the last is not the best
+    assert best_step < 10
     assert (metrics["best_step"], metrics["validation_loss"]) == (best_step, pytest.approx(best_loss, rel=1e-5))
 
     from stages.shared.loss import choose_batches
@@ -218,22 +224,67 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Non
     return lambda: monkeypatch.setattr(train, "require_finite", real)
 
 
+@pytest.mark.parametrize(
+    ("interrupted_at", "save_steps", "logging_steps", "dropout", "going_on_from"),
+    [(14, 5, 1, 0.0, 10), (14, 5, 3, 0.0, 10), (24, 7, 4, 0.2, 21), (2, 1, 24, 0.2, 1)],
+)
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
-    inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    inputs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    interrupted_at: int,
+    save_steps: int,
+    logging_steps: int,
+    dropout: float,
+    going_on_from: int,
 ) -> None:
+    config = json.loads(Path("models/base/config.json").read_text())
+    Path("models/base/config.json").write_text(json.dumps({**config, "attention_dropout": dropout}))
+    edit(inputs, save_steps=str(save_steps), logging_steps=str(logging_steps))
     train.main()
     expected = outcome()
-    shutil.rmtree("models/tuned")
-    shutil.rmtree("metrics")
-    undo = interrupt_at(14, monkeypatch)
+    for folder in ("models/tuned", "metrics", ".scratch"):
+        shutil.rmtree(folder)
+    undo = interrupt_at(interrupted_at, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train.main()
     undo()
     assert not Path("models/tuned").exists()
     capsys.readouterr()
     train.main()
-    assert "Going on from the checkpoint of step 10" in capsys.readouterr().out
+    assert f"Going on from the checkpoint of step {going_on_from}" in capsys.readouterr().out
     assert outcome() == expected
+
+
+def test_a_run_whose_result_was_lost_after_its_end_goes_on_too(
+    inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.main()
+    expected = outcome()
+    shutil.rmtree("models/tuned")
+    capsys.readouterr()
+    train.main()
+    assert "Going on from the checkpoint of step 20" in capsys.readouterr().out
+    assert outcome() == expected
+
+
+@pytest.mark.parametrize("change", ["seed", "input", "code"])
+def test_a_run_of_which_something_changed_starts_anew(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str
+) -> None:
+    undo = interrupt_at(14, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train.main()
+    undo()
+    if change == "seed":
+        edit(inputs, seed="7")
+    elif change == "input":
+        Path("data/validation.parquet").write_bytes(Path("data/train.parquet").read_bytes())
+    else:
+        with Path("stages/shared/loss.py").open("a") as file:
+            file.write("# another line\n")
+    train.main()
+    assert "Going on" not in capsys.readouterr().out
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_with_step_and_examples(inputs: Path) -> None:

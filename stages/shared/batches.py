@@ -50,20 +50,20 @@ class FlatBatches:
 
     def cut(self, examples: Sequence[Example]) -> Iterator[MicroBatch]:
         groups: list[list[Example]] = []
-        num_tokens = 0
+        sizes: list[int] = []  # tokens of each group
         # In this order those that begin alike are neighbours, and the first and the last of a group differ the most.
         for example in sorted(examples, key=lambda example: example.input_ids.tobytes()):
             alone = len(example.input_ids)
-            joined = self._num_tokens([*groups[-1], example]) - self._num_tokens(groups[-1]) if groups else alone
-            if groups and num_tokens + min(joined, alone) > self.max_tokens:
+            joined = self._num_tokens([*groups[-1], example]) if groups else 0
+            if groups and sum(sizes) + min(joined - sizes[-1], alone) > self.max_tokens:
                 yield self.collate(groups)
-                groups, num_tokens = [], 0
-            if groups and joined <= alone:
+                groups, sizes = [], []
+            if groups and joined - sizes[-1] <= alone:
                 groups[-1].append(example)
-                num_tokens += joined
+                sizes[-1] = joined
             else:
                 groups.append([example])
-                num_tokens += alone
+                sizes.append(alone)
         if groups:
             yield self.collate(groups)
 

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from stages.shared.attention import StreamLayout, flat_is_exact, flat_stream, stream_rows
+from stages.shared.models import context_length
 
 PROMPTS_PER_BATCH = 128
 Read = tuple[torch.Tensor, DynamicCache, torch.Tensor]
@@ -80,6 +81,7 @@ def generate_batch(
     time where one answer in twenty never stops).
     """
     logits, cache, mask = read(model, prompts)
+    context = context_length(model)
     new_ids: list[list[int]] = [[] for _ in prompts]
     going = list(range(len(prompts)))
     for num_new in range(1, max_new_tokens + 1):
@@ -90,7 +92,7 @@ def generate_batch(
             chosen = torch.multinomial(warped.softmax(-1), 1).squeeze(1)
         for row, token in zip(going, chosen.tolist(), strict=True):
             new_ids[row].append(token)
-        keep = chosen != stop
+        keep = (chosen != stop) & (mask.sum(1) < context)  # an answer that fills the context ends there
         going = [row for row, goes_on in zip(going, keep.tolist(), strict=True) if goes_on]
         if not going or num_new == max_new_tokens:
             break

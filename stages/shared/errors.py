@@ -1,46 +1,43 @@
-"""A user's mistake becomes one message and exit code 1, never a traceback."""
+"""A user's mistake, in one message."""
 
 import errno
 import os
-import signal
-import sys
-from collections.abc import Callable
-from types import FrameType
-from typing import NoReturn
-
-# What the machine or the user's files can do to any stage; everything else that is unforeseen is ours to debug.
-ADVICE = {
-    errno.ENOSPC: "free some space (`dvc gc --workspace` drops unused cache) and run again",
-    errno.EDQUOT: "free some space (`dvc gc --workspace` drops unused cache) and run again",
-    errno.EFBIG: "raise the file size limit (`ulimit -f`) and run again",
-    errno.EACCES: "make it readable and writable for this user and run again",
-    errno.EPERM: "make it readable and writable for this user and run again",
-    errno.EROFS: "mount it writable and run again",
-}
+import re
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(Exception):
     """Something that the user can mend. The text says where, what was found, what is allowed and what to do."""
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Run a stage's `main` and exit: 0 when it is done, 1 on a user's mistake, 130 or 143 when interrupted."""
-    signal.signal(signal.SIGTERM, _terminate)
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for terminals
+@contextmanager
+def reading(where: str | Path, mend: str = "bring it back with `dvc checkout`, or write it anew") -> Iterator[None]:
+    """Read a file or folder with libraries that raise what they like when it is not what it should be.
+
+    Args:
+        where: the path, or what stands before the reason in the message.
+        mend: what to do.
+
+    Raises:
+        UserError: it is damaged, or something else than its name says.
+        OSError: it is not there, or the machine can't read it.
+    """
+    if isinstance(where, Path) and not where.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(where))
     try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)  # not 0: DVC would commit the outputs of a stage that says it succeeded
-    except OSError as error:
-        if error.errno not in ADVICE:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if (isinstance(error, OSError) and error.errno) or is_out_of_memory(error):
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"error: {where}{error.strerror or error}; {ADVICE[error.errno]}")
-    sys.exit(0)
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+        raise UserError(f"{where}: can't be read: {reason}; {mend}") from None
 
 
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + signum)
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, the processor or the GPU has no memory left: each says it in its own way."""
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory", str(error)))

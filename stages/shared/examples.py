@@ -8,6 +8,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stages.shared.errors import UserError, reading
+
 # source_row counts from 1; in a JSONL file it is the line.
 RAW = pa.schema(
     [
@@ -60,10 +62,14 @@ class Example:
 def read_split(path: Path) -> list[Example]:
     """The examples of a formatted Parquet file, as views of its columns: 8 bytes a token."""
     examples: list[Example] = []
-    for batch in pq.read_table(path, columns=["example_id", "input_ids", "labels"]).to_batches():
+    with reading(path):
+        table = pq.read_table(path, columns=["example_id", "input_ids", "labels"])
+    for batch in table.to_batches():
         columns = [batch.column(name) for name in ("input_ids", "labels")]
         views = [
             np.split(column.flatten().to_numpy(), column.value_lengths().to_numpy().cumsum()[:-1]) for column in columns
         ]
         examples += map(Example, batch.column("example_id").to_pylist(), *views)
+    if not examples:
+        raise UserError(f"{path}: has no examples; run `dvc repro`, or bring more rows")
     return examples

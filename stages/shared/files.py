@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and with the same bytes for the same content."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,24 +12,64 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stages.shared.errors import reading
+
 ROWS_PER_GROUP = 4096  # a row group is what readers and writers hold in memory
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A path to write a file or folder at, which takes the name `path` when the block succeeds, else is deleted."""
+def atomic_path(path: Path, durable: bool = False) -> Iterator[Path]:
+    """A path to write a file or folder at, which takes the name `path` when the block succeeds, else is deleted.
+
+    Args:
+        durable: wait until all of it is on the disk, so that a power failure can't take what hours have made.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.partial")
+    remove(partial)  # what a process that was killed has left
     try:
         yield partial
+        if durable:
+            for written in [*partial.rglob("*"), partial]:
+                _flush(written)
         if path.is_dir():
             shutil.rmtree(path)
         partial.replace(path)
+        if durable:
+            _flush(path.parent)
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink(missing_ok=True)
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def disk_use(folder: Path) -> int:
+    """Bytes that a folder takes on the disk, a file of two names once."""
+    blocks = {}
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # another process may delete it
+            entry = path.lstat()
+            blocks[entry.st_ino] = entry.st_blocks
+    return 512 * sum(blocks.values())
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -38,6 +79,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    with reading(path):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 class ParquetWriter:
@@ -91,6 +137,6 @@ def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[ParquetWriter]:
 
 def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """A Parquet file, `ROWS_PER_GROUP` rows at a time."""
-    with pq.ParquetFile(path) as file:
+    with reading(path), pq.ParquetFile(path) as file:
         for batch in file.iter_batches(ROWS_PER_GROUP, columns=columns):
             yield pa.Table.from_batches([batch])

@@ -12,6 +12,7 @@ from transformers.utils.generic import ModelOutput
 from stages.shared.attention import flat_is_exact, flat_stream
 from stages.shared.batches import Batches, FlatBatches, MicroBatch, PaddedBatches
 from stages.shared.examples import Example
+from stages.shared.models import require_context
 
 LOGITS_PER_CHUNK = 2**25  # tokens × vocabulary that exist at once: 128 MiB for each fp32 copy
 
@@ -89,8 +90,13 @@ def run_head(
 
 
 def choose_batches(model: PreTrainedModel, examples: Sequence[Example], max_tokens: int) -> tuple[Batches, str]:
-    """The flat stream where it is exact for this model, padded micro-batches otherwise, and why."""
+    """The flat stream where it is exact for this model, padded micro-batches otherwise, and why.
+
+    Raises:
+        UserError: an example is longer than the model's context.
+    """
     longest = max(examples, key=lambda example: len(example.input_ids))
+    require_context(model, len(longest.input_ids), "max_length")
     probe = sorted([longest, examples[0]], key=lambda example: example.input_ids.tobytes())
     padded, flat = PaddedBatches(max_tokens), FlatBatches(max_tokens)
     exact, difference = flat_is_exact(

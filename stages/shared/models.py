@@ -1,12 +1,15 @@
 """Load and save model and tokenizer; device and precision."""
 
 import ctypes
+import math
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from stages.shared.errors import UserError, reading
 
 
 def pick_device() -> torch.device:
@@ -16,7 +19,8 @@ def pick_device() -> torch.device:
 
 
 def load_tokenizer(folder: Path = Path("models/tokenizer")) -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with reading(folder):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return tokenizer
 
 
@@ -34,10 +38,31 @@ def keep_freed_memory() -> None:
 def load_model(folder: Path) -> PreTrainedModel:
     """A causal language model on the device, its weights fp32 whatever the checkpoint's dtype is."""
     keep_freed_memory()
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, device_map={"": pick_device()}
-    )
+    with reading(folder):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, device_map={"": pick_device()}
+        )
     return model
+
+
+def require_context(model: PreTrainedModel, num_tokens: int, parameter: str) -> None:
+    """See to it that a model has positions for so many tokens.
+
+    Raises:
+        UserError: it has fewer. Learned positions end there; others go on, but the model never saw them.
+    """
+    limit = context_length(model)
+    if num_tokens > limit:
+        raise UserError(
+            f"{parameter}: found {num_tokens:,} tokens in the longest; this model has {limit:,} positions "
+            f"(max_position_embeddings): lower {parameter}, or use another model"
+        )
+
+
+def context_length(model: PreTrainedModel) -> float:
+    """Positions that a model has, infinity where its config names none."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else math.inf
 
 
 def checkpoint_dtype(folder: Path) -> torch.dtype:

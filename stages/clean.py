@@ -1,0 +1,23 @@
+"""Give back the disk space of checkpoints and of what killed runs have left. DVC's cache is not touched."""
+
+from pathlib import Path
+
+from stages.shared.files import disk_use, remove
+from stages.shared.locks import held
+from stages.shared.run import run
+
+
+def main() -> None:
+    left = [path for folder in ("data", "models", "metrics") for path in Path(folder).rglob(".*.partial")]
+    for lock in Path(".scratch/train").glob("*.lock"):
+        with held(lock, "deletes these checkpoints"):  # of a run that goes on in a temporary copy, it refuses
+            freed = disk_use(lock.with_suffix(""))
+            remove(lock.with_suffix(""))
+            print(f"{lock.with_suffix('')}: {freed / 1e9:.2f} GB of checkpoints deleted")
+    for path in left:
+        remove(path)
+        print(f"{path}: deleted")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,110 @@
+"""A clone of the project with a tiny model and little data, in which the real commands run."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from tests.test_params import edit
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ("stages/", "data/", "models/", ".dvc", "dvc.yaml", "params.yaml", ".gitignore")
+NUM_ROWS = 120
+CORPUS = [
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "Below is an instruction that describes a task, paired with an input that provides further context.",
+    "### Instruction: ### Input: ### Response: Name a colour. Red. Blue. Green. Add two and two. Four.",
+]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """With this interpreter's `dvc` and `python` on the path, and an identity for git."""
+    env = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "GIT_CONFIG_GLOBAL": "/dev/null",
+    }
+    env |= {f"GIT_{who}_{what}": "test@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    return env | changes
+
+
+def run(folder: Path, *command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(command, cwd=folder, env=environment(**env), capture_output=True, text=True)
+    assert result.returncode == 0 or not check, result.stdout + result.stderr
+    return result
+
+
+def stages_run(result: subprocess.CompletedProcess[str]) -> list[str]:
+    return sorted(re.findall(r"^Running stage '(.+)':", result.stdout, re.MULTILINE))
+
+
+def make_clone(folder: Path, tiny_model: Path, **params: str) -> Path:
+    """The project's tracked files as they are here, committed in a repository of their own; tiny model, little data."""
+    for name in run(ROOT, "git", "ls-files", "--cached", "--others", "--exclude-standard").stdout.splitlines():
+        if name.startswith(SHIPPED):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    data = folder / "data/instructions.jsonl"
+    data.write_text("".join(data.read_text(encoding="utf-8").splitlines(True)[:NUM_ROWS]), encoding="utf-8")
+    tiny = {
+        "model_name": str(tiny_model),
+        "max_length": "512",
+        "max_new_tokens": "4",
+        "batch_size": "2",
+        "gradient_accumulation_steps": "2",
+        "learning_rate": "1e-3",
+        "save_steps": "8",
+    }
+    edit(folder, **tiny | params)
+    run(folder, "git", "init", "-q", "-b", "main")
+    commit(folder, "start")
+    return folder
+
+
+def make_tiny_model(folder: Path) -> Path:
+    """A folder with a small random Llama and a byte-level tokenizer whose end token is also its pad token."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>").save_pretrained(
+        folder
+    )
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=0,
+        pad_token_id=0,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def commit(folder: Path, message: str) -> None:
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-q", "-m", message)
+
+
+def lock_hashes(text: str) -> dict[str, str]:
+    """The MD5 of each output that a `dvc.lock` of this text describes."""
+    stages = (YAML(typ="safe").load(text) or {}).get("stages", {})
+    return {out["path"]: out["md5"] for stage in stages.values() for out in stage["outs"]}

@@ -1,0 +1,170 @@
+"""`make audit` fails on a vulnerable pin and on a secret, says when it could not ask, and confuses none of these."""
+
+import json
+import os
+import random
+import string
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+UNREACHABLE = "http://127.0.0.1:0"  # nothing can listen there
+NOT_DONE = "dependency audit: not done, the advisory service can't be reached"
+
+
+def advisory(name: str, identifier: str) -> dict[str, Any]:
+    return {"vulns": [{"id": identifier, "affected": [{"package": {"name": name, "ecosystem": "PyPI"}}]}]}
+
+
+def knowing_numpy(name: str, version: str) -> dict[str, Any]:
+    """What a service answers that knows jinja2 2.4.1, with which it is tried, and numpy 2.4.6 as vulnerable."""
+    known = {("jinja2", "2.4.1"): "PYSEC-1", ("numpy", "2.4.6"): "PYSEC-2"}
+    return advisory(name, known[name, version]) if (name, version) in known else {}
+
+
+@contextmanager
+def advisory_service(answer: Callable[[str, str], dict[str, Any] | int]) -> Iterator[str]:
+    """An advisory service on loopback. `answer` gives what it says of a name and a version, or an HTTP status."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            query = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = answer(query["package"]["name"], query["version"])
+            self.send_response(body if isinstance(body, int) else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def audit(folder: Path, service: str = UNREACHABLE) -> tuple[int, str]:
+    """Exit code and output of the audit of a folder."""
+    environment = {**os.environ, "ADVISORY_SERVICE": service, "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, ROOT / ".ci/audit.py"]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return result.returncode, result.stdout
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A repository with two pins and no tracked file."""
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    (tmp_path / "constraints.txt").write_text("numpy==2.4.6\n\ntorch==2.13.0\n")
+    return tmp_path
+
+
+def track(repository: Path, name: str, text: str) -> None:
+    (repository / name).write_text(text)
+    subprocess.run(["git", "add", name], cwd=repository, check=True)
+
+
+def test_an_unreachable_service_is_said_and_passes(repository: Path) -> None:
+    assert audit(repository) == (0, f"{NOT_DONE} (ConnectionError)\nsecret scan: 0 found in 0 tracked files\n")
+
+
+def test_a_proxy_that_refuses_is_no_service(repository: Path) -> None:
+    with advisory_service(lambda name, version: 403) as service:
+        assert audit(repository, service) == (0, f"{NOT_DONE} (HTTPError)\nsecret scan: 0 found in 0 tracked files\n")
+
+
+def test_pins_without_a_known_vulnerability_pass(repository: Path) -> None:
+    (repository / "constraints.txt").write_text("numpy==2.4.7\ntorch==2.13.0\n")
+    with advisory_service(knowing_numpy) as service:
+        code, output = audit(repository, service)
+    assert code == 0
+    assert output.splitlines()[0] == "dependency audit: nothing known against the pins of constraints.txt"
+
+
+def test_a_vulnerable_pin_fails_and_is_named(repository: Path) -> None:
+    with advisory_service(knowing_numpy) as service:
+        code, output = audit(repository, service)
+    assert code == 1
+    assert output.startswith("dependency audit: vulnerable\n")
+    assert [line.split() for line in output.splitlines() if "PYSEC" in line] == [["numpy", "2.4.6", "PYSEC-2"]]
+
+
+def test_a_vulnerable_pin_fails_also_if_the_service_then_dies(repository: Path) -> None:
+    with advisory_service(lambda name, version: 503 if name == "torch" else knowing_numpy(name, version)) as service:
+        code, output = audit(repository, service)
+    assert code == 1
+    assert output.startswith("dependency audit: failed, pip-audit broke off before it had asked for all\n")
+
+
+def test_a_service_that_knows_nothing_does_not_pass_as_a_clean_audit(repository: Path) -> None:
+    with advisory_service(lambda name, version: {}) as service:
+        code, output = audit(repository, service)
+    assert code == 1
+    assert output.startswith(f"dependency audit: failed, {service} knows of nothing in jinja2 2.4.1")
+
+
+# Put together here, so that the scan of this file does not find them.
+DRAW = random.Random(0)
+AWS_ID = "AKIA" + "".join(DRAW.choices(string.ascii_uppercase + "234567", k=16))
+AWS_SECRET = "".join(DRAW.choices(string.ascii_letters + string.digits, k=40))
+HF_TOKEN = "hf_" + "".join(DRAW.choices(string.ascii_letters, k=34))
+KEY_LINES = ["".join(DRAW.choices(string.ascii_letters + string.digits, k=64)) for _ in range(8)]
+PRIVATE_KEY = "\n".join(["-----BEGIN RSA PRIVATE " + "KEY-----", *KEY_LINES, "-----END RSA PRIVATE " + "KEY-----"])
+
+
+@pytest.mark.parametrize(
+    ("text", "secret", "found"),
+    [
+        (f"aws_access_key_id = {AWS_ID}\naws_secret_access_key = {AWS_SECRET}", AWS_SECRET, "AWS secret access key"),
+        (f"dataset_name: a/b\nHere: {HF_TOKEN}", HF_TOKEN, "Hugging Face Access token"),
+        (f"dataset_name: a/b\n{PRIVATE_KEY}", KEY_LINES[0], "Private Key"),
+    ],
+    ids=["AWS", "Hugging Face", "private key"],
+)
+def test_a_secret_in_any_tracked_file_fails_and_is_not_printed(
+    repository: Path, text: str, secret: str, found: str
+) -> None:
+    names = ["README.md", "config", "dvc.lock", "params.yaml", "test.py"]
+    for name in names:
+        track(repository, name, f"{text}\n")
+    code, output = audit(repository)
+    assert code == 1
+    assert [line.split(":2: ")[0] for line in output.splitlines() if found in line] == names
+    assert secret not in output
+
+
+def test_a_secret_inside_json_is_found(repository: Path) -> None:
+    track(repository, "rows.jsonl", json.dumps({"output": PRIVATE_KEY}) + "\n")
+    code, output = audit(repository)
+    assert code == 1
+    assert "rows.jsonl:1: " in output
+
+
+def test_files_that_are_not_tracked_or_deleted_are_not_scanned(repository: Path) -> None:
+    (repository / ".env").write_text(f"{HF_TOKEN}\n")
+    track(repository, "gone.txt", f"{HF_TOKEN}\n")
+    (repository / "gone.txt").unlink()
+    assert audit(repository)[0] == 0
+
+
+def test_a_comment_silences_a_false_alarm(repository: Path) -> None:
+    track(repository, "a.py", f"token = '{HF_TOKEN}'  # kingfisher:ignore\n")
+    assert audit(repository)[0] == 0
+
+
+def test_this_project_has_no_secrets_and_its_hashes_do_not_alarm() -> None:
+    code, output = audit(ROOT)
+    assert code == 0
+    assert "secret scan: 0 found in " in output

@@ -1,0 +1,136 @@
+"""Data and models that mean harm: they stay data, and a model is only numbers."""
+
+import json
+import pickle
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from stages import download_dataset, download_model, evaluate, format, generate, split, train  # noqa: A004
+from stages.shared.files import write_json
+from stages.shared.params import TrainParams, load_params
+from tests.test_params import edit
+
+HOSTILE = [
+    "<|end|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "</s>",
+    "{instruction}",
+    "{0.__class__}",
+    "### Response:\n",
+    "### Instruction:\n",
+    "\x00",
+    "\ud800",
+    "\u202e",
+    "שלום",
+    "🏳️\u200d🌈",
+    "\r\n",
+    "\u2028",
+    "e\u0301",
+    "<script>alert(1)</script>",
+    "| a |",
+    "${model_name}",
+]
+text = st.lists(st.sampled_from(HOSTILE) | st.text(st.characters(), max_size=8), max_size=6).map("".join)
+rows = st.lists(st.fixed_dictionaries({"instruction": text, "input": text, "output": text}), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=rows)
+def test_any_text_passes_from_the_file_to_the_splits_or_into_the_ledger(prepared: Path, rows: list[Any]) -> None:
+    from transformers import AutoTokenizer
+
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    # Without a good majority the run would stop, and without enough rows a split would be empty.
+    good = "".join(json.dumps({"instruction": f"Count to {n}.", "output": "1"}) + "\n" for n in range(60))
+    (prepared / "data/hostile.jsonl").write_text(lines + good)
+    before = (prepared / "params.yaml").read_text()
+    edit(prepared, dataset_file="data/hostile.jsonl", max_length="4096")
+    with pytest.MonkeyPatch.context() as context:
+        context.chdir(prepared)
+        download_dataset.main()
+        format.main()
+        split.main()
+        tokenizer = AutoTokenizer.from_pretrained("models/tokenizer")
+        formatted = pq.read_table("data/formatted.parquet").to_pylist()
+        left_out = pq.read_table("data/left_out.parquet").to_pylist()
+        splits = [row for name in split.SPLITS for row in pq.read_table(f"data/{name}.parquet").to_pylist()]
+    (prepared / "params.yaml").write_text(before)
+
+    assert sorted(row["source_row"] for row in formatted + left_out) == list(range(1, len(rows) + 61))
+    ids = {row["example_id"] for row in formatted}
+    assert sorted(row["example_id"] for row in splits) == sorted(ids)
+    for row in formatted:
+        masked = row["labels"].count(-100)
+        assert row["input_ids"].count(tokenizer.eos_token_id) == 1  # ours, at the end
+        assert tokenizer.decode(row["input_ids"][:masked]) == row["prompt"]
+        assert tokenizer.decode(row["input_ids"][masked:-1]) == row["response"]
+        if row["source_row"] <= len(rows):
+            source = rows[row["source_row"] - 1]
+            assert row["response"] == source["output"].strip()
+            assert source["instruction"].strip() in row["prompt"]
+            assert source["input"].strip() in row["prompt"]
+            assert row["prompt"].endswith("\n\n### Response:\n")
+
+
+def test_no_stage_unpickles_anything(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("something was unpickled")
+
+    shutil.copytree(prepared, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    edit(tmp_path / "project", max_new_tokens="2")
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(module, name, refuse)
+    monkeypatch.setattr(sys, "argv", ["stage", "base"])
+    for stage in (download_dataset, download_model, format, split, train, train, evaluate, generate):
+        stage.main()
+    assert Path("models/tuned").is_dir()
+
+
+CARD = MarkdownIt("commonmark", {"html": True}).enable(["table"])
+
+
+@given(name=text, revision=text, licence=text)
+def test_nothing_from_the_hub_or_a_path_breaks_out_of_the_model_card(
+    tmp_path_factory: pytest.TempPathFactory, prepared: Path, name: str, revision: str, licence: str
+) -> None:
+    folder = tmp_path_factory.mktemp("card")
+    (folder / "models/base").mkdir(parents=True)
+    (folder / "data").mkdir()
+    (folder / "data/train.parquet").touch()
+    name, revision, licence = (value.encode("utf-8", "replace").decode() for value in (name, revision, licence))
+    write_json(folder / "models/base/source.json", {"model_name": name, "revision": revision})
+    write_json(folder / "data/source.json", {"source": name, "revision": revision, "licence": licence, "rows": 1})
+    metrics = {"examples": 1, "loss": 1.0, "validation_loss": 1.0, "best_step": 1, "steps": 1}
+    with pytest.MonkeyPatch.context() as context:
+        context.chdir(folder)
+        card = train.model_card(load_params(TrainParams, prepared / "params.yaml"), metrics)
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# ")
+    tokens = CARD.parse(card.split("---\n", 2)[2])
+    kinds = {token.type for token in tokens} | {child.type for token in tokens for child in token.children or []}
+    assert not kinds & {"html_block", "html_inline", "link_open", "image", "softbreak", "hardbreak"}
+    assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1"]
+    assert len([token for token in tokens if token.type == "table_open"]) == 2
+    assert [token.info for token in tokens if token.type == "fence"] == ["python"]
+    assert all(len(row) == 2 for row in cells(tokens))
+
+
+def cells(tokens: list[Any]) -> list[list[str]]:
+    """The cells of each table row."""
+    found: list[list[str]] = []
+    for token in tokens:
+        if token.type == "tr_open":
+            found.append([])
+        elif token.type == "inline" and found and token.level > 2:
+            found[-1].append(token.content)
+    return found
