@@ -105,7 +105,8 @@ class Chaos:
                 break
             if holder := re.search(r"held by process (\d+)", output):
                 self.seen["refusals"] += 1
-                psutil.wait_procs([psutil.Process(int(holder[1]))] if psutil.pid_exists(int(holder[1])) else [])
+                with suppress(psutil.NoSuchProcess):
+                    psutil.Process(int(holder[1])).wait()
             elif (cut := CUT_LOCK.search(output)) and not interrupted:
                 # DVC writes these in place. Deleted, as dvc.lock was never committed here, they cost no stage.
                 self.seen["cut locks"] += 1
@@ -218,7 +219,7 @@ def files_of(reference: Reference) -> dict[str, Path]:
 
 def table(results: dict[str, Any]) -> str:
     """The results as a table in Markdown."""
-    seen = results["seen"]
+    seen = Counter(results["seen"])  # what never happened is not in the file
     kills = ", ".join(f"{count} {way}" for way, count in sorted(results["kills"].items()))
     stages = ", ".join(f"{count} {stage}" for stage, count in sorted(results["stages"].items()))
     rows = {
@@ -228,9 +229,7 @@ def table(results: dict[str, Any]) -> str:
         "trainings that went on from a checkpoint": seen["resumes"],
         "runs refused while an orphan still ran": seen["refusals"],
         "damaged checkpoints passed over": seen["damaged checkpoints refused"],
-        "files of DVC (dvc.lock, .dvc/tmp/rwlock) cut off by a kill of DVC itself, and deleted": seen.get(
-            "cut locks", 0
-        ),
+        "files of DVC (dvc.lock, .dvc/tmp/rwlock) cut off by a kill of DVC itself, and deleted": seen["cut locks"],
         "differences, losses, tracebacks, half outputs": results["problems"],
     }
     return "\n".join(["| what | number |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
