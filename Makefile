@@ -6,15 +6,24 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test lint audit chaos clean bench
+.PHONY: help repro review chat test lint check-lock audit chaos clean bench
+# What `make review` compares: BASE with REV, each a branch, a commit, an experiment or the workspace.
+BASE ?= main
+REV ?= workspace
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 repro: $(INSTALLED)  ## run the pipeline: what changed, and nothing else
 	dvc repro
 	@echo "Disk (results of all runs, checkpoints); how to get it back is in the README:"
 	@du -sh .dvc/cache .scratch 2>/dev/null || true  # one of them may not be there
+
+review: $(INSTALLED)  ## compare with BASE=main: what changed, is the difference real, do the gates hold
+	python -m review $(BASE) $(REV)
+
+chat: $(INSTALLED)  ## talk to the tuned model, and to the base model to compare
+	python -m stages.chat
 
 test: $(INSTALLED)  ## run the tests
 	OMP_NUM_THREADS=1 pytest --numprocesses auto --dist loadfile
@@ -23,6 +32,9 @@ lint: $(INSTALLED)  ## check style, format and types
 	ruff check
 	ruff format --check
 	mypy
+
+check-lock: $(INSTALLED)  ## check that dvc.lock describes the code, the parameters, the data and the metrics
+	python .ci/check_lock.py
 
 audit: $(INSTALLED)  ## look for known vulnerabilities and for secrets
 	python .ci/audit.py
@@ -42,4 +54,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; name one with make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	python -m review.plots
+	dvc config --local plots.html_template ../.venv/plots.html
 	touch $@

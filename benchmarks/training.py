@@ -130,7 +130,7 @@ def this_project(work: Work, gate: Gate) -> list[float]:
     from stages.shared.checkpoints import Checkpoints
     from stages.shared.loss import choose_batches
     from stages.shared.models import load_model
-    from stages.train import TRAIN_CURVE, fit
+    from stages.train import CURVE, fit
 
     params, examples = work.params, work.examples
     model = load_model(BASE).train()
@@ -139,7 +139,7 @@ def this_project(work: Work, gate: Gate) -> list[float]:
         # The validation at the end of the run, on one example, is the last gate.
         checkpoints = Checkpoints(Path("checkpoints"))
         fit(model, batches, examples, examples[:1], params, len(work.batches), work.num_warmup_steps, checkpoints)
-        return [float(line.split(",")[1]) for line in TRAIN_CURVE.read_text().splitlines()[1:]]
+        return [float(line.split(",")[1]) for line in CURVE.read_text().splitlines()[1:]]
 
 
 ENGINES = {"textbook": textbook, "TRL": trl, "this project": this_project}

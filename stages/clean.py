@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from stages.shared.files import disk_use, remove
+from stages.shared.files import remove
 from stages.shared.locks import held
 from stages.shared.run import run
+from stages.shared.terminal import disk_use, size
 
 
 def main() -> None:
@@ -13,7 +14,7 @@ def main() -> None:
         with held(lock, "deletes these checkpoints"):  # of a run that goes on in a temporary copy, it refuses
             freed = disk_use(lock.with_suffix(""))
             remove(lock.with_suffix(""))
-            print(f"{lock.with_suffix('')}: {freed / 1e9:.2f} GB of checkpoints deleted")
+            print(f"{lock.with_suffix('')}: {size(freed)} of checkpoints deleted")
     for path in left:
         remove(path)
         print(f"{path}: deleted")

@@ -22,6 +22,7 @@ from stages.shared.examples import LEFT_OUT, RAW
 from stages.shared.files import ROWS_PER_GROUP, file_sha256, parquet_writer, read_batches, write_json
 from stages.shared.params import DownloadDatasetParams, load_params
 from stages.shared.run import run
+from stages.shared.terminal import bar, summary
 from stages.shared.text import printable
 
 FIELDS = ("instruction", "input", "output")
@@ -59,7 +60,7 @@ def main() -> None:
         parquet_writer(Path("data/raw.parquet"), RAW) as raw,
         parquet_writer(Path("data/unreadable.parquet"), LEFT_OUT) as unreadable,
     ):
-        rows = islice(rows, params.max_examples)
+        rows = iter(bar(islice(rows, params.max_examples), "read", "row", params.max_examples))
         while batch := list(islice(rows, ROWS_PER_GROUP)):
             readable, bad = [], []
             for source_row, row in batch:
@@ -73,7 +74,11 @@ def main() -> None:
         if num_rows == 0:
             raise UserError(f"{source['source']}: found no rows; {ALLOWED}")
     write_json(Path("data/source.json"), {**source, "rows": num_rows})
-    print(f"{source['source']}: {raw.num_rows:,} rows read, {unreadable.num_rows:,} unreadable → data/raw.parquet")
+    summary(
+        {"source": source["source"], "rows": f"{raw.num_rows:,} read, {unreadable.num_rows:,} unreadable"},
+        wrote=["data/raw.parquet", "data/unreadable.parquet", "data/source.json"],
+        then="dvc repro format; then python -m stages.format --show 3",
+    )
 
 
 def read_fields(row: dict[str, Any] | BadRowError) -> dict[str, str]:

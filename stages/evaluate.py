@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 
 from stages.shared.errors import UserError
 from stages.shared.examples import Example, read_split
-from stages.shared.files import parquet_writer, write_json
+from stages.shared.files import parquet_writer, write_csv, write_json
 from stages.shared.params import EvaluateParams, load_params
 from stages.shared.run import run
+from stages.shared.terminal import bar, summary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,8 +82,18 @@ def main() -> None:
     with parquet_writer(Path(f"data/predictions/{name}.parquet"), PREDICTIONS) as writer:
         writer.write(rows)
     write_json(Path(f"metrics/evaluate/{name}.json"), metrics)
-    shown = ("loss", "perplexity", "token_accuracy", "exact_match", "rouge_l", "stop_rate")
-    print(f"{name}: " + ", ".join(f"{key} {metrics[key]:.3f}" for key in shown))
+    losses = ((row["tokens"], row["loss"]) for row in rows)  # in the order of the test split, for base and tuned alike
+    write_csv(Path(f"metrics/evaluate/{name}.csv"), f"tokens,{name}_loss", losses)
+    summary(
+        {
+            "model": f"{name}, {len(rows):,} test examples, {metrics['supervised_tokens']:,} supervised tokens",
+            "loss": f"{metrics['loss']:.3f} ± {metrics['loss_se']:.3f}, token accuracy {metrics['token_accuracy']:.3f}",
+            "answers": f"ROUGE-L {metrics['rouge_l']:.3f}, exact match {metrics['exact_match']:.3f}, "
+            f"stop rate {metrics['stop_rate']:.3f}, {metrics['mean_response_tokens']:.1f} tokens in the mean",
+        },
+        wrote=[f"data/predictions/{name}.parquet", f"metrics/evaluate/{name}.json", f"metrics/evaluate/{name}.csv"],
+        then="make review BASE=main",
+    )
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ def score_tokens(model: "PreTrainedModel", batches: "Batches", examples: list[Ex
 
     scores: dict[str, Score] = {}
     with torch.inference_mode():
-        for batch in batches.cut(examples):
+        for batch in bar(batches.cut(examples), "score", "micro-batch"):
             lengths = [example.num_supervised for example in batch.examples]
             result = token_losses(model, batch)
             parts = zip(

@@ -3,29 +3,36 @@
 Every row that can't be trained on goes to the ledger `data/left_out.parquet` with the reason. Rows stream in batches.
 """
 
+import argparse
 import hashlib
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+from rich.table import Table
+from rich.text import Text
 
 from stages.shared.errors import UserError, reading
 from stages.shared.examples import FORMATTED, LEFT_OUT, NOT_SUPERVISED
-from stages.shared.files import parquet_writer, read_batches, read_json, write_json, write_text
+from stages.shared.files import parquet_writer, read_batches, read_json, write_csv, write_json
 from stages.shared.masking import encode_examples
 from stages.shared.params import FormatParams, load_params
 from stages.shared.run import run
 from stages.shared.templates import render_prompt
+from stages.shared.terminal import console, summary
+from stages.shared.text import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FORMATTED_FILE, LEFT_OUT_FILE = Path("data/formatted.parquet"), Path("data/left_out.parquet")
+LENGTHS = Path("metrics/lengths.csv")
 LENGTH_BIN = 16  # tokens, the width of a bar in the plot of lengths
 S = TypeVar("S")
 T = TypeVar("T")
@@ -33,10 +40,7 @@ T = TypeVar("T")
 
 def main() -> None:
     params = load_params(FormatParams)
-    from transformers import AutoTokenizer
-
-    with reading(Path("models/tokenizer")):
-        tokenizer = AutoTokenizer.from_pretrained("models/tokenizer", local_files_only=True)
+    tokenizer = load_tokenizer()
     counts: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
     lengths: Counter[int] = Counter()
@@ -48,8 +52,8 @@ def main() -> None:
         map_ahead(lambda batch: format_batch(batch, tokenizer, params), read_batches(Path("data/raw.parquet"))),
     )
     with (
-        parquet_writer(Path("data/formatted.parquet"), FORMATTED) as formatted,
-        parquet_writer(Path("data/left_out.parquet"), LEFT_OUT) as ledger,
+        parquet_writer(FORMATTED_FILE, FORMATTED) as formatted,
+        parquet_writer(LEFT_OUT_FILE, LEFT_OUT) as ledger,
     ):
         for examples, entries in parts:
             formatted.write(examples)
@@ -79,12 +83,49 @@ def main() -> None:
 
     metrics = {"rows_in": rows_in, "kept": kept, "left_out": left_out.total(), **counts}
     write_json(Path("metrics/format.json"), {**metrics, "left_out_by_reason": dict(sorted(left_out.items()))})
-    bars = (f"{index * LENGTH_BIN},{lengths[index]}\n" for index in range(max(lengths) + 1))
-    write_text(Path("metrics/lengths.csv"), "tokens,examples\n" + "".join(bars))
-    print(
-        f"{rows_in:,} rows → {kept:,} kept, {left_out.total():,} left out ({_listed(left_out) or 'none'}), "
-        f"{counts['truncated']:,} truncated; {counts['tokens']:,} tokens, {counts['supervised_tokens']:,} supervised"
+    write_csv(LENGTHS, "tokens,examples", ((index * LENGTH_BIN, lengths[index]) for index in range(max(lengths) + 2)))
+    summary(
+        {
+            "rows": f"{rows_in:,} → {kept:,} kept, {left_out.total():,} left out ({_listed(left_out) or 'none'})",
+            "tokens": f"{counts['tokens']:,}, of which {counts['supervised_tokens']:,} supervised",
+            "truncated": f"{counts['truncated']:,} responses, at max_length = {params.max_length:,}",
+        },
+        wrote=[FORMATTED_FILE, LEFT_OUT_FILE, "metrics/format.json", LENGTHS],
+        then="python -m stages.format --show 3" + (" --left-out" if left_out else ""),
     )
+
+
+def show(number: int, left_out: bool) -> None:
+    """Print the first formatted examples with what is masked and what is supervised, or rows of the ledger."""
+    out = console()
+    batches = read_batches(LEFT_OUT_FILE if left_out else FORMATTED_FILE)
+    rows = list(islice(chain.from_iterable(batch.to_pylist() for batch in batches), number))
+    if left_out:
+        if not rows:
+            out.print(f"{LEFT_OUT_FILE}: no row was left out")
+        for row in rows:
+            out.print(Text(printable("row {source_row}: {reason}: {detail}".format(**row))))
+        return
+    tokenizer = load_tokenizer()
+    for row in rows:
+        table = Table.grid(padding=(0, 2))
+        cut = ", cut at max_length" if row["truncated"] else ""
+        out.print(Text(f"row {row['source_row']:,}: {len(row['input_ids']):,} tokens{cut}", "bold"))
+        tokens = zip(row["input_ids"], row["labels"], strict=True)
+        for masked, span in groupby(tokens, key=lambda token: token[1] == NOT_SUPERVISED):
+            ids = [token_id for token_id, _ in span]
+            text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+            name, style = ("masked", "dim") if masked else ("supervised", "green")
+            table.add_row(f"  {name}, {len(ids):,}", Text(printable(text), style))
+        out.print(table)
+
+
+def load_tokenizer() -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    with reading(Path("models/tokenizer")):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained("models/tokenizer", local_files_only=True)
+    return tokenizer
 
 
 def format_batch(
@@ -151,4 +192,12 @@ def _listed(reasons: Counter[str]) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--show", type=int, metavar="N", help="run nothing; print the first N formatted examples")
+    parser.add_argument("--left-out", action="store_true", help="with --show: rows that were left out, and why")
+    options = parser.parse_args()
+    if options.show is None and not options.left_out:
+        run(main)
+    if options.show is None or options.show < 1:
+        parser.error("--show: must be 1 or more rows, as in --show 3 --left-out")
+    run(lambda: show(options.show, options.left_out), alone=False)

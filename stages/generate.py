@@ -10,6 +10,7 @@ from stages.shared.files import write_text
 from stages.shared.params import GenerateParams, load_params
 from stages.shared.run import run
 from stages.shared.templates import render_prompt
+from stages.shared.terminal import summary
 from stages.shared.text import block, heading
 
 
@@ -39,7 +40,12 @@ def main() -> None:
         parts.append(f"## {heading(instruction)}\n\n{block(answer.text)}\n{end}")
     path = Path(f"metrics/samples/{name}.md")
     write_text(path, "\n".join(parts))
-    print(f"{sum(answer.stopped for answer in answers)} of {len(answers)} answers stopped by themselves → {path}")
+    stopped = sum(answer.stopped for answer in answers)
+    summary(
+        {"model": name, "answers": f"{len(answers):,}, of which {stopped:,} stopped by themselves; {settings}"},
+        wrote=[path],
+        then="make chat",
+    )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from stages.shared.examples import FORMATTED
 from stages.shared.files import parquet_writer, read_batches, write_json
 from stages.shared.params import SplitParams, load_params
 from stages.shared.run import run
+from stages.shared.terminal import summary
 
 SPLITS = ("train", "validation", "test")
 
@@ -50,7 +51,11 @@ def main() -> None:
 
     write_json(Path("metrics/split.json"), {"rows_in": counts["rows_in"], "duplicates": counts["duplicates"], **sizes})
     listed = ", ".join(f"{size:,} {name}" for name, size in sizes.items())
-    print(f"{counts['rows_in']:,} examples → {listed}; {counts['duplicates']:,} duplicates dropped")
+    summary(
+        {"examples": f"{counts['rows_in']:,} → {listed}; {counts['duplicates']:,} duplicates dropped"},
+        wrote=[*(f"data/{name}.parquet" for name in SPLITS), "metrics/split.json"],
+        then="dvc repro",
+    )
 
 
 def choose_split(prompt_id: str, params: SplitParams) -> str:

@@ -7,16 +7,18 @@ cut into micro-batches never changes the gradient.
 import math
 import os
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.shared.errors import UserError
 from stages.shared.examples import Example, read_split
-from stages.shared.files import atomic_path, disk_use, file_sha256, read_json, write_json, write_text
+from stages.shared.files import atomic_path, file_sha256, read_json, write_csv, write_json, write_text
 from stages.shared.params import TrainParams, load_params
 from stages.shared.run import run
 from stages.shared.templates import render_prompt
+from stages.shared.terminal import disk_use, size, summary
 from stages.shared.text import code
 
 if TYPE_CHECKING:
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
     from stages.shared.checkpoints import Checkpoints
 
 BASE, TUNED = Path("models/base"), Path("models/tuned")
-TRAIN_CURVE, VALIDATION_CURVE = Path("metrics/train_curve.csv"), Path("metrics/validation_curve.csv")
+CURVE = Path("metrics/curve.csv")
+POINT = ("step", "loss", "validation_loss", "learning_rate", "gradient_norm")  # of the curve
+STEPS_TO_ESTIMATE = 3  # then the pace is known
 
 
 def main() -> None:
@@ -56,10 +60,17 @@ def main() -> None:
         metrics = fit(model, batches, train, validation, params, num_steps, num_warmup_steps, checkpoints)
         save_tuned(model, params, metrics, checkpoints)
         write_json(Path("metrics/train.json"), {**metrics, "environment": made_with})
-    print(f"Best validation loss {metrics['validation_loss']:.4f} at step {metrics['best_step']} → {TUNED}")
     root = Path(os.environ.get("DVC_ROOT", "."))
-    used = [f"{disk_use(root / folder) / 1e9:.2f} GB in {folder}" for folder in (".dvc/cache", ".scratch")]
-    print(f"Disk: {', '.join(used)}; how to get it back is in the README, Disk")
+    used = [f"{size(disk_use(root / folder))} in {folder}" for folder in (".dvc/cache", ".scratch")]
+    summary(
+        {
+            "training": f"loss {metrics['loss']:.4f}, mean of the run",
+            "validation": f"loss {metrics['validation_loss']:.4f} at step {metrics['best_step']:,}, the best",
+            "disk": f"{', '.join(used)}; how to get it back is in the README, Disk",
+        },
+        wrote=[TUNED, CURVE, "metrics/train.json"],
+        then="make chat",
+    )
 
 
 def effective_batch(params: TrainParams) -> int:
@@ -111,7 +122,7 @@ def fit(
     optimizer = torch.optim.AdamW(parameter_groups(model, params.weight_decay), params.learning_rate, fused=True)
     kind = "constant_with_warmup" if params.lr_scheduler == "constant" else params.lr_scheduler
     scheduler = get_scheduler(kind, optimizer, num_warmup_steps, num_steps)
-    state: dict[str, Any] = {"step": 0, "curve": [], "validations": []}
+    state: dict[str, Any] = {"step": 0, "curve": []}  # of the curve: step and what was measured then
     # Summed loss and supervised tokens of the run, and of what the next point of the curve averages.
     state |= {"run_loss": 0.0, "run_tokens": 0, "point_loss": 0.0, "point_tokens": 0}
     if checkpoint := checkpoints.load():
@@ -120,6 +131,7 @@ def fit(
 
     steps_per_epoch = num_steps // params.num_epochs
     progress = tqdm(total=num_steps, initial=state["step"], unit="step")
+    started, first = time.monotonic(), state["step"]
     while state["step"] < num_steps:
         # The data order is a function of seed and epoch, so a resumed run needs no record of it.
         epoch, done = divmod(state["step"], steps_per_epoch)
@@ -146,28 +158,33 @@ def fit(
             last = state["step"] == num_steps
 
             # Log.
+            point = dict.fromkeys(POINT)
             if state["step"] % params.logging_steps == 0 or last:
                 loss_mean = state["point_loss"] / state["point_tokens"]
-                state["curve"].append([state["step"], loss_mean, learning_rate, norm])
-                write_csv(TRAIN_CURVE, "step,loss,learning_rate,gradient_norm", state["curve"])
+                point |= {"loss": loss_mean, "learning_rate": learning_rate, "gradient_norm": norm}
                 state["point_loss"], state["point_tokens"] = 0.0, 0
                 rate = sum(len(example.input_ids) for example in batch) * (progress.format_dict["rate"] or 0)
                 progress.set_postfix_str(f"loss {loss_mean:.3f}, lr {learning_rate:.2e}, {rate:,.0f} tokens/s")
             progress.update()
+            if state["step"] == first + STEPS_TO_ESTIMATE:
+                minutes = (time.monotonic() - started) / STEPS_TO_ESTIMATE * (num_steps - state["step"]) / 60
+                tqdm.write(f"About {math.ceil(minutes):,} min to come, validation apart")
 
             # Validate, and keep the best.
             if state["step"] % params.eval_steps == 0 or last:
                 validation_loss = validate(model, batches, validation, params.precision)
                 require_finite("validation loss", validation_loss, state["step"], batch)
-                if validation_loss < min((loss for _, loss in state["validations"]), default=math.inf):
+                if validation_loss < min((loss for _, loss in validations(state["curve"])), default=math.inf):
                     checkpoints.save_best(dict(model.named_parameters()))
-                state["validations"].append([state["step"], validation_loss])
-                write_csv(VALIDATION_CURVE, "step,loss", state["validations"])
+                point["validation_loss"] = validation_loss
+            if any(value is not None for value in point.values()):
+                state["curve"].append({**point, "step": state["step"]})
+                write_csv(CURVE, ",".join(POINT), [list(point.values()) for point in state["curve"]])
             if state["step"] % params.save_steps == 0 and not last:
                 checkpoints.save(state["step"], *snapshot(model, optimizer, scheduler, state))
     progress.close()
 
-    best_step, best_loss = min(state["validations"], key=lambda point: point[1])
+    best_step, best_loss = min(validations(state["curve"]), key=lambda validation: validation[1])
     return {
         "steps": num_steps,
         "examples": len(train),
@@ -176,6 +193,11 @@ def fit(
         "validation_loss": best_loss,
         "best_step": best_step,
     }
+
+
+def validations(curve: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """Step and loss of each validation so far."""
+    return [(point["step"], point["validation_loss"]) for point in curve if point["validation_loss"] is not None]
 
 
 def validate(model: "PreTrainedModel", batches: "Batches", examples: Sequence[Example], precision: str) -> float:
@@ -313,11 +335,6 @@ output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 """
-
-
-def write_csv(path: Path, header: str, rows: list[list[float]]) -> None:
-    lines = (",".join(f"{value:.6g}" for value in row) for row in rows)
-    write_text(path, "\n".join([header, *lines]) + "\n")
 
 
 if __name__ == "__main__":

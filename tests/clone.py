@@ -14,6 +14,17 @@ from tests.test_params import edit
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("stages/", "data/", "models/", ".dvc", "dvc.yaml", "params.yaml", ".gitignore")
 NUM_ROWS = 120
+EVERY_STAGE = [
+    "download_dataset",
+    "download_model",
+    "format",
+    "split",
+    "train",
+    "evaluate@base",
+    "evaluate@tuned",
+    "generate@base",
+    "generate@tuned",
+]
 CORPUS = [
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
     "Below is an instruction that describes a task, paired with an input that provides further context.",
@@ -97,6 +108,11 @@ def make_tiny_model(folder: Path) -> Path:
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+def copy_clone(source: Path, folder: Path) -> Path:
+    """A copy with its results, cache and history, at a path that is not there yet."""
+    return Path(shutil.copytree(source, folder, symlinks=True))
 
 
 def commit(folder: Path, message: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stages.shared.examples import Example
-from tests.clone import make_tiny_model
+from tests.clone import EVERY_STAGE, make_clone, make_tiny_model, run, stages_run
 from tests.test_params import edit
 
 
@@ -46,6 +46,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
         context.chdir(folder)
         for stage in (download_dataset, download_model, format, split):
             stage.main()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A clone in which `dvc repro` has run, nothing of it committed. For tests to copy, with `copy_clone`."""
+    folder = make_clone(tmp_path_factory.mktemp("ran") / "clone", tiny_model)
+    assert stages_run(run(folder, "dvc", "repro")) == sorted(EVERY_STAGE)
     return folder
 
 

@@ -58,12 +58,12 @@ def test_half_an_output_is_seen(reference: Reference, copy: Path) -> None:
 
 
 def test_a_curve_may_be_the_beginning_of_the_whole_one(reference: Reference, copy: Path) -> None:
-    curve = copy / "metrics/train_curve.csv"
+    curve = copy / "metrics/curve.csv"
     lines = curve.read_bytes().splitlines(True)
     replace(curve, b"".join(lines[:5]))
     assert problems(reference, copy) == []
     replace(curve, b"".join(lines[1:5]))
-    assert problems(reference, copy) == ["metrics/train_curve.csv is another or half of it"]
+    assert problems(reference, copy) == ["metrics/curve.csv is another or half of it"]
 
 
 def test_a_lock_that_describes_something_else_is_seen(reference: Reference, copy: Path) -> None:
@@ -96,13 +96,17 @@ def test_three_checkpoints_are_seen(reference: Reference, copy: Path) -> None:
     ("output", "checkpoint", "expected"),
     [
         ("Going on from the checkpoint of step 1,200\n", 1200, []),
-        ("Best validation loss 2.1 at step 30\n", None, []),
+        ("training  loss 2.1, mean of the run\n", None, []),
         (
             "Going on from the checkpoint of step 8\n",
             16,
             ["training went on from step 8, the newest whole checkpoint is 16"],
         ),
-        ("Best validation loss 2.1\n", 16, ["training went on from step None, the newest whole checkpoint is 16"]),
+        (
+            "training  loss 2.1, mean of the run\n",
+            16,
+            ["training went on from step None, the newest whole checkpoint is 16"],
+        ),
     ],
 )
 def test_lost_work_is_seen(reference: Reference, output: str, checkpoint: int | None, expected: list[str]) -> None:

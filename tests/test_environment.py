@@ -20,8 +20,8 @@ OUTPUTS = {
     "download_model": ["models/base", "models/tokenizer"],
     "format": ["data/formatted.parquet", "data/left_out.parquet", "metrics/format.json", "metrics/lengths.csv"],
     "split": ["data/train.parquet", "data/validation.parquet", "data/test.parquet", "metrics/split.json"],
-    "train": ["models/tuned", "metrics/train.json", "metrics/train_curve.csv", "metrics/validation_curve.csv"],
-    "evaluate": ["data/predictions/base.parquet", "metrics/evaluate/base.json"],
+    "train": ["models/tuned", "metrics/train.json", "metrics/curve.csv"],
+    "evaluate": ["data/predictions/base.parquet", "metrics/evaluate/base.json", "metrics/evaluate/base.csv"],
     "generate": ["metrics/samples/base.md"],
 }
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.shared.files import atomic_path, disk_use, parquet_writer, read_batches, write_json, write_text
+from stages.shared.files import atomic_path, parquet_writer, read_batches, write_json, write_text
 
 SCHEMA = pa.schema([("text", pa.string()), ("number", pa.int64())])
 
@@ -40,15 +40,6 @@ def test_a_folder_replaces_the_one_before_as_a_whole(tmp_path: Path) -> None:
         partial.mkdir()
         (partial / "new").touch()
     assert [entry.name for entry in path.iterdir()] == ["new"]
-
-
-def test_disk_use_counts_a_file_of_two_names_once(tmp_path: Path) -> None:
-    assert disk_use(tmp_path / "none") == 0
-    (tmp_path / "a").write_bytes(b"x" * 100_000)
-    alone = disk_use(tmp_path)
-    assert 100_000 <= alone <= 110_000
-    (tmp_path / "b").hardlink_to(tmp_path / "a")
-    assert disk_use(tmp_path) == alone
 
 
 def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_tokens_are_counted_and_their_lengths_plotted(project: Path, tiny_model:
     assert metrics["supervised_tokens"] == sum(len(row["labels"]) - row["labels"].count(-100) for row in rows)
     plot = Path("metrics/lengths.csv").read_text().splitlines()
     assert plot[0] == "tokens,examples"
-    assert plot[-1] == "96,1"
+    assert plot[-2:] == ["96,1", "112,0"]  # the last closes the last bar
     assert sum(int(line.split(",")[1]) for line in plot[1:]) == 2
 
 
@@ -142,3 +142,28 @@ def test_an_id_is_the_same_on_every_machine() -> None:
 def test_normalising_twice_changes_nothing(text: str) -> None:
     once = format_stage.normalise(text)
     assert format_stage.normalise(f"  {once}\n") == once
+
+
+def test_show_tells_masked_and_supervised_tokens_apart(
+    project: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_format(tiny_model, [GOOD, GOOD, {"instruction": "", "output": "Blue."}])
+    capsys.readouterr()
+    format_stage.show(1, left_out=False)
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0].startswith("row 1: ")
+    assert lines[1].split("Below")[0].split()[0] == "masked,"
+    assert sum("Name a colour." in line for line in lines) == 1
+    assert lines[-1].split()[0] == "supervised,"
+    assert lines[-1].endswith("  Red.<|end|>")
+    format_stage.show(3, left_out=True)
+    assert capsys.readouterr().out == "row 3: empty_instruction: 'instruction' is empty\n"
+
+
+def test_show_says_that_nothing_was_left_out(
+    project: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_format(tiny_model, [GOOD])
+    capsys.readouterr()
+    format_stage.show(3, left_out=True)
+    assert capsys.readouterr().out == "data/left_out.parquet: no row was left out\n"

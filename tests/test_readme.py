@@ -82,8 +82,25 @@ def test_every_file_of_the_pipeline_is_in_the_file_tree() -> None:
     assert sorted(line.split()[0] for line in tree if line.startswith("stages/")) == sorted(files)
 
 
+def test_links_lead_to_files_that_are_there() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+        assert [link for link in links if not (page.parent / link).exists()] == [], page
+
+
 def section_of_files() -> list[str]:
     return README.split("## Files\n```\n")[1].split("\n```")[0].splitlines()
+
+
+def test_make_help_lists_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert [line.split()[0] for line in shown.splitlines()] == targets
+    phony = re.findall(r"^\.PHONY: (.*)", makefile, re.MULTILINE)
+    assert sorted(phony[0].split()) == sorted(targets)
 
 
 def test_every_parameter_is_in_the_table() -> None:

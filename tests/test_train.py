@@ -1,6 +1,8 @@
 """The training loop, held against a textbook loop on a tiny model."""
 
+import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
 from itertools import count
@@ -78,8 +80,10 @@ def inputs(project: Path, tiny_model: Path) -> Path:
     return project
 
 
-def curve(path: str) -> list[list[float]]:
-    return [[float(value) for value in line.split(",")] for line in Path(path).read_text().splitlines()[1:]]
+def curve(column: str) -> list[tuple[int, float]]:
+    """Step and value of each point of the curve at which this column was measured."""
+    with Path("metrics/curve.csv").open(newline="") as file:
+        return [(int(row["step"]), float(row[column])) for row in csv.DictReader(file) if row[column]]
 
 
 def test_losses_and_weights_are_the_textbook_loops(inputs: Path) -> None:
@@ -90,10 +94,10 @@ def test_losses_and_weights_are_the_textbook_loops(inputs: Path) -> None:
     batches = [batch for epoch in range(4) for batch in shuffle(examples, 4, params.seed, epoch)]
     losses = list(textbook_steps(model, batches, params, num_warmup_steps=3))
     train.main()
-    points = curve("metrics/train_curve.csv")
-    assert [point[0] for point in points] == list(range(1, 25))
-    assert [point[1] for point in points] == pytest.approx(losses, rel=1e-5)
-    assert [point[2] for point in points[:4]] == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, 1e-3])
+    points = curve("loss")
+    assert [step for step, _ in points] == list(range(1, 25))
+    assert [found for _, found in points] == pytest.approx(losses, rel=1e-5)
+    assert [rate for _, rate in curve("learning_rate")[:4]] == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, 1e-3])
     assert losses[-1] < losses[0] - 0.3
     tuned = dict(load_model(Path("models/tuned")).named_parameters())
     for name, weight in model.named_parameters():
@@ -130,7 +134,7 @@ def assert_trains_as_the_textbook_loop_does(config: PreTrainedConfig, batches: B
     model = make(config).train()
     batches = batches or loss.choose_batches(model, examples, 1000)[0]
     train.fit(model, batches, examples, examples[:3], params, 24, 3, Checkpoints(Path("checkpoints")))
-    assert [point[1] for point in curve("metrics/train_curve.csv")] == pytest.approx(losses, rel=1e-5)
+    assert [point[1] for point in curve("loss")] == pytest.approx(losses, rel=1e-5)
     assert losses[-1] < losses[0] - 0.2
     for (name, weight), found in zip(expected.named_parameters(), model.parameters(), strict=True):
         difference = found - weight
@@ -190,7 +194,7 @@ def test_the_best_checkpoint_on_validation_is_the_tuned_model(inputs: Path, monk
     edit(inputs, eval_steps="1")
     train.main()
     monkeypatch.setattr(train, "validate", real)
-    validations = curve("metrics/validation_curve.csv")
+    validations = curve("validation_loss")
     metrics = json.loads(Path("metrics/train.json").read_text())
     best_step, best_loss = min(validations, key=lambda point: point[1])
     assert len(validations) == 24
@@ -322,15 +326,26 @@ def test_how_a_batch_is_divided_changes_nothing(inputs: Path) -> None:
     for batch_size, accumulation in (("4", "1"), ("1", "4"), ("2", "2")):
         edit(inputs, batch_size=batch_size, gradient_accumulation_steps=accumulation)
         train.main()
-        losses.append([point[1] for point in curve("metrics/train_curve.csv")])
+        losses.append([point[1] for point in curve("loss")])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_validation_between_two_logged_steps_has_a_row_of_its_own(inputs: Path) -> None:
+    edit(inputs, num_epochs="1", logging_steps="4", eval_steps="3")
+    train.main()
+    assert [step for step, _ in curve("loss")] == [4, 6]
+    assert [step for step, _ in curve("validation_loss")] == [3, 6]
+    lines = Path("metrics/curve.csv").read_text().splitlines()
+    assert lines[0] == "step,loss,validation_loss,learning_rate,gradient_norm"
+    assert [line.count(",") for line in lines] == [4, 4, 4, 4]
+    assert re.fullmatch(r"3,,[\d.]+,,", lines[1])
 
 
 def test_curves_are_averages_over_the_logged_steps(inputs: Path) -> None:
     edit(inputs, num_epochs="1", lr_scheduler="constant", learning_rate="1e-9", warmup_steps="0", logging_steps="6")
     train.main()
-    ((step, loss, _, _),) = curve("metrics/train_curve.csv")
+    ((step, loss),) = curve("loss")
     model = load_model(Path("models/base"))
     examples = read_split(Path("data/train.parquet"))
     assert step == 6

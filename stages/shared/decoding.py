@@ -17,6 +17,7 @@ from transformers import (
 
 from stages.shared.attention import StreamLayout, flat_is_exact, flat_stream, stream_rows
 from stages.shared.models import context_length
+from stages.shared.terminal import bar
 
 PROMPTS_PER_BATCH = 128
 Read = tuple[torch.Tensor, DynamicCache, torch.Tensor]
@@ -84,7 +85,7 @@ def generate_batch(
     context = context_length(model)
     new_ids: list[list[int]] = [[] for _ in prompts]
     going = list(range(len(prompts)))
-    for num_new in range(1, max_new_tokens + 1):
+    for num_new in bar(range(1, max_new_tokens + 1), f"answer {len(prompts):,} prompts", "token"):
         if sampling is None:
             chosen = logits.argmax(-1)
         else:

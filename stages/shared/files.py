@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stages.shared.errors import reading
+from stages.shared.terminal import bar
 
 ROWS_PER_GROUP = 4096  # a row group is what readers and writers hold in memory
 
@@ -49,16 +51,6 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def disk_use(folder: Path) -> int:
-    """Bytes that a folder takes on the disk, a file of two names once."""
-    blocks = {}
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # another process may delete it
-            entry = path.lstat()
-            blocks[entry.st_ino] = entry.st_blocks
-    return 512 * sum(blocks.values())
-
-
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -75,6 +67,12 @@ def file_sha256(path: Path) -> str:
 def write_text(path: Path, text: str) -> None:
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_csv(path: Path, header: str, rows: Iterable[Sequence[float | None]]) -> None:
+    """Numbers to six digits; None is an empty field."""
+    lines = (",".join("" if value is None else f"{value:.6g}" for value in row) for row in rows)
+    write_text(path, "\n".join([header, *lines]) + "\n")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -138,5 +136,6 @@ def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[ParquetWriter]:
 def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """A Parquet file, `ROWS_PER_GROUP` rows at a time."""
     with reading(path), pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(ROWS_PER_GROUP, columns=columns):
+        batches = file.iter_batches(ROWS_PER_GROUP, columns=columns)
+        for batch in bar(batches, f"read {path}", "batch", math.ceil(file.metadata.num_rows / ROWS_PER_GROUP)):
             yield pa.Table.from_batches([batch])

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -39,11 +39,14 @@ ADVICE = {
 }
 
 
-def run(main: Callable[[], None]) -> NoReturn:
+def run(main: Callable[[], None], alone: bool = True) -> NoReturn:
     """Run a stage's `main` and exit: 0 when it is done, 1 on a user's mistake, 130 or 143 when interrupted.
 
     A stage runs alone in its folder. DVC alone does not see to that: where it was killed, its stage lives on, and would
     write its outputs over those of the next run.
+
+    Args:
+        alone: False for what only reads: it may run beside a stage.
     """
     signal.signal(signal.SIGTERM, _terminate)
     started = time.time()
@@ -53,7 +56,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     if not (sys.stderr and sys.stderr.isatty()):
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for terminals
     try:
-        with held(LOCK, f"runs {' '.join([Path(sys.argv[0]).stem, *sys.argv[1:]])} in this folder"):
+        doing = f"runs {' '.join([Path(sys.argv[0]).stem, *sys.argv[1:]])} in this folder"
+        with held(LOCK, doing) if alone else nullcontext():
             main()
     except KeyboardInterrupt:
         sys.exit(130)  # not 0: DVC would commit the outputs of a stage that says it succeeded

@@ -1,0 +1,93 @@
+"""Talk to the tuned model at the terminal, and to the base model to compare. `make chat` runs it.
+
+Each question stands alone, as the examples do that the model was trained on.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.shared.errors import UserError
+from stages.shared.params import GenerateParams, load_params
+from stages.shared.run import run
+from stages.shared.templates import render_prompt
+from stages.shared.text import printable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HELP = "/base and /tuned switch the model and ask the last question again; /quit or Ctrl-D ends, Ctrl-C cuts an answer"
+
+
+def main() -> None:
+    params = load_params(GenerateParams)
+    from stages.shared.models import load_model, load_tokenizer
+
+    with suppress(ImportError):
+        import readline  # noqa: F401 (`input` gets line editing and a history)
+
+    tokenizer = load_tokenizer()
+    models = {"tuned": load_model(Path("models/tuned")).eval()}
+    print(f"{HELP}. At most {params.max_new_tokens} tokens, temperature {params.temperature:g}: params.yaml.")
+    name, question = "tuned", ""
+    with suppress(EOFError):
+        while (line := input(f"{name}> ").strip()) != "/quit":
+            if line in ("/base", "/tuned"):
+                name = line[1:]
+                if name not in models:
+                    models[name] = load_model(Path("models") / name).eval()
+            elif line.startswith("/"):
+                print(HELP)
+                continue
+            else:
+                question = line
+            if question:
+                try:
+                    answer(models[name], tokenizer, question, params)
+                except KeyboardInterrupt:
+                    print()
+                except UserError as error:
+                    print(error)
+
+
+def answer(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", question: str, params: GenerateParams
+) -> None:
+    """Print the answer as it comes.
+
+    Raises:
+        UserError: the question is longer than the model's context.
+    """
+    import torch
+    from transformers import GenerationConfig, TextStreamer
+
+    from stages.shared.masking import encode_prompts
+    from stages.shared.models import autocast, require_context
+
+    class Printer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            print(printable(text), end="\n" if stream_end else "", flush=True)
+
+    (prompt,) = encode_prompts(tokenizer, [render_prompt(params.template, question)])
+    require_context(model, len(prompt), "the question")
+    sampling: dict[str, Any] = {"do_sample": False}
+    if params.temperature:
+        sampling = {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p, "top_k": 0}
+    settings = GenerationConfig(
+        max_new_tokens=params.max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        **sampling,
+    )
+    input_ids = torch.tensor([prompt], device=model.device)
+    with torch.inference_mode(), autocast(params.precision, model.device):
+        model.generate(  # type: ignore[operator]
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=settings,
+            streamer=Printer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+
+
+if __name__ == "__main__":
+    run(main, alone=False)

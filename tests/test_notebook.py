@@ -1,0 +1,147 @@
+"""The Python of `docs/notebook.md`, run as the page has it, in a clone with results and an experiment."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.clone import ROOT, commit, copy_clone, run
+
+PAGE = (ROOT / "docs/notebook.md").read_text(encoding="utf-8")
+PREDICTIONS = [
+    "loss",
+    "tokens",
+    "correct_tokens",
+    "answer",
+    "answer_tokens",
+    "stopped",
+    "exact_match",
+    "rouge_l",
+]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory, ran: Path) -> Path:
+    """Results, committed on `main`, and the experiment `slow` on top of them."""
+    folder = copy_clone(ran, tmp_path_factory.mktemp("notebook") / "clone")
+    commit(folder, "results")
+    run(folder, "dvc", "exp", "run", "-n", "slow", "-S", "learning_rate=1e-5", "evaluate@tuned")
+    run(folder, "git", "checkout", "-q", ".")
+    run(folder, "dvc", "checkout", "--force")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def names(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the blocks of the page leave, run in order in one namespace."""
+    import datasets
+
+    result: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as context:
+        context.chdir(clone)
+        context.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        for block in re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE):
+            exec(block, result)  # the page's own code
+    return result
+
+
+def metric(clone: Path, path: str, name: str) -> float:
+    return float(json.loads((clone / path).read_text())[name])
+
+
+def test_parameters_and_metrics_are_those_of_the_files(names: dict[str, Any], clone: Path) -> None:
+    assert names["params"]["learning_rate"] == 0.001
+    assert names["params"]["eval_steps"] == 10
+    base, tuned = (metric(clone, f"metrics/evaluate/{model}.json", "loss") for model in ("base", "tuned"))
+    assert names["better"] == pytest.approx(base - tuned)
+    assert names["better"] > 0.1
+    assert names["perplexity"] == metric(clone, "metrics/evaluate/tuned.json", "perplexity")
+
+
+def test_experiments_are_rows_with_parameters_and_metrics(names: dict[str, Any], clone: Path) -> None:
+    table = names["table"]
+    assert list(table.columns) == ["name", "learning_rate", "metrics/evaluate/tuned.json:loss"]
+    assert list(table["name"]) == ["workspace", "main", "slow"]
+    assert list(table["learning_rate"]) == [0.001, 0.001, 0.00001]
+    loss = metric(clone, "metrics/evaluate/tuned.json", "loss")
+    assert table["metrics/evaluate/tuned.json:loss"].iloc[1] == pytest.approx(loss)
+    assert {"data/train.parquet", "models/base", "environment.torch"} <= set(names["experiments"].columns)
+
+
+def test_predictions_of_two_revisions_are_joined_by_example(names: dict[str, Any]) -> None:
+    both, most = names["both"], names["most"]
+    assert list(both.columns) == [
+        "example_id",
+        *(f"{name}_{when}" for when in ("before", "after") for name in PREDICTIONS),
+        "change",
+    ]
+    assert (len(both), both["example_id"].nunique(), len(most)) == (8, 8, 5)
+    # The slow experiment learned nearly nothing: each example was better before.
+    assert (both["change"] > 0.1).all()
+    assert most["change"].iloc[0] == both["change"].max()
+    assert most["change"].is_monotonic_decreasing
+
+
+def test_base_and_tuned_stand_beside_prompt_and_reference(names: dict[str, Any]) -> None:
+    models = names["models"]
+    assert list(models.columns) == [
+        "example_id",
+        *(f"{name}_{model}" for model in ("base", "tuned") for name in PREDICTIONS),
+        "prompt",
+        "response",
+    ]
+    assert len(models) == 8
+    assert models.notna().all(axis=None)
+    assert models["prompt"].str.endswith("### Response:\n").all()
+    assert (len(names["worse"]), (models["loss_tuned"] < models["loss_base"]).all()) == (0, True)
+
+
+def test_a_revision_is_a_file_system(names: dict[str, Any]) -> None:
+    assert sorted(names["names"]) == ["data/predictions/base.parquet", "data/predictions/tuned.parquet"]
+    assert list(names["losses"].columns) == ["example_id", "loss"]
+    slow = names["both"][["example_id", "loss_after"]]
+    assert names["losses"].to_numpy().tolist() == slow.to_numpy().tolist()
+
+
+def test_what_is_supervised_is_the_response_and_the_end_token(names: dict[str, Any], clone: Path) -> None:
+    assert list(names["formatted"].columns) == [
+        "example_id",
+        "prompt_id",
+        "source_row",
+        "prompt",
+        "response",
+        "input_ids",
+        "labels",
+        "truncated",
+    ]
+    assert len(names["formatted"]) == 120
+    first = json.loads((clone / "data/instructions.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert names["row"]["source_row"] == 1
+    assert names["tokenizer"].decode(names["supervised"]) == first["output"] + "<|end|>"
+
+
+def test_the_train_split_is_a_dataset(names: dict[str, Any]) -> None:
+    assert names["dataset"].num_rows == len(names["lengths"]) == 98
+    assert {"prompt", "response", "input_ids", "labels"} <= set(names["dataset"].column_names)
+    assert min(names["lengths"]) > 50
+
+
+def test_the_curve_has_a_row_for_each_step_and_validation_at_some(names: dict[str, Any]) -> None:
+    curve = names["curve"]
+    assert list(curve.columns) == ["loss", "validation_loss", "learning_rate", "gradient_norm"]
+    assert list(curve.index) == list(range(1, 26))
+    assert list(names["validation"].index) == [10, 20, 25]
+    assert names["best_step"] == 25
+
+
+def test_what_the_extension_of_vs_code_asks_for_is_there(clone: Path) -> None:
+    shown = json.loads(run(clone, "dvc", "exp", "show", "--num", "2", "--json").stdout)
+    assert shown[0]["rev"] == "workspace"
+    assert [experiment["name"] for experiment in shown[1]["experiments"]] == ["slow"]
+    plots = ("dvc", "plots", "diff", "main", "slow", "--out", ".dvc/tmp/plots", "--split", "--json")
+    drawn = json.loads(run(clone, *plots).stdout)
+    assert set(drawn) == {"data"}  # and no "errors"
+    assert {"loss", "learning_rate", "metrics/lengths.csv"} <= set(drawn["data"])
+    assert all(plot["revisions"] == ["main", "slow"] for group in drawn["data"].values() for plot in group)

@@ -1,0 +1,627 @@
+"""What happens in a pull request: the workflow as written, and its own commands in a clone, before a fake GitHub."""
+
+import json
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from ruamel.yaml import YAML
+
+from tests.clone import ROOT, commit, copy_clone, run
+from tests.test_params import edit
+
+TEXT = (ROOT / ".github/workflows/review.yml").read_text(encoding="utf-8")
+WORKFLOW = YAML(typ="safe").load(TEXT)
+JOBS = WORKFLOW["jobs"]
+STEPS = {step["name"]: step for job in JOBS.values() for step in job["steps"] if "name" in step}
+
+CHECK = "Check that dvc.lock matches the code, the parameters, the data and the metrics"
+PULL = "Pull the predictions, where a DVC remote is configured"
+SUMMARY = "Show the review in the summary of the job"
+COMMENT = "Comment on the pull request"
+
+MARKER = "<!-- sft-pipeline review -->"
+JOB = "github-actions[bot]"
+PAGE = "https://github.example/o/p/actions/runs/1/artifacts/2"
+EXPRESSIONS = {  # what GitHub puts in their place
+    "${{ github.token }}": "ghs_secret",
+    "${{ secrets.AWS_ACCESS_KEY_ID }}": "",
+    "${{ secrets.AWS_SECRET_ACCESS_KEY }}": "",
+    "${{ steps.page.outputs.artifact-url }}": PAGE,
+}
+
+
+def run_step(name: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the command of a step as GitHub does, with the variables that the step names."""
+    step = STEPS[name]
+    env = {variable: EXPRESSIONS[value] for variable, value in step.get("env", {}).items()} | env
+    return run(folder, "bash", "-e", "-c", step["run"], check=False, **env)
+
+
+# The structure
+
+
+def test_it_runs_for_pull_requests_and_pushes_to_main() -> None:
+    assert WORKFLOW["on"] == {"pull_request": None, "push": {"branches": ["main"]}}
+    assert {name: job.get("if") for name, job in JOBS.items()} == {
+        "checks": None,
+        "review": "github.event_name == 'pull_request'",
+    }
+
+
+def test_the_token_may_read_and_in_the_review_comment() -> None:
+    assert WORKFLOW["permissions"] == {"contents": "read"}
+    assert {name: job.get("permissions") for name, job in JOBS.items()} == {
+        "checks": None,
+        "review": {"contents": "read", "pull-requests": "write"},
+    }
+
+
+def test_a_run_ends_after_a_time_and_when_a_later_one_starts() -> None:
+    assert WORKFLOW["concurrency"] == {
+        "group": "${{ github.workflow }}-${{ github.ref }}",
+        "cancel-in-progress": True,
+    }
+    assert {name: job["timeout-minutes"] for name, job in JOBS.items()} == {"checks": 60, "review": 30}
+
+
+def test_each_action_is_pinned_by_its_commit_with_its_version_beside_it() -> None:
+    actions = re.findall(r"uses: *(.*)", TEXT)
+    pinned = re.compile(r"actions/[a-z-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")
+    assert len(actions) == 5
+    assert [action for action in actions if not pinned.fullmatch(action)] == []
+
+
+def test_no_expression_stands_in_a_shell_command() -> None:
+    assert [step for job in JOBS.values() for step in job["steps"] if "${{" in step.get("run", "")] == []
+
+
+def test_the_steps_are_commands_of_a_developer() -> None:
+    commands = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in JOBS.items()}
+    set_up = 'make .venv/installed\necho "$PWD/.venv/bin" >> "$GITHUB_PATH"\n'
+    assert commands["checks"] == [set_up, "make lint", "python .ci/check_lock.py", "make test"]
+    assert commands["review"] == [
+        set_up,
+        STEPS[PULL]["run"],
+        'make review BASE="$BASE"',
+        'cat review.md >> "$GITHUB_STEP_SUMMARY"',
+        "python .ci/comment.py review.md",
+    ]
+    assert STEPS["Compare with the base branch"]["env"] == {"BASE": "origin/${{ github.base_ref }}"}
+
+
+def test_the_whole_history_is_there_and_no_token_stays_in_it() -> None:
+    checkouts = [step["with"] for job in JOBS.values() for step in job["steps"] if "checkout" in step.get("uses", "")]
+    assert checkouts == [{"fetch-depth": 0, "persist-credentials": False}] * 2
+
+
+def test_the_cache_of_pip_follows_the_pins() -> None:
+    pythons = [step["with"] for job in JOBS.values() for step in job["steps"] if "setup-python" in step.get("uses", "")]
+    assert pythons == [{"python-version": "3.11", "cache": "pip", "cache-dependency-path": "constraints.txt"}] * 2
+
+
+def test_token_and_secrets_go_to_the_one_step_that_needs_them() -> None:
+    assert len(re.findall(r"\{ (secrets\.|github\.token)", TEXT)) == 3
+    given = {name: [*step["env"]] for name, step in STEPS.items() if re.search("secrets|token", str(step.get("env")))}
+    assert given == {COMMENT: ["GITHUB_TOKEN", "REVIEW_PAGE"], PULL: ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]}
+
+
+def test_a_review_is_shown_kept_and_commented_also_when_a_gate_is_broken() -> None:
+    assert {name: step["if"] for name, step in STEPS.items() if "if" in step} == {
+        SUMMARY: "${{ !cancelled() && hashFiles('review.md') != '' }}",
+        "Keep the review as a page": "${{ !cancelled() && hashFiles('review.html') != '' }}",
+        COMMENT: "${{ !cancelled() && hashFiles('review.md') != '' }}",
+    }
+
+
+def test_a_remote_that_fails_does_not_fail_the_job() -> None:
+    assert {name for name, step in STEPS.items() if step.get("continue-on-error")} == {PULL}
+
+
+# dvc.lock
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, ran: Path) -> Path:
+    """A repository in which `dvc repro` has run, with its results and the scripts of the workflow committed."""
+    folder = copy_clone(ran, tmp_path_factory.mktemp("workflow") / "project")
+    shutil.copytree(ROOT / ".ci", folder / ".ci", ignore=shutil.ignore_patterns("__pycache__"))
+    commit(folder, "results")
+    return folder
+
+
+@pytest.fixture
+def clone(tmp_path: Path, project: Path) -> Path:
+    """What a job checks out: no cache, no data, no model."""
+    run(tmp_path, "git", "clone", "-q", str(project), "clone")
+    return tmp_path / "clone"
+
+
+def replace(file: str, old: str, new: str) -> Callable[[Path], None]:
+    """An edit of a file that has the old text once."""
+
+    def in_folder(folder: Path) -> None:
+        text = (folder / file).read_text(encoding="utf-8")
+        assert text.count(old) == 1
+        (folder / file).write_text(text.replace(old, new), encoding="utf-8")
+
+    return in_folder
+
+
+def append(file: str, text: str) -> Callable[[Path], None]:
+    def in_folder(folder: Path) -> None:
+        with (folder / file).open("a", encoding="utf-8") as stream:
+            stream.write(text)
+
+    return in_folder
+
+
+def delete(*files: str) -> Callable[[Path], None]:
+    def in_folder(folder: Path) -> None:
+        for file in files:
+            (folder / file).unlink()
+
+    return in_folder
+
+
+def train_alone(folder: Path) -> None:
+    """As if train had run once more, on its own, and had written another model."""
+    lock = YAML(typ="safe").load(folder / "dvc.lock")
+    [model] = [out for out in lock["stages"]["train"]["outs"] if out["path"] == "models/tuned"]
+    model["md5"] = "0" * 32 + ".dir"
+    YAML(typ="safe").dump(lock, folder / "dvc.lock")
+
+
+def move_data(folder: Path, path: str) -> None:
+    """As if the dataset had lain somewhere else when the pipeline ran, where git does not hold it."""
+    (folder / "data/instructions.jsonl").unlink()
+    lock = (folder / "dvc.lock").read_text()
+    (folder / "dvc.lock").write_text(lock.replace("data/instructions.jsonl", path))
+    edit(folder, dataset_file=path)
+
+
+def move_data_out(folder: Path) -> None:
+    move_data(folder, "/elsewhere/mine.jsonl")
+
+
+def move_data_to_dvc_and_change_it(folder: Path) -> None:
+    """As if the dataset had lain in DVC's cache, and `dvc add` had put another one there since."""
+    move_data(folder, "data/mine.jsonl")
+    (folder / "data/mine.jsonl.dvc").write_text(f"outs:\n- path: mine.jsonl\n  hash: md5\n  md5: {'a' * 32}\n")
+
+
+UP_TO_DATE = "dvc.lock matches the code, the parameters, the data and the metrics\n"
+WHAT_TO_DO = "dvc.lock is out of date: run `dvc repro`, and commit dvc.lock and metrics/ with what you changed\n"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: None,
+        replace("dvc.yaml", "desc: Score one model", "desc: Judge one model"),
+        append("params.yaml", "# a comment\n"),
+        move_data_out,
+    ],
+    ids=["nothing", "a description", "a comment", "data outside of the repository"],
+)
+def test_a_lock_that_matches_passes_without_cache_and_data(clone: Path, change: Callable[[Path], None]) -> None:
+    change(clone)
+    result = run_step(CHECK, clone)
+    assert (result.returncode, result.stdout, result.stderr) == (0, UP_TO_DATE, "")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (append("stages/split.py", "# more\n"), ["split: stages/split.py changed since it ran"]),
+        (delete("stages/split.py"), ["split: stages/split.py is missing"]),
+        (
+            lambda folder: edit(folder, learning_rate="5e-4", num_epochs="9"),
+            ["train: learning_rate, num_epochs in params.yaml changed since it ran"],
+        ),
+        (
+            append("data/instructions.jsonl", "{}\n"),
+            ["download_dataset: data/instructions.jsonl changed since it ran"],
+        ),
+        (
+            replace("dvc.yaml", "python -m stages.split", "python -m stages.split --all"),
+            ["split: its command changed since it ran"],
+        ),
+        (
+            append("metrics/evaluate/tuned.json", " "),
+            ["evaluate@tuned: metrics/evaluate/tuned.json is not what it wrote"],
+        ),
+        (
+            delete("metrics/evaluate/tuned.json", "metrics/train.json"),
+            ["train: metrics/train.json is missing", "evaluate@tuned: metrics/evaluate/tuned.json is missing"],
+        ),
+        (
+            train_alone,
+            [
+                "evaluate@tuned: models/tuned was written anew by train since it ran",
+                "generate@tuned: models/tuned was written anew by train since it ran",
+            ],
+        ),
+        (
+            move_data_to_dvc_and_change_it,
+            ["download_dataset: data/mine.jsonl was written anew by data/mine.jsonl.dvc since it ran"],
+        ),
+        (
+            replace("dvc.yaml", "      - data/left_out.parquet\n", "      - data/left_out.parquet\n      - data/x\n"),
+            ["format: data/x is not in dvc.lock"],
+        ),
+    ],
+    ids=[
+        "code",
+        "deleted code",
+        "parameters",
+        "data",
+        "a command",
+        "edited metrics",
+        "deleted metrics",
+        "one stage that ran alone",
+        "data of dvc add",
+        "a new output",
+    ],
+)
+def test_a_lock_that_does_not_match_fails_and_says_where(
+    clone: Path, change: Callable[[Path], None], said: list[str]
+) -> None:
+    change(clone)
+    result = run_step(CHECK, clone)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "".join(f"{line}\n" for line in said) + WHAT_TO_DO
+
+
+def test_without_a_lock_no_stage_has_run(clone: Path) -> None:
+    (clone / "dvc.lock").unlink()
+    result = run_step(CHECK, clone)
+    assert result.returncode == 1
+    assert [line for line in result.stderr.splitlines() if "never ran, dvc.lock does not have it" in line] == [
+        f"{stage}: never ran, dvc.lock does not have it"
+        for stage in [
+            "download_dataset",
+            "download_model",
+            "format",
+            "split",
+            "train",
+            "evaluate@base",
+            "evaluate@tuned",
+            "generate@base",
+            "generate@tuned",
+        ]
+    ]
+    assert result.stderr.endswith(WHAT_TO_DO)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (append("dvc.lock", "<<<<<<< HEAD\n"), "unable to read: 'dvc.lock', YAML file structure is corrupted"),
+        (delete("params.yaml"), "Could not find 'dataset_file'"),
+        (delete("dvc.yaml"), "dvc.yaml is missing or has no stage"),
+        (append("dvc.yaml", "unknown: 1\n"), "'./dvc.yaml' validation failed"),
+    ],
+    ids=["a merge conflict", "no parameters", "no pipeline", "no valid pipeline"],
+)
+def test_a_pipeline_that_cannot_be_read_is_one_line(clone: Path, change: Callable[[Path], None], said: str) -> None:
+    change(clone)
+    result = run_step(CHECK, clone)
+    assert (result.returncode, result.stdout) == (1, "")
+    [line] = result.stderr.splitlines()
+    assert line.startswith("dvc.lock: not checked, since ")
+    assert said in line
+
+
+def test_where_the_data_is_it_is_checked_too_and_the_cache_suffices(project: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(project, tmp_path / "copy")
+    (folder / "data/test.parquet").unlink()
+    assert run_step(CHECK, folder).stdout == UP_TO_DATE
+    append("data/train.parquet", "x")(folder)
+    result = run_step(CHECK, folder)
+    assert result.stderr.splitlines()[:2] == [
+        "split: data/train.parquet is not what it wrote",
+        "train: data/train.parquet changed since it ran",
+    ]
+
+
+def test_predictions_are_pulled_where_a_remote_is_configured(project: Path, clone: Path, tmp_path: Path) -> None:
+    result = run_step(PULL, clone)
+    assert (result.returncode, result.stdout) == (0, "No DVC remote is configured.\n")
+    origin = shutil.copytree(project, tmp_path / "origin")
+    for folder in (origin, clone):
+        run(folder, "dvc", "remote", "add", "--local", "--default", "storage", str(tmp_path / "storage"))
+    run(origin, "dvc", "push", "evaluate@base", "evaluate@tuned", "split")
+    result = run_step(PULL, clone)
+    assert result.returncode == 0, result.stderr
+    assert {str(file.relative_to(clone)) for file in clone.glob("data/**/*.parquet")} == {
+        "data/predictions/base.parquet",
+        "data/predictions/tuned.parquet",
+        "data/test.parquet",
+    }
+
+
+# The summary and the comment
+
+
+def test_the_review_is_appended_to_the_summary(tmp_path: Path) -> None:
+    (tmp_path / "review.md").write_text("# Review\n")
+    (tmp_path / "summary").write_text("of a step before\n")
+    assert run_step(SUMMARY, tmp_path, GITHUB_STEP_SUMMARY=str(tmp_path / "summary")).returncode == 0
+    assert (tmp_path / "summary").read_text() == "of a step before\n# Review\n"
+
+
+class FakeGitHub:
+    """The part of GitHub's API that comments need, for the pull request 7 of o/p."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.comments: list[dict[str, Any]] = []
+        self.requests: list[str] = []
+        self.refusals: dict[str, tuple[int, str]] = {}  # status and body by method
+        self.login: str | None = None  # that of a person; the token of a job may not ask
+
+    def add(self, login: str | None, body: str) -> None:
+        identifier = 1000 + len(self.comments)
+        user = login and {"login": login}
+        page = f"https://github.example/o/p/pull/7#issuecomment-{identifier}"
+        self.comments.append({"id": identifier, "user": user, "body": body, "html_url": page})
+
+    def bodies(self) -> list[str]:
+        return [comment["body"] for comment in self.comments]
+
+    def answer(self, method: str, path: str, token: str, text: str) -> tuple[int, Any, str]:
+        """Status, content and Link header."""
+        where, query = urlsplit(path).path, parse_qs(urlsplit(path).query)
+        if token != "Bearer ghs_secret":
+            return 401, {"message": "Bad credentials"}, ""
+        if (method, where) == ("GET", "/user"):
+            return (200, {"login": self.login}, "") if self.login else (403, {"message": "not by integration"}, "")
+        if (method, where) == ("GET", "/repos/o/p/issues/7/comments"):
+            size, page = int(query["per_page"][0]), int(query["page"][0])
+            assert size <= 100
+            is_last = page * size >= len(self.comments)
+            link = "" if is_last else f'<{self.url}{where}?per_page={size}&page={page + 1}>; rel="next"'
+            return 200, self.comments[(page - 1) * size : page * size], link
+        if (method, where) == ("POST", "/repos/o/p/issues/7/comments"):
+            self.add(self.login or JOB, text)
+            return 201, self.comments[-1], ""
+        for comment in self.comments:
+            if (method, where) == ("PATCH", f"/repos/o/p/issues/comments/{comment['id']}"):
+                comment["body"] = text
+                return 200, comment, ""
+        return 404, {"message": "Not Found"}, ""
+
+
+@pytest.fixture
+def github() -> Iterator[FakeGitHub]:
+    fake = FakeGitHub()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def reply(self) -> None:
+            fake.requests.append(f"{self.command} {self.path}")
+            sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            text = json.loads(sent)["body"] if sent else ""
+            link = ""
+            if self.command in fake.refusals and self.path != "/user":
+                status, body = fake.refusals[self.command]
+            else:
+                status, content, link = fake.answer(self.command, self.path, self.headers["Authorization"], text)
+                body = json.dumps(content)
+            self.send_response(status)
+            if link:
+                self.send_header("Link", link)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def do_GET(self) -> None:
+            self.reply()
+
+        def do_POST(self) -> None:
+            self.reply()
+
+        def do_PATCH(self) -> None:
+            self.reply()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        fake.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield fake
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The project's folder as far as the comment goes: the script, a review and the event of a pull request."""
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci/comment.py", tmp_path / ".ci")
+    (tmp_path / "review.md").write_text("# Review\n\nBetter.\n", encoding="utf-8")
+    pull_request(tmp_path, head={"full_name": "o/p"})
+    return tmp_path
+
+
+def pull_request(folder: Path, head: dict[str, str] | None) -> None:
+    event = {"pull_request": {"number": 7, "head": {"repo": head}, "base": {"repo": {"full_name": "o/p"}}}}
+    (folder / "event.json").write_text(json.dumps(event))
+
+
+def comment(folder: Path, api: str, **env: str) -> tuple[int, str]:
+    """Exit code and output of the step."""
+    github_sets = {"GITHUB_API_URL": api, "GITHUB_REPOSITORY": "o/p", "GITHUB_EVENT_PATH": str(folder / "event.json")}
+    result = run_step(COMMENT, folder, **github_sets | {"NO_PROXY": "127.0.0.1"} | env)
+    assert "ghs_secret" not in result.stdout + result.stderr
+    return result.returncode, result.stdout + result.stderr
+
+
+def test_the_comment_is_created_once_and_then_updated(folder: Path, github: FakeGitHub) -> None:
+    created = "created https://github.example/o/p/pull/7#issuecomment-1000\n"
+    assert comment(folder, github.url) == (0, created)
+    assert github.bodies() == [f"{MARKER}\n[The review as a page]({PAGE})\n\n# Review\n\nBetter.\n"]
+    (folder / "review.md").write_text("# Review\n\nWorse.\n")
+    updated = "updated https://github.example/o/p/pull/7#issuecomment-1000\n"
+    assert comment(folder, github.url) == (0, updated)
+    assert github.bodies() == [f"{MARKER}\n[The review as a page]({PAGE})\n\n# Review\n\nWorse.\n"]
+
+
+def test_without_a_page_there_is_no_link(folder: Path, github: FakeGitHub) -> None:
+    assert comment(folder, github.url, REVIEW_PAGE="")[0] == 0
+    assert github.bodies() == [f"{MARKER}\n# Review\n\nBetter.\n"]
+
+
+@pytest.mark.parametrize(
+    ("login", "body"),
+    [
+        (JOB, f"> {MARKER}\n"),
+        (JOB, f"Quoted:\n{MARKER}\n"),
+        (JOB, ""),
+        ("mallory", f"{MARKER}\n# Review\n"),
+        (None, f"{MARKER}\n# Review\n"),
+    ],
+    ids=["a quote of the marker", "the marker further down", "nothing", "another author", "a deleted author"],
+)
+def test_a_comment_that_is_not_ours_is_left_alone(
+    folder: Path, github: FakeGitHub, login: str | None, body: str
+) -> None:
+    github.add(login, body)
+    assert comment(folder, github.url) == (0, "created https://github.example/o/p/pull/7#issuecomment-1001\n")
+    assert github.bodies()[0] == body
+    assert len(github.comments) == 2
+
+
+def test_ours_is_found_also_with_the_line_ends_of_the_web_page(folder: Path, github: FakeGitHub) -> None:
+    github.add(JOB, f"{MARKER}\r\n# Review\r\n")
+    assert comment(folder, github.url) == (0, "updated https://github.example/o/p/pull/7#issuecomment-1000\n")
+
+
+def test_with_the_token_of_a_person_ours_is_that_of_the_person(folder: Path, github: FakeGitHub) -> None:
+    github.login = "ada"
+    github.add(JOB, f"{MARKER}\n# Review\n")
+    assert comment(folder, github.url)[0] == 0
+    assert comment(folder, github.url) == (0, "updated https://github.example/o/p/pull/7#issuecomment-1001\n")
+
+
+def test_ours_is_found_among_hundreds(folder: Path, github: FakeGitHub) -> None:
+    for number in range(250):
+        github.add("ada", f"Comment {number}")
+    github.add(JOB, f"{MARKER}\n# Review\n")
+    assert comment(folder, github.url) == (0, "updated https://github.example/o/p/pull/7#issuecomment-1250\n")
+    assert github.requests == [
+        "GET /user",
+        "GET /repos/o/p/issues/7/comments?per_page=100&page=1",
+        "GET /repos/o/p/issues/7/comments?per_page=100&page=2",
+        "GET /repos/o/p/issues/7/comments?per_page=100&page=3",
+        "PATCH /repos/o/p/issues/comments/1250",
+    ]
+
+
+def test_a_review_of_the_longest_that_github_takes_is_whole(folder: Path, github: FakeGitHub) -> None:
+    review = "é" * (65_536 - len(MARKER) - 1)
+    (folder / "review.md").write_text(review, encoding="utf-8")
+    assert comment(folder, github.url, REVIEW_PAGE="")[0] == 0
+    assert github.bodies() == [f"{MARKER}\n{review}"]
+
+
+def test_a_longer_review_is_cut_at_the_end_of_a_line_and_says_so_first(folder: Path, github: FakeGitHub) -> None:
+    (folder / "review.md").write_text(f"{'x' * 98}é\n" * 700, encoding="utf-8")
+    assert comment(folder, github.url)[0] == 0
+    [body] = github.bodies()
+    assert body.splitlines()[:4] == [
+        MARKER,
+        f"[The review as a page]({PAGE})",
+        "",
+        "> Only the beginning: GitHub takes no longer comment. All is in review.html, the artifact of this run.",
+    ]
+    assert body.count("é") == 653
+    assert body.endswith("xé\n")
+    assert 65_436 < len(body) <= 65_536
+
+
+@pytest.mark.parametrize("head", [{"full_name": "mallory/p"}, None], ids=["a fork", "a deleted fork"])
+def test_where_a_fork_may_not_comment_the_job_goes_on(
+    folder: Path, github: FakeGitHub, head: dict[str, str] | None
+) -> None:
+    pull_request(folder, head)
+    github.refusals["POST"] = (403, '{"message": "Resource not accessible by integration"}')
+    said = "not commented: for a pull request from a fork the token may only read; see the summary of the job\n"
+    assert comment(folder, github.url) == (0, said)
+    assert github.comments == []
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (
+            401,
+            '{"message": "Bad credentials"}',
+            "401 Bad credentials; GITHUB_TOKEN is not valid, or no longer; hand the step `github.token`",
+        ),
+        (
+            403,
+            '{"message": "Resource not accessible by integration"}',
+            "403 Resource not accessible by integration; "
+            "the token may not write here; give the job `permissions: pull-requests: write`",
+        ),
+        (
+            404,
+            '{"message": "Not Found"}',
+            "404 Not Found; the repository or the pull request is not there, or the token may not see it",
+        ),
+        (502, "<html>Unicorn</html>", "502 Bad Gateway; run the job again, GitHub may have had a fault"),
+    ],
+)
+def test_a_refusal_is_one_line_that_says_what_to_do(
+    folder: Path, github: FakeGitHub, status: int, body: str, said: str
+) -> None:
+    github.refusals["POST"] = (status, body)
+    request = f"POST {github.url}/repos/o/p/issues/7/comments"
+    assert comment(folder, github.url) == (1, f"not commented: {request}: {said}\n")
+
+
+def test_a_fork_does_not_hide_another_fault(folder: Path, github: FakeGitHub) -> None:
+    pull_request(folder, {"full_name": "mallory/p"})
+    github.refusals["POST"] = (500, "{}")
+    assert comment(folder, github.url)[0] == 1
+
+
+def test_without_a_network_it_says_so(folder: Path) -> None:
+    said = "not commented: no answer from http://127.0.0.1:0 (ConnectionError); run the job again\n"
+    assert comment(folder, "http://127.0.0.1:0") == (1, said)
+
+
+@pytest.mark.parametrize(
+    ("change", "env", "said"),
+    [
+        (delete("review.md"), {}, "review.md: there is no such file; `make review` writes it\n"),
+        (
+            lambda folder: None,
+            {"GITHUB_TOKEN": ""},
+            "not commented: GITHUB_TOKEN is not set; a job of GitHub Actions has it, or is handed it\n",
+        ),
+        (
+            lambda folder: (folder / "event.json").write_text("{}"),
+            {},
+            "not commented: the event in GITHUB_EVENT_PATH is not that of a pull request\n",
+        ),
+    ],
+    ids=["no review", "no token", "no pull request"],
+)
+def test_what_is_missing_is_named(
+    folder: Path, github: FakeGitHub, change: Callable[[Path], None], env: dict[str, str], said: str
+) -> None:
+    change(folder)
+    assert comment(folder, github.url, **env) == (1, said)
+    assert github.requests == []
