@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -113,8 +113,8 @@ class Comparison:
     other_metrics: list[Changed]
     stages: list[StageRun]
     samples: list[Changed]
-    examples: list[ExampleChange] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    examples: list[ExampleChange]
+    notes: list[str]
 
     def verdict(self, name: str) -> Verdict:
         return next(verdict for verdict in self.verdicts if verdict.metric.name == name)
@@ -124,7 +124,8 @@ def compare_revisions(before: Revision, after: Revision) -> Comparison:
     locks = [side.read_yaml("dvc.lock") for side in (before, after)]
     outputs = [output_hashes(lock) for lock in locks]
     same_test_set = outputs[0].get(TEST) == outputs[1].get(TEST) is not None
-    verdicts, notes, both = compare_predictions(before, after, [hashes.get(PREDICTIONS) for hashes in outputs])
+    same_predictions = outputs[0].get(PREDICTIONS) == outputs[1].get(PREDICTIONS) is not None
+    verdicts, notes, both = compare_predictions(before, after, same_test_set, same_predictions)
     return Comparison(
         before,
         after,
@@ -142,12 +143,12 @@ def compare_revisions(before: Revision, after: Revision) -> Comparison:
 
 
 def compare_predictions(
-    before: Revision, after: Revision, hashes: list[str | None]
+    before: Revision, after: Revision, same_test_set: bool, same_predictions: bool
 ) -> tuple[list[Verdict], list[str], tuple[pa.Table, pa.Table] | None]:
     """A verdict for each metric, notes for the reader, and the predictions of both on their common examples.
 
     Args:
-        hashes: of the predictions in both `dvc.lock`s: where they are equal, nothing needs to be fetched.
+        same_test_set, same_predictions: by the hashes in `dvc.lock`, so that nothing is fetched where all is the same.
     """
     known = [side.read_json(METRICS) for side in (before, after)]
 
@@ -159,12 +160,11 @@ def compare_predictions(
     if not all(known):
         which = " and ".join(side.name for side, metrics in zip((before, after), known, strict=True) if not metrics)
         return unknown("not known"), [f"{which} has no {METRICS}: `dvc repro` there makes it."], None
-    if hashes[0] == hashes[1] and hashes[0] and known[0] == known[1]:
+    if same_predictions and known[0] == known[1]:
         return unknown("the same"), ["Both revisions have the same predictions on the test split, to the bit."], None
     tables = [side.read_table(PREDICTIONS) for side in (before, after)]
     if tables[0] is None or tables[1] is None:
-        words = "not known: no predictions"
-        return unknown(words), [], None
+        return unknown("not known: no predictions"), [] if same_test_set else ["The test sets differ."], None
 
     first, second = common_rows(tables[0], tables[1])
     notes = []

@@ -13,6 +13,7 @@ import numpy as np
 import vl_convert
 
 from review.revisions import Revision
+from stages.shared.errors import UserError
 from stages.shared.files import write_text
 
 CURVE = "metrics/curve.csv"
@@ -26,7 +27,11 @@ def pictures(before: Revision, after: Revision) -> list[tuple[str, bytes]]:
     """The title of each plot in `dvc.yaml` and a PNG with both revisions on top of each other."""
     names = [side.name for side in (before, after)]
     command = [sys.executable, "-m", "dvc", "plots", "diff", "--json", *names]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 (a list; DVC checked them)
+    result = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 (a list; DVC knows both names)
+    if result.returncode:
+        raise UserError(
+            f"`dvc plots diff {' '.join(names)}` failed; mend what it says and review again:\n{result.stderr}"
+        )
     plots = json.loads(result.stdout)["data"].values()
     specs: list[dict[str, Any]] = [plot["content"] for parts in plots for plot in parts if plot["type"] == "vega"]
     return [(spec["title"]["text"], vl_convert.vegalite_to_png(json.dumps(spec), scale=1.5)) for spec in specs]

@@ -15,7 +15,7 @@ from stages.shared.text import code, heading
 LONGEST = 240  # characters of an example's text in a table
 SIGN = {"better": "✅ better", "worse": "❌ worse"}
 # What GitHub would turn into a mention, a reference or a link; a word joiner behind it is not seen and stops that.
-LINKS = re.compile(r"[@#]|www(?=\.)|:(?=//)", re.IGNORECASE)
+LINKS = re.compile(r"@(?=\w)|#(?=\d)|www(?=\.)|:(?=//)", re.IGNORECASE)
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328 }
@@ -33,9 +33,9 @@ def markdown(comparison: Comparison, gates: Sequence[Checked], curves: str) -> s
     before, after = (code(side.name) for side in (comparison.before, comparison.after))
     parts = [f"# Review: {before} → {after}", f"**{headline(comparison)}**"]
     if gates:
-        rows = [[gate.rule, "✅ holds" if gate.holds else "❌ broken", text(gate.found)] for gate in gates]
+        rows = [[text(gate.rule), "✅ holds" if gate.holds else "❌ broken", text(gate.found)] for gate in gates]
         parts += ["## Gates", table(["gate", "", "found"], rows)]
-    parts += ["## Metrics on the test split", metrics_table(comparison), *comparison.notes]
+    parts += ["## Metrics on the test split", metrics_table(comparison), *map(text, comparison.notes)]
     missing = [(side.name, path) for side in (comparison.before, comparison.after) for path in sorted({*side.missing})]
     if missing:
         parts.append(missing_words(missing))

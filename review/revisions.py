@@ -2,6 +2,7 @@
 
 import io
 import json
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ from dvc.api import DVCFileSystem
 from dvc.exceptions import DvcException
 from ruamel.yaml import YAML
 
-from stages.shared.errors import UserError
+from stages.shared.errors import UserError, reading
 
 WORKSPACE = "workspace"
 
@@ -49,14 +50,20 @@ class Revision:
         return content
 
     def read_json(self, path: str) -> dict[str, Any]:
-        return json.loads(self.read(path) or b"{}")  # type: ignore[no-any-return]
+        with self._reading(path):
+            return dict(json.loads(self.read(path) or b"{}"))
 
     def read_yaml(self, path: str) -> dict[str, Any]:
-        return YAML(typ="safe").load(self.read(path) or b"{}") or {}
+        with self._reading(path):
+            return dict(YAML(typ="safe").load(self.read(path) or b"{}"))
 
     def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table | None:
         content = self.read(path)
-        return None if content is None else pq.read_table(io.BytesIO(content), columns=columns)
+        with self._reading(path):
+            return None if content is None else pq.read_table(io.BytesIO(content), columns=columns)
+
+    def _reading(self, path: str) -> AbstractContextManager[None]:
+        return reading(f"{path} of {self.name}", "`dvc repro` in a checkout of that revision makes it again")
 
     def metrics_files(self) -> list[str]:
         """The JSON files under metrics/ that this revision has."""

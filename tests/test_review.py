@@ -244,6 +244,12 @@ def test_without_cache_and_remote_git_alone_is_enough_for_all_but_the_intervals(
     assert "broken: loss not worse than in better by more than noise; found: can't be told from noise" in output
 
 
+def test_a_file_that_is_damaged_is_named_with_its_revision(folder: Path) -> None:
+    Path("metrics/evaluate/tuned.json").write_text("{")
+    output = review(folder, "before", exit_code=1)
+    assert "error: metrics/evaluate/tuned.json of workspace: can't be read: Expecting property name" in output
+
+
 def test_a_revision_that_is_none_is_said(folder: Path) -> None:
     output = review(folder, "nonsense", exit_code=1)
     assert "error: nonsense: unknown Git revision 'nonsense'; must be a commit, branch or tag" in output

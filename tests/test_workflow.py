@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from ruamel.yaml import YAML
 
-from tests.clone import ROOT, commit, copy_clone, run
+from tests.clone import EVERY_STAGE, ROOT, commit, copy_clone, run
 from tests.test_params import edit
 
 TEXT = (ROOT / ".github/workflows/review.yml").read_text(encoding="utf-8")
@@ -285,18 +285,7 @@ def test_without_a_lock_no_stage_has_run(clone: Path) -> None:
     result = run_step(CHECK, clone)
     assert result.returncode == 1
     assert [line for line in result.stderr.splitlines() if "never ran, dvc.lock does not have it" in line] == [
-        f"{stage}: never ran, dvc.lock does not have it"
-        for stage in [
-            "download_dataset",
-            "download_model",
-            "format",
-            "split",
-            "train",
-            "evaluate@base",
-            "evaluate@tuned",
-            "generate@base",
-            "generate@tuned",
-        ]
+        f"{stage}: never ran, dvc.lock does not have it" for stage in EVERY_STAGE
     ]
     assert result.stderr.endswith(WHAT_TO_DO)
 
