@@ -94,8 +94,8 @@ def missing_words(missing: Sequence[tuple[str, str]]) -> str:
     paths = " ".join(sorted({path for _, path in missing}))
     return (
         f"**Not to be had here**: {listed}. They lie neither in git nor in DVC's cache here. Get them with "
-        f"{code(f'dvc pull --all-commits {paths}')} where a remote has them; else {code('dvc repro')} in a checkout of "
-        "that revision makes them again."
+        f"{code(f'dvc pull --all-commits {paths}')}, those of an experiment with {code('dvc exp pull')}, where a "
+        f"remote has them; else {code('dvc repro')} in a checkout of that revision makes them again."
     )
 
 
