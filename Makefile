@@ -10,6 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # What `make review` compares: BASE with REV, each a branch, a commit, an experiment or the workspace.
 BASE ?= main
 REV ?= workspace
+export BASE REV  # the shell takes them from there: a name is no shell text
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,7 +21,7 @@ repro: $(INSTALLED)  ## run the pipeline: what changed, and nothing else
 	@du -sh .dvc/cache .scratch 2>/dev/null || true  # one of them may not be there
 
 review: $(INSTALLED)  ## compare with BASE=main: what changed, is the difference real, do the gates hold
-	python -m review $(BASE) $(REV)
+	python -m review "$$BASE" "$$REV"
 
 chat: $(INSTALLED)  ## talk to the tuned model, and to the base model to compare
 	python -m stages.chat

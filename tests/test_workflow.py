@@ -86,11 +86,11 @@ def test_no_expression_stands_in_a_shell_command() -> None:
 def test_the_steps_are_commands_of_a_developer() -> None:
     commands = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in JOBS.items()}
     set_up = 'make .venv/installed\necho "$PWD/.venv/bin" >> "$GITHUB_PATH"\n'
-    assert commands["checks"] == [set_up, "make lint", "python .ci/check_lock.py", "make test"]
+    assert commands["checks"] == [set_up, "make lint", "make audit", "python .ci/check_lock.py", "make test"]
     assert commands["review"] == [
         set_up,
         STEPS[PULL]["run"],
-        'make review BASE="$BASE"',
+        "make review",
         'cat review.md >> "$GITHUB_STEP_SUMMARY"',
         "python .ci/comment.py review.md",
     ]
