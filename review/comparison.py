@@ -103,8 +103,10 @@ class ExampleChange:
         return self.loss_after - self.loss_before
 
 
-@dataclass
+@dataclass(frozen=True)
 class Comparison:
+    """All that a review says of two revisions. `notes` are for the reader of the metrics."""
+
     before: Revision
     after: Revision
     params: list[Changed]

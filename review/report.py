@@ -84,9 +84,8 @@ def signed(value: float) -> str:
 
 
 def interval(verdict: Verdict) -> str:
-    return (
-        "" if verdict.difference is None else f"{signed(verdict.difference.low)} to {signed(verdict.difference.high)}"
-    )
+    difference = verdict.difference
+    return "" if difference is None else f"{signed(difference.low)} to {signed(difference.high)}"
 
 
 def missing_words(missing: Sequence[tuple[str, str]]) -> str:
@@ -146,19 +145,21 @@ def cut(content: str) -> str:
 
 def text(content: str) -> str:
     """Foreign words as words, in a cell of a table: no markup, no mention, no link; line ends as signs."""
-    words = heading(re.sub(r"\s*\n\s*", " ⏎ ", content.strip()))
-    return LINKS.sub("\\g<0>\N{WORD JOINER}", words)
+    return LINKS.sub("\\g<0>\N{WORD JOINER}", heading(one_line(content)))
+
+
+def one_line(content: str) -> str:
+    return re.sub(r"\s*\n\s*", " ⏎ ", content.strip())
 
 
 def marked(before: str | None, after: str | None) -> tuple[str, str]:
     """Both texts, words that only one has struck through before and in bold after."""
     if before is None or after is None:
         return text(before or "(no such prompt)"), text(after or "(no such prompt)")
-    words = [re.sub(r"\s*\n\s*", " ⏎ ", side.strip()).split() for side in (before, after)]
+    words = [one_line(side).split() for side in (before, after)]
     sides: tuple[list[str], list[str]] = ([], [])
-    for kind, start, end, other_start, other_end in SequenceMatcher(
-        None, words[0], words[1], autojunk=False
-    ).get_opcodes():
+    matcher = SequenceMatcher(None, words[0], words[1], autojunk=False)
+    for kind, start, end, other_start, other_end in matcher.get_opcodes():
         for side, mark, part in ((0, "~~", words[0][start:end]), (1, "**", words[1][other_start:other_end])):
             if part:
                 around = "" if kind == "equal" else mark
