@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help repro review chat test lint check-lock audit chaos clean bench
+.PHONY: help repro review chat export test lint check-lock audit chaos clean bench
 # What `make review` compares: BASE with REV, each a branch, a commit, an experiment or the workspace.
 BASE ?= main
 REV ?= workspace
@@ -25,6 +25,9 @@ review: $(INSTALLED)  ## compare with BASE=main: what changed, is the difference
 
 chat: $(INSTALLED)  ## talk to the tuned model, and to the base model to compare
 	python -m stages.chat
+
+export: $(INSTALLED)  ## write the tuned model as GGUF for llama.cpp, Ollama and LM Studio, and ask it
+	python -m stages.export
 
 test: $(INSTALLED)  ## run the tests
 	OMP_NUM_THREADS=1 pytest --numprocesses auto --dist loadfile

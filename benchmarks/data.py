@@ -12,7 +12,9 @@ import pyarrow as pa
 from stages.format import format_batch
 from stages.shared.examples import FORMATTED, RAW, Example, read_split
 from stages.shared.files import parquet_writer
+from stages.shared.masking import load_tokenizer
 from stages.shared.params import FormatParams, load_params
+from stages.shared.templates import load_template
 
 JOINED = 3  # rows: about 170 tokens with the template, as in Alpaca
 
@@ -25,17 +27,20 @@ def long_rows(num_rows: int) -> Iterator[dict[str, Any]]:
     for number in range(1, num_rows + 1):
         parts = choose.sample(rows, JOINED)
         fields = {key: "\n".join(row[key] for row in parts if row[key]) for key in ("instruction", "input", "output")}
-        yield {**fields, "instruction": f"{number}. {fields['instruction']}", "source_row": number}
+        messages = [
+            {"role": "user", "content": f"{number}. {fields['instruction']}"},
+            {"role": "assistant", "content": fields["output"]},
+        ]
+        yield {"messages": messages, "input": fields["input"], "source": "joined", "source_row": number}
 
 
 def long_examples(num_examples: int) -> list[Example]:
     """`long_rows`, formatted with the parameters of `params.yaml`."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained("models/tokenizer")
+    params = load_params(FormatParams)
+    template = load_template(params.template, load_tokenizer())
     rows = pa.Table.from_pylist(list(long_rows(num_examples)), RAW)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "long.parquet"
         with parquet_writer(path, FORMATTED) as writer:
-            writer.write(format_batch(rows, tokenizer, load_params(FormatParams))[0])
+            writer.write(format_batch(rows, template, params.max_length)[0])
         return read_split(path)

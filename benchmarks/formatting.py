@@ -15,7 +15,7 @@ from benchmarks.data import long_rows
 from benchmarks.memory import peak_memory
 from stages.shared.examples import LEFT_OUT, RAW
 from stages.shared.files import ROWS_PER_GROUP, parquet_writer, write_json
-from stages.shared.templates import render_prompt
+from stages.shared.templates import render_alpaca
 
 ALPACA_ROWS = 52_000
 GROWTH = (1_000, 10_000, 100_000, 1_000_000)
@@ -82,9 +82,8 @@ def tokenizer_seconds(folder: Path) -> float:
 
     tokenizer = Tokenizer.from_file(str(folder / "models/tokenizer/tokenizer.json"))
     rows = pq.read_table(folder / "data/raw.parquet").to_pylist()
-    texts = [render_prompt("alpaca", row["instruction"], row["input"]) for row in rows] + [
-        row["output"] for row in rows
-    ]
+    texts = [render_alpaca(row["messages"][0]["content"], row["input"]) for row in rows]
+    texts += [row["messages"][1]["content"] for row in rows]
     start = time.perf_counter()
     for first in range(0, len(texts), ROWS_PER_GROUP):
         encodings = tokenizer.encode_batch_fast(texts[first : first + ROWS_PER_GROUP], add_special_tokens=False)

@@ -13,14 +13,15 @@ WARM_UP = 1  # steps that are not timed
 def table(results: dict[str, Any]) -> str:
     """Markdown, for the terminal and the README."""
     lines = [f"{results['date']}, {results['cores']} cores of {results['processor']}, torch {results['torch']}", ""]
-    for name, measured in results["training"].items():
+    for name, measured in (results["training"] | results.get("lora", {})).items():
         timed = range(WARM_UP, len(measured["real_tokens"]))
         real, distinct, supervised = (
             statistics.mean(measured[f"{kind}_tokens"][step] for step in timed)
             for kind in ("real", "distinct", "supervised")
         )
+        title = name[0].upper() + name[1:]
         lines += [
-            f"{name.capitalize()} examples: {real:,.0f} tokens a step, of which {distinct:,.0f} are distinct and "
+            f"{title} examples: {real:,.0f} tokens a step, of which {distinct:,.0f} are distinct and "
             f"{supervised:,.0f} supervised.",
             "",
             "| engine | s a step | time ÷ ours | supervised tokens/s | tokens/s | of the peak | peak GB | last loss |",
@@ -30,7 +31,7 @@ def table(results: dict[str, Any]) -> str:
         for engine, run in measured["engines"].items():
             seconds = statistics.median(run["seconds"][WARM_UP:])
             ratios = [a / b for a, b in zip(run["seconds"], ours["seconds"], strict=True)][WARM_UP:]
-            shares = [share_of_peak(results, measured, run, step) for step in timed]
+            shares = [share_of_peak(results, measured, engine, step) for step in timed]
             lines.append(
                 f"| {engine} | {seconds:.1f} | {statistics.median(ratios):.1f} ({min(ratios):.1f}–{max(ratios):.1f}) "
                 f"| {supervised / seconds:,.0f} | {real / seconds:,.0f} | {statistics.median(shares):.0%} "
@@ -56,10 +57,13 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def share_of_peak(results: dict[str, Any], measured: dict[str, Any], run: dict[str, Any], step: int) -> float:
+def share_of_peak(results: dict[str, Any], measured: dict[str, Any], engine: str, step: int) -> float:
     """The model FLOPs of a step's distinct tokens ÷ what the machine's matrix multiplication does in the same time."""
+    run = measured["engines"][engine]
     body, head = results["flops_per_token"]
     flops = body * measured["distinct_tokens"][step] + head * measured["supervised_tokens"][step]
+    if "LoRA" in engine:
+        flops *= 2 / 3  # a frozen matrix has no gradient; what the adapters compute is left out
     return float(flops / run["seconds"][step] / measured["matmul_flops"][step])
 
 

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, chdir, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +22,7 @@ from stages.shared.params import TrainParams
 from stages.train import effective_batch
 
 BASE, TOKENIZER = Path("models/base").absolute(), Path("models/tokenizer").absolute()
+LORA = "this project, LoRA"
 STEPS = 5  # the first warms up: its loss counts, its time does not
 Gate = Callable[[], None]
 
@@ -128,21 +129,28 @@ class GatedBatches:
 def this_project(work: Work, gate: Gate) -> list[float]:
     """`fit` of `stages/train.py`, its files in a temporary folder."""
     from stages.shared.checkpoints import Checkpoints
-    from stages.shared.loss import choose_batches
-    from stages.shared.models import load_model
-    from stages.train import CURVE, fit
+    from stages.shared.distributed import Processes
+    from stages.shared.models import pick_device
+    from stages.train import CURVE, fit, prepare
 
     params, examples = work.params, work.examples
-    model = load_model(BASE).train()
-    batches: Any = GatedBatches(choose_batches(model, examples, params.batch_size * params.max_length)[0], gate)
+    processes = Processes(pick_device())
+    model, chosen, _ = prepare(params, examples, processes, BASE)
+    batches: Any = GatedBatches(chosen, gate)
     with TemporaryDirectory() as folder, chdir(folder):
         # The validation at the end of the run, on one example, is the last gate.
         checkpoints = Checkpoints(Path("checkpoints"))
-        fit(model, batches, examples, examples[:1], params, len(work.batches), work.num_warmup_steps, checkpoints)
+        num_steps = len(work.batches)
+        fit(model, batches, examples, examples[:1], params, num_steps, work.num_warmup_steps, checkpoints, processes)
         return [float(line.split(",")[1]) for line in CURVE.read_text().splitlines()[1:]]
 
 
-ENGINES = {"textbook": textbook, "TRL": trl, "this project": this_project}
+def with_lora(work: Work, gate: Gate) -> list[float]:
+    """This project with `finetuning: lora`."""
+    return this_project(replace(work, params=work.params.model_copy(update={"finetuning": "lora"})), gate)
+
+
+ENGINES = {"textbook": textbook, "TRL": trl, LORA: with_lora, "this project": this_project}
 
 
 def serve(engine: str, work: Work, connection: Connection) -> None:

@@ -11,12 +11,12 @@ from markdown_it import MarkdownIt
 
 from review.revisions import Revision
 from review.statistics import Difference, compare
-from stages.shared.templates import TEMPLATES
+from stages.shared.templates import ALPACA, ALPACA_WITH_INPUT
 
 PREDICTIONS, METRICS = "data/predictions/tuned.parquet", "metrics/evaluate/tuned.json"
 SAMPLES, TEST = "metrics/samples/tuned.md", "data/test.parquet"
 NUM_EXAMPLES = 10
-TEMPLATE_LINES = {line for texts in TEMPLATES.values() for text in texts for line in text.splitlines()}
+TEMPLATE_LINES = {*ALPACA.splitlines(), *ALPACA_WITH_INPUT.splitlines()}
 
 
 @dataclass(frozen=True)

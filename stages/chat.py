@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.shared.errors import UserError
+from stages.shared.masking import load_tokenizer
 from stages.shared.params import GenerateParams, load_params
 from stages.shared.run import run
-from stages.shared.templates import render_prompt
+from stages.shared.templates import Template, load_template
 from stages.shared.text import printable
 
 if TYPE_CHECKING:
@@ -21,12 +22,13 @@ HELP = "/base and /tuned switch the model and ask the last question again; /quit
 
 def main() -> None:
     params = load_params(GenerateParams)
-    from stages.shared.models import load_model, load_tokenizer
+    from stages.shared.models import load_model
 
     with suppress(ImportError):
         import readline  # noqa: F401 (`input` gets line editing and a history)
 
     tokenizer = load_tokenizer()
+    template = load_template(params.template, tokenizer)
     models = {"tuned": load_model(Path("models/tuned")).eval()}
     print(f"{HELP}. At most {params.max_new_tokens} tokens, temperature {params.temperature:g}: params.yaml.")
     name, question = "tuned", ""
@@ -43,7 +45,7 @@ def main() -> None:
                 question = line
             if question:
                 try:
-                    answer(models[name], tokenizer, question, params)
+                    answer(models[name], tokenizer, template, question, params)
                 except KeyboardInterrupt:
                     print()
                 except UserError as error:
@@ -51,32 +53,35 @@ def main() -> None:
 
 
 def answer(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", question: str, params: GenerateParams
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    template: Template,
+    question: str,
+    params: GenerateParams,
 ) -> None:
     """Print the answer as it comes.
 
     Raises:
-        UserError: the question is longer than the model's context.
+        UserError: the question is longer than the model's context, or the template can't render it.
     """
     import torch
     from transformers import GenerationConfig, TextStreamer
 
-    from stages.shared.masking import encode_prompts
     from stages.shared.models import autocast, require_context
 
     class Printer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             print(printable(text), end="\n" if stream_end else "", flush=True)
 
-    (prompt,) = encode_prompts(tokenizer, [render_prompt(params.template, question)])
+    (prompt,) = template.encode_prompts([question])
     require_context(model, len(prompt), "the question")
     sampling: dict[str, Any] = {"do_sample": False}
     if params.temperature:
         sampling = {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p, "top_k": 0}
     settings = GenerationConfig(
         max_new_tokens=params.max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=template.end_token_id,
+        pad_token_id=template.end_token_id,
         **sampling,
     )
     input_ids = torch.tensor([prompt], device=model.device)

@@ -1,16 +1,18 @@
-"""A local file or a Hub dataset → `data/raw.parquet`, rows that can't be read → `data/unreadable.parquet`.
+"""A local file, a Hub dataset or a mixture → `data/raw.parquet`, unreadable rows → `data/unreadable.parquet`.
 
 Where it came from is written to `data/source.json`. Rows stream through: memory does not grow with their number.
 """
 
 import codecs
 import csv
+import heapq
 import json
 import re
 import reprlib
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,14 +22,21 @@ import pyarrow.parquet as pq
 from stages.shared.errors import UserError, reading
 from stages.shared.examples import LEFT_OUT, RAW
 from stages.shared.files import ROWS_PER_GROUP, file_sha256, parquet_writer, read_batches, write_json
-from stages.shared.params import DownloadDatasetParams, load_params
+from stages.shared.params import DatasetParams, DownloadDatasetParams, load_params
 from stages.shared.run import run
 from stages.shared.terminal import bar, summary
 from stages.shared.text import printable
 
-FIELDS = ("instruction", "input", "output")
-REQUIRED = ("instruction", "output")
-ALLOWED = "every row needs 'instruction' and 'output', and may have 'input', all of them text"
+# The columns by which a row's form is found, and of these the one that may be missing.
+MESSAGES, ALPACA, PROMPT_COMPLETION = ("messages",), ("instruction", "input", "output"), ("prompt", "completion")
+FORMS = (MESSAGES, ALPACA, PROMPT_COMPLETION)
+OPTIONAL = "input"
+ROLES = ("system", "user", "assistant", "tool")
+ALLOWED = (
+    "every row needs 'instruction' and 'output' (and may have 'input'), or 'prompt' and 'completion', all text, "
+    "or 'messages'"
+)
+MESSAGES_ALLOWED = f"a list of objects with 'role' ({', '.join(ROLES)}) and 'content', both text"
 OTHER_DATASET = "use another dataset, one with JSON, CSV or Parquet files"
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 CHARACTERS_AT_ONCE = 2**16
@@ -43,18 +52,44 @@ class BadRowError(Exception):
         self.reason = reason
 
 
+Message = dict[str, str]  # role and content
 # A row's number in its source, from 1, and its fields by name or why there are none.
 Row = tuple[int, dict[str, Any] | BadRowError]
 
 
+@dataclass(frozen=True)
+class Source:
+    """One dataset.
+
+    name: the file or the Hub id.
+    rows: its rows, from the first, as often as it is called.
+    facts: where it came from, for `data/source.json`.
+    """
+
+    name: str
+    rows: Callable[[], Iterator[Row]]
+    facts: dict[str, Any]
+
+
 def main() -> None:
     params = load_params(DownloadDatasetParams)
-    if params.dataset_name is None:
-        path = Path(params.dataset_file)
-        rows = read_file(path)
-        source: dict[str, Any] = {"source": str(path), "revision": f"sha256:{file_sha256(path)}", "licence": None}
+    if params.datasets is not None:
+        sources = [open_dataset(entry, Path(params.dataset_file)) for entry in params.datasets]
+        shares = choose_shares(sources, params.datasets)
+        rows = mix(sources, shares)
+        facts: dict[str, Any] = {
+            **{
+                key: ", ".join(str(source.facts[key] or "not stated") for source in sources)
+                for key in ("source", "revision", "licence")
+            },
+            "rows_taken": {source.name: taken for source, (taken, _) in zip(sources, shares, strict=True)},
+        }
     else:
-        rows, source = read_hub(params.dataset_name, params.dataset_revision, params.dataset_split)
+        if params.dataset_name is None:
+            source = open_file(Path(params.dataset_file))
+        else:
+            source = open_hub(params.dataset_name, params.dataset_revision, params.dataset_split)
+        rows, facts = ((source.name, row) for row in source.rows()), source.facts
 
     with (
         parquet_writer(Path("data/raw.parquet"), RAW) as raw,
@@ -63,26 +98,76 @@ def main() -> None:
         rows = iter(bar(islice(rows, params.max_examples), "read", "row", params.max_examples))
         while batch := list(islice(rows, ROWS_PER_GROUP)):
             readable, bad = [], []
-            for source_row, row in batch:
+            for name, (source_row, row) in batch:
+                place = {"source": name, "source_row": source_row}
                 try:
-                    readable.append({**read_fields(row), "source_row": source_row})
+                    messages, text = read_fields(row)
+                    readable.append({"messages": messages, "input": text, **place})
                 except BadRowError as error:
-                    bad.append({"source_row": source_row, "reason": error.reason, "detail": str(error)})
+                    bad.append({**place, "reason": error.reason, "detail": str(error)})
             raw.write(readable)
             unreadable.write(bad)
         num_rows = raw.num_rows + unreadable.num_rows
         if num_rows == 0:
-            raise UserError(f"{source['source']}: found no rows; {ALLOWED}")
-    write_json(Path("data/source.json"), {**source, "rows": num_rows})
+            raise UserError(f"{facts['source']}: found no rows; {ALLOWED}")
+    write_json(Path("data/source.json"), {**facts, "rows": num_rows})
     summary(
-        {"source": source["source"], "rows": f"{raw.num_rows:,} read, {unreadable.num_rows:,} unreadable"},
+        {"source": facts["source"], "rows": f"{raw.num_rows:,} read, {unreadable.num_rows:,} unreadable"},
         wrote=["data/raw.parquet", "data/unreadable.parquet", "data/source.json"],
         then="dvc repro format; then python -m stages.format --show 3",
     )
 
 
-def read_fields(row: dict[str, Any] | BadRowError) -> dict[str, str]:
-    """instruction, input and output of one row.
+def open_dataset(entry: DatasetParams, folder: Path) -> Source:
+    """A dataset of a mixture. Its files lie in a folder that DVC hashes whole."""
+    if entry.file is None:
+        return open_hub(str(entry.name), entry.revision, entry.split)
+    if not folder.is_dir():
+        raise UserError(
+            f"dataset_file: found {str(folder)!r}; must be the folder of the files in `datasets`, so that DVC sees "
+            "when one of them changes"
+        )
+    return open_file(folder / entry.file)
+
+
+def choose_shares(sources: list[Source], entries: list[DatasetParams]) -> list[tuple[int, int]]:
+    """Of each source how many rows to take, and how many it has.
+
+    By weights, the mixture is as large as it can be without a row twice.
+
+    Raises:
+        UserError: a source has fewer rows than its count, or none.
+    """
+    sizes = [sum(1 for _ in source.rows()) for source in sources]
+    for source, entry, size in zip(sources, entries, sizes, strict=True):
+        if size < (entry.count or 1):
+            raise UserError(
+                f"datasets: {source.name} has {size:,} rows; must have {entry.count or 1:,}: lower its count"
+            )
+    largest = min((size / entry.weight for entry, size in zip(entries, sizes, strict=True) if entry.weight), default=0)
+    return [
+        (min(size, max(1, round(largest * entry.weight))) if entry.weight else entry.count or size, size)
+        for entry, size in zip(entries, sizes, strict=True)
+    ]
+
+
+def mix(sources: list[Source], shares: list[tuple[int, int]]) -> Iterator[tuple[str, Row]]:
+    """Rows evenly from the whole of each source, in one order: any stretch of the mixture has about its proportions."""
+
+    def placed(index: int) -> Iterator[tuple[float, int, tuple[str, Row]]]:
+        (taken, size), source = shares[index], sources[index]
+        number = 0
+        for at, row in enumerate(source.rows()):
+            if (at + 1) * taken // size > number:
+                yield (number + 0.5) / taken, index, (source.name, row)
+                number += 1
+
+    for _, _, row in heapq.merge(*map(placed, range(len(sources))), key=lambda entry: entry[:2]):
+        yield row
+
+
+def read_fields(row: dict[str, Any] | BadRowError) -> tuple[list[Message], str]:
+    """The turns of one row, and Alpaca's input.
 
     Raises:
         BadRowError: a field is missing or is no Unicode text.
@@ -91,29 +176,66 @@ def read_fields(row: dict[str, Any] | BadRowError) -> dict[str, str]:
         raise row
     if not isinstance(row, dict):
         raise BadRowError("not_an_object", f"found {_shown(row)}; {ALLOWED}")
-    fields = {}
-    for name in FIELDS:
+    form = find_form([name for name, value in row.items() if value is not None])
+    if form == MESSAGES:
+        return _read_messages(row["messages"]), ""
+    texts = []
+    for name in form:
         value = row.get(name)
-        if value is None and name in REQUIRED:
+        if value is None and name != OPTIONAL:
             raise BadRowError("missing_field", f"{name!r} is missing; {ALLOWED}")
-        if value is None:
-            value = ""
-        if not isinstance(value, str):
-            raise BadRowError("not_text", f"{name!r} is {_shown(value)}; {ALLOWED}")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise BadRowError("not_unicode", f"{name!r} has half a surrogate pair at character {error.start}") from None
-        fields[name] = value
-    return fields
+        texts.append(_text(repr(name), "" if value is None else value, ALLOWED))
+    question, *text, answer = texts
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], "".join(text)
+
+
+def find_form(columns: Iterable[str]) -> tuple[str, ...]:
+    """The first form that is there whole; else the one that was meant, to say what is missing."""
+    names = set(columns)
+    whole = [form for form in FORMS if names.issuperset(name for name in form if name != OPTIONAL)]
+    meant = PROMPT_COMPLETION if names.intersection(PROMPT_COMPLETION) and not names.intersection(ALPACA) else ALPACA
+    return [*whole, meant][0]
+
+
+def _read_messages(messages: Any) -> list[Message]:
+    if not isinstance(messages, list):
+        raise BadRowError("not_text", f"'messages' is {_shown(messages)}; must be {MESSAGES_ALLOWED}")
+    turns = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise BadRowError("not_text", f"message {number} is {_shown(message)}; must be {MESSAGES_ALLOWED}")
+        for name in ("role", "content"):
+            if message.get(name) is None:
+                detail = f"{name!r} of message {number} is missing; must be {MESSAGES_ALLOWED}"
+                raise BadRowError("missing_field", detail)
+        role, content = (
+            _text(f"{name!r} of message {number}", message[name], f"must be {MESSAGES_ALLOWED}")
+            for name in ("role", "content")
+        )
+        if role not in ROLES:
+            raise BadRowError(
+                "unknown_role", f"'role' of message {number} is {_shown(role)}; must be {MESSAGES_ALLOWED}"
+            )
+        turns.append({"role": role, "content": content})
+    return turns
+
+
+def _text(what: str, value: object, allowed: str) -> str:
+    if not isinstance(value, str):
+        raise BadRowError("not_text", f"{what} is {_shown(value)}; {allowed}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError("not_unicode", f"{what} has half a surrogate pair at character {error.start}") from None
+    return value
 
 
 def _shown(value: object) -> str:
     return f"{type(value).__name__} {reprlib.repr(value).encode('ascii', 'backslashreplace').decode():.60}"
 
 
-def read_file(path: Path) -> Iterator[Row]:
-    """The rows of a JSON, JSONL, CSV or Parquet file.
+def open_file(path: Path) -> Source:
+    """A JSON, JSONL, CSV or Parquet file.
 
     Raises:
         UserError: the file as a whole can't be read: not there, another format or encoding, a column missing.
@@ -125,7 +247,9 @@ def read_file(path: Path) -> Iterator[Row]:
         raise UserError(f"dataset_file: {str(path)!r} is not a file; name one, or a Hub dataset in dataset_name")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: is empty; {ALLOWED}")
-    return readers[path.suffix.lower()](path)
+    read = readers[path.suffix.lower()]
+    facts = {"source": str(path), "revision": f"sha256:{file_sha256(path)}", "licence": None}
+    return Source(str(path), lambda: read(path), facts)
 
 
 def read_json(path: Path) -> Iterator[Row]:
@@ -236,13 +360,13 @@ def read_parquet(path: Path) -> Iterator[Row]:
     with reading(path):
         schema = pq.read_schema(path)
         _require_columns(path, schema.names)
-        columns = [name for name in schema.names if name in FIELDS]
+        columns = [name for name in schema.names if any(name in form for form in FORMS)]
         rows = (row for batch in read_batches(path, columns) for row in batch.to_pylist())
         yield from enumerate(rows, 1)
 
 
-def read_hub(name: str, revision: str | None, split: str) -> tuple[Iterator[Row], dict[str, Any]]:
-    """The rows of a Hub dataset, and where they came from: the revision resolved to a commit, the licence."""
+def open_hub(name: str, revision: str | None, split: str) -> Source:
+    """A Hub dataset; its facts have the revision resolved to a commit, and the licence."""
     import datasets
     from huggingface_hub import HfApi
 
@@ -260,8 +384,8 @@ def read_hub(name: str, revision: str | None, split: str) -> tuple[Iterator[Row]
         licence = info.card_data.get("license") if info.card_data else None
         licence = ", ".join(map(str, licence)) if isinstance(licence, list) else licence
     _require_columns(name, dataset.column_names)
-    source = {"source": name, "split": split, "revision": info.sha, "licence": licence and printable(str(licence))}
-    return _numbered(where, dataset), source
+    facts = {"source": name, "split": split, "revision": info.sha, "licence": licence and printable(str(licence))}
+    return Source(name, lambda: _numbered(where, dataset), facts)
 
 
 def _numbered(where: str, dataset: Iterable[dict[str, Any]]) -> Iterator[Row]:
@@ -271,8 +395,8 @@ def _numbered(where: str, dataset: Iterable[dict[str, Any]]) -> Iterator[Row]:
 
 def _require_columns(where: object, columns: Iterable[str]) -> None:
     names = list(columns)
-    for name in FIELDS:
-        if name in REQUIRED and name not in names:
+    for name in find_form(names):
+        if name != OPTIONAL and name not in names:
             found = textwrap.shorten(", ".join(names), 300, placeholder=" ...") or "none"
             raise UserError(f"{where}: column {name!r} is missing; found {found}; {ALLOWED}")
         if names.count(name) > 1:

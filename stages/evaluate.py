@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 from stages.shared.errors import UserError
 from stages.shared.examples import Example, read_split
 from stages.shared.files import parquet_writer, write_csv, write_json
+from stages.shared.masking import load_tokenizer
 from stages.shared.params import EvaluateParams, load_params
 from stages.shared.run import run
+from stages.shared.templates import load_template
 from stages.shared.terminal import bar, summary
 
 if TYPE_CHECKING:
@@ -52,18 +54,20 @@ def main() -> None:
 
     from stages.shared.decoding import generate_answers
     from stages.shared.loss import choose_batches
-    from stages.shared.models import autocast, load_model, load_tokenizer
+    from stages.shared.models import autocast, load_model
 
     examples = read_split(TEST)
     model, tokenizer = load_model(Path("models") / name).eval(), load_tokenizer()
     batches, reason = choose_batches(model, examples, TOKENS_PER_MICRO_BATCH)
     print(f"Engine: {reason}", flush=True)
-    prompts = [example.input_ids[: example.prompt_length].tolist() for example in examples]
+    prompts = [example.input_ids[: example.last_response].tolist() for example in examples]
+    stop = load_template(params.template, tokenizer).end_token_id
     with autocast(params.precision, model.device):
         scores = score_tokens(model, batches, examples)
-        answers = generate_answers(model, tokenizer, prompts, params.max_new_tokens)
+        answers = generate_answers(model, tokenizer, prompts, stop, params.max_new_tokens)
 
-    references = pq.read_table(TEST, columns=["response"]).column(0).to_pylist()
+    table = pq.read_table(TEST, columns=["response", "source"])
+    references, sources = (column.to_pylist() for column in table.columns)
     rows = [
         {
             "example_id": example.example_id,
@@ -78,7 +82,12 @@ def main() -> None:
         }
         for example, score, answer, reference in zip(examples, scores, answers, references, strict=True)
     ]
-    metrics = summarise(rows)
+    metrics: dict[str, Any] = summarise(rows)
+    if len(set(sources)) > 1:
+        metrics["sources"] = {
+            name: summarise([row for row, source in zip(rows, sources, strict=True) if source == name])
+            for name in sorted(set(sources))
+        }
     with parquet_writer(Path(f"data/predictions/{name}.parquet"), PREDICTIONS) as writer:
         writer.write(rows)
     write_json(Path(f"metrics/evaluate/{name}.json"), metrics)

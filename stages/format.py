@@ -1,4 +1,4 @@
-"""Template, tokenise, mask: `data/raw.parquet` → `data/formatted.parquet`.
+"""Render by the template, tokenise, mask: `data/raw.parquet` → `data/formatted.parquet`.
 
 Every row that can't be trained on goes to the ledger `data/left_out.parquet` with the reason. Rows stream in batches.
 """
@@ -6,33 +6,32 @@ Every row that can't be trained on goes to the ledger `data/left_out.parquet` wi
 import argparse
 import hashlib
 import unicodedata
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich.table import Table
 from rich.text import Text
 
 from stages.shared.errors import UserError, reading
 from stages.shared.examples import FORMATTED, LEFT_OUT, NOT_SUPERVISED
 from stages.shared.files import parquet_writer, read_batches, read_json, write_csv, write_json
-from stages.shared.masking import encode_examples
+from stages.shared.masking import load_tokenizer
 from stages.shared.params import FormatParams, load_params
 from stages.shared.run import run
-from stages.shared.templates import render_prompt
+from stages.shared.templates import BadConversationError, Conversation, Template, load_template
 from stages.shared.terminal import console, summary
 from stages.shared.text import printable
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 FORMATTED_FILE, LEFT_OUT_FILE = Path("data/formatted.parquet"), Path("data/left_out.parquet")
 LENGTHS = Path("metrics/lengths.csv")
+COUNTED = ("rows_in", "kept", "left_out", "truncated", "tokens", "supervised_tokens")
 LENGTH_BIN = 16  # tokens, the width of a bar in the plot of lengths
 S = TypeVar("S")
 T = TypeVar("T")
@@ -40,8 +39,8 @@ T = TypeVar("T")
 
 def main() -> None:
     params = load_params(FormatParams)
-    tokenizer = load_tokenizer()
-    counts: Counter[str] = Counter()
+    template = load_template(params.template, load_tokenizer())
+    sources: defaultdict[str, Counter[str]] = defaultdict(Counter)
     left_out: Counter[str] = Counter()
     lengths: Counter[int] = Counter()
     first_left_out = ""
@@ -49,7 +48,9 @@ def main() -> None:
     unreadable = read_batches(Path("data/unreadable.parquet"))
     parts: Iterator[tuple[pa.Table, list[dict[str, Any]]]] = chain(
         ((FORMATTED.empty_table(), batch.to_pylist()) for batch in unreadable),
-        map_ahead(lambda batch: format_batch(batch, tokenizer, params), read_batches(Path("data/raw.parquet"))),
+        map_ahead(
+            lambda batch: format_batch(batch, template, params.max_length), read_batches(Path("data/raw.parquet"))
+        ),
     )
     with (
         parquet_writer(FORMATTED_FILE, FORMATTED) as formatted,
@@ -60,13 +61,10 @@ def main() -> None:
             ledger.write(entries)
             left_out.update(entry["reason"] for entry in entries)
             if entries and not first_left_out:
-                first_left_out = "row {source_row}: {reason}: {detail}".format(**entries[0])
+                first_left_out = describe(entries[0])
             num_tokens = examples["input_ids"].combine_chunks().value_lengths().to_numpy()
             lengths.update((num_tokens // LENGTH_BIN).tolist())
-            counts["truncated"] += int(examples["truncated"].to_numpy().sum())
-            counts["tokens"] += int(num_tokens.sum())
-            labels = examples["labels"].combine_chunks().flatten().to_numpy()
-            counts["supervised_tokens"] += int(np.count_nonzero(labels != NOT_SUPERVISED))
+            count_by_source(sources, examples, entries)
 
         source = read_json(Path("data/source.json"))
         kept, rows_in = formatted.num_rows, source["rows"]
@@ -81,8 +79,12 @@ def main() -> None:
                 f"({_listed(left_out)}); more than half is no accident: mend the source. First, {first_left_out}"
             )
 
-    metrics = {"rows_in": rows_in, "kept": kept, "left_out": left_out.total(), **counts}
-    write_json(Path("metrics/format.json"), {**metrics, "left_out_by_reason": dict(sorted(left_out.items()))})
+    counts = sum(sources.values(), Counter())
+    metrics: dict[str, Any] = {name: counts[name] for name in COUNTED}
+    metrics["left_out_by_reason"] = dict(sorted(left_out.items()))
+    if len(sources) > 1:
+        metrics["sources"] = {name: {key: sources[name][key] for key in COUNTED} for name in sorted(sources)}
+    write_json(Path("metrics/format.json"), metrics)
     write_csv(LENGTHS, "tokens,examples", ((index * LENGTH_BIN, lengths[index]) for index in range(max(lengths) + 2)))
     summary(
         {
@@ -95,6 +97,27 @@ def main() -> None:
     )
 
 
+def count_by_source(sources: defaultdict[str, Counter[str]], examples: pa.Table, entries: list[dict[str, Any]]) -> None:
+    """Add what a batch has of each source, by the names of `COUNTED`."""
+    for entry in entries:
+        sources[entry["source"]].update(rows_in=1, left_out=1)
+    for name in pc.unique(examples["source"]).to_pylist():
+        own = examples.filter(pc.equal(examples["source"], name))
+        labels = own["labels"].combine_chunks().flatten().to_numpy()
+        sources[name].update(
+            rows_in=len(own),
+            kept=len(own),
+            truncated=int(own["truncated"].to_numpy().sum()),
+            tokens=len(labels),
+            supervised_tokens=int(np.count_nonzero(labels != NOT_SUPERVISED)),
+        )
+
+
+def describe(entry: dict[str, Any]) -> str:
+    """A row of the ledger in words."""
+    return "{source}, row {source_row:,}: {reason}: {detail}".format(**entry)
+
+
 def show(number: int, left_out: bool) -> None:
     """Print the first formatted examples with what is masked and what is supervised, or rows of the ledger."""
     out = console()
@@ -104,13 +127,13 @@ def show(number: int, left_out: bool) -> None:
         if not rows:
             out.print(f"{LEFT_OUT_FILE}: no row was left out")
         for row in rows:
-            out.print(Text(printable("row {source_row}: {reason}: {detail}".format(**row))))
+            out.print(Text(printable(describe(row))))
         return
     tokenizer = load_tokenizer()
     for row in rows:
         table = Table.grid(padding=(0, 2))
         cut = ", cut at max_length" if row["truncated"] else ""
-        out.print(Text(f"row {row['source_row']:,}: {len(row['input_ids']):,} tokens{cut}", "bold"))
+        out.print(Text(f"{row['source']}, row {row['source_row']:,}: {len(row['input_ids']):,} tokens{cut}", "bold"))
         tokens = zip(row["input_ids"], row["labels"], strict=True)
         for masked, span in groupby(tokens, key=lambda token: token[1] == NOT_SUPERVISED):
             ids = [token_id for token_id, _ in span]
@@ -120,47 +143,77 @@ def show(number: int, left_out: bool) -> None:
         out.print(table)
 
 
-def load_tokenizer() -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
-
-    with reading(Path("models/tokenizer")):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained("models/tokenizer", local_files_only=True)
-    return tokenizer
-
-
-def format_batch(
-    batch: pa.Table, tokenizer: "PreTrainedTokenizerBase", params: FormatParams
-) -> tuple[pa.Table, list[dict[str, Any]]]:
+def format_batch(batch: pa.Table, template: Template, max_length: int) -> tuple[pa.Table, list[dict[str, Any]]]:
     """A row of `FORMATTED` for each row that can be trained on, a row of `LEFT_OUT` for each other, in order."""
-    rows = batch.to_pylist()
-    prompts = [render_prompt(params.template, row["instruction"], row["input"]) for row in rows]
-    responses = [row["output"].strip() for row in rows]
-    prompt_ids = [content_hash(normalise(row["instruction"]), normalise(row["input"])) for row in rows]
+    conversations: dict[int, Conversation] = {}
+    faults: dict[int, BadConversationError] = {}
+    for index, row in enumerate(batch.to_pylist()):
+        try:
+            conversations[index] = read_conversation(row)
+        except BadConversationError as error:
+            faults[index] = error
+    indices = list(conversations)
     with reading("models/tokenizer", "its tokenizer can't encode this text: use another model"):
-        encoded = encode_examples(tokenizer, prompts, responses, params.max_length)
+        formatted = template.format(list(conversations.values()), max_length)
+    encoded = formatted.encoded
+    for at, index in enumerate(indices):
+        if at in formatted.faults:
+            faults[index] = formatted.faults[at]
+        elif not encoded.lengths[at]:
+            detail = f"the prompt leaves no room in max_length = {max_length}"
+            faults[index] = BadConversationError("prompt_too_long", detail)
+
+    ids = [content_ids(conversation) for conversation in conversations.values()]
     offsets = pa.array(np.concatenate([[0], encoded.lengths.cumsum()]), pa.int32())
+    places = batch.select(["source", "source_row"])
     columns = {
-        "example_id": list(map(content_hash, prompt_ids, responses)),
-        "prompt_id": prompt_ids,
-        "source_row": batch["source_row"],
-        "prompt": prompts,
-        "response": responses,
+        "example_id": [example_id for _, example_id in ids],
+        "prompt_id": [prompt_id for prompt_id, _ in ids],
+        **dict(zip(places.column_names, places.take(pa.array(indices, pa.int64())).columns, strict=True)),
+        "prompt": formatted.prompts,
+        "response": formatted.responses,
         "input_ids": pa.ListArray.from_arrays(offsets, pa.array(encoded.input_ids)),
         "labels": pa.ListArray.from_arrays(offsets, pa.array(encoded.labels)),
         "truncated": encoded.truncated,
     }
-    kept, left_out = [], []
-    for index, (row, response, length) in enumerate(zip(rows, responses, encoded.lengths.tolist(), strict=True)):
-        if not row["instruction"].strip():
-            left_out.append(_left_out(row, "empty_instruction", "'instruction' is empty"))
-        elif not response:
-            left_out.append(_left_out(row, "empty_response", "'output' is empty"))
-        elif not length:
-            detail = f"the prompt leaves no room in max_length = {params.max_length}"
-            left_out.append(_left_out(row, "prompt_too_long", detail))
-        else:
-            kept.append(index)
-    return pa.table(columns, FORMATTED).take(pa.array(kept, pa.int64())), left_out
+    kept = pa.array([at for at, index in enumerate(indices) if index not in faults], pa.int64())
+    left_out = [
+        {**place, "reason": faults[index].reason, "detail": str(faults[index])}
+        for index, place in enumerate(places.to_pylist())
+        if index in faults
+    ]
+    return pa.table(columns, FORMATTED).take(kept), left_out
+
+
+def read_conversation(row: dict[str, Any]) -> Conversation:
+    """The turns up to the last response, without white space around them.
+
+    Raises:
+        BadConversationError: there is no response, or an empty turn.
+    """
+    messages = [{**message, "content": message["content"].strip()} for message in row["messages"]]
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not any(message["role"] == "user" for message in messages):
+        raise BadConversationError("no_exchange", "has no user's turn with an assistant's turn after it")
+    for number, message in enumerate(messages, 1):
+        if not message["content"]:
+            reason = "empty_response" if message["role"] == "assistant" else "empty_instruction"
+            raise BadConversationError(reason, f"turn {number} ({message['role']}) is empty")
+    return Conversation(messages, row["input"].strip(), f"{row['source']}, row {row['source_row']:,}")
+
+
+def content_ids(conversation: Conversation) -> tuple[str, str]:
+    """Of the prompt, by which a split is chosen, and of the example, by which duplicates are found.
+
+    Conversations that begin with the same question have the same prompt: they never lie in two splits.
+    """
+    first = next(message for message in conversation.messages if message["role"] == "user")
+    prompt_id = content_hash(normalise(first["content"]), normalise(conversation.input))
+    rest = [message for message in conversation.messages if message is not first]
+    if len(rest) == 1:
+        return prompt_id, content_hash(prompt_id, rest[0]["content"])
+    return prompt_id, content_hash(prompt_id, *(part for message in rest for part in message.values()))
 
 
 def map_ahead(function: Callable[[S], T], items: Iterator[S]) -> Iterator[T]:
@@ -181,10 +234,6 @@ def normalise(text: str) -> str:
 def content_hash(*parts: str) -> str:
     """32 hexadecimal digits, from the parts alone."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-
-
-def _left_out(row: dict[str, Any], reason: str, detail: str) -> dict[str, Any]:
-    return {"source_row": row["source_row"], "reason": reason, "detail": detail}
 
 
 def _listed(reasons: Counter[str]) -> str:

@@ -7,9 +7,10 @@ import argparse
 from pathlib import Path
 
 from stages.shared.files import write_text
+from stages.shared.masking import load_tokenizer
 from stages.shared.params import GenerateParams, load_params
 from stages.shared.run import run
-from stages.shared.templates import render_prompt
+from stages.shared.templates import load_template
 from stages.shared.terminal import summary
 from stages.shared.text import block, heading
 
@@ -23,16 +24,23 @@ def main() -> None:
     from transformers import set_seed
 
     from stages.shared.decoding import generate_answers
-    from stages.shared.masking import encode_prompts
-    from stages.shared.models import autocast, load_model, load_tokenizer, require_context
+    from stages.shared.models import autocast, load_model, require_context
 
     model, tokenizer = load_model(Path("models") / name).eval(), load_tokenizer()
-    texts = [render_prompt(params.template, instruction) for instruction in params.sample_prompts]
-    prompts = encode_prompts(tokenizer, texts)
+    template = load_template(params.template, tokenizer)
+    prompts = template.encode_prompts(params.sample_prompts)
     require_context(model, max(map(len, prompts)), "sample_prompts")
     set_seed(params.seed)
     with autocast(params.precision, model.device):
-        answers = generate_answers(model, tokenizer, prompts, params.max_new_tokens, params.temperature, params.top_p)
+        answers = generate_answers(
+            model,
+            tokenizer,
+            prompts,
+            template.end_token_id,
+            params.max_new_tokens,
+            params.temperature,
+            params.top_p,
+        )
     settings = f"temperature {params.temperature:g}, top_p {params.top_p:g}, seed {params.seed}"
     parts = [f"# Answers of the {name} model\n\nAt most {params.max_new_tokens} tokens, {settings}.\n"]
     for instruction, answer in zip(params.sample_prompts, answers, strict=True):

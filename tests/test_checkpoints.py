@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stages.shared import checkpoints as checkpoints_module
-from stages.shared.checkpoints import Checkpoints, fingerprint
+from stages.shared.checkpoints import Checkpoints, fingerprint, load
 from stages.shared.errors import UserError
 from stages.shared.locks import held
 
@@ -52,7 +52,8 @@ def interrupted_run(*steps: int, seed: int = 1) -> Path:
 def step_loaded(seed: int = 1) -> int | None:
     """The step that the next run goes on from, if any. That run is interrupted, too."""
     with suppress(KeyboardInterrupt), opened(seed) as checkpoints:
-        loaded = checkpoints.load()
+        folder = checkpoints.newest()
+        loaded = load(folder) if folder else None
         if loaded:
             assert loaded[0]["w"].tolist() == [loaded[1]["step"]] * 2
             assert checkpoints.load_best()["w"].tolist() == [loaded[1]["step"] + 0.5]

@@ -22,7 +22,7 @@ def test_an_answer_ends_before_the_stop_token(tokenizer: Any, monkeypatch: pytes
     a, b = tokenizer.encode("ab")
     monkeypatch.setattr(decoding, "choose_reading", lambda *_: read_padded)
     monkeypatch.setattr(decoding, "generate_batch", lambda *_: [[a, 0], [a, b, b]])
-    answers = decoding.generate_answers(None, tokenizer, [[7], [8, 9]], 3)  # type: ignore[arg-type]
+    answers = decoding.generate_answers(None, tokenizer, [[7], [8, 9]], 0, 3)  # type: ignore[arg-type]
     assert answers == [decoding.Answer("a", 1, stopped=True), decoding.Answer("abb", 3, stopped=False)]
 
 
@@ -33,7 +33,7 @@ def test_answers_come_in_the_order_of_the_prompts(tokenizer: Any, monkeypatch: p
     monkeypatch.setattr(
         decoding, "generate_batch", lambda _, prompts, *__: [[a], [b]] if prompts == [[7], [8, 9]] else []
     )
-    answers = decoding.generate_answers(None, tokenizer, [[8, 9], [7]], 1)  # type: ignore[arg-type]
+    answers = decoding.generate_answers(None, tokenizer, [[8, 9], [7]], 0, 1)  # type: ignore[arg-type]
     assert [answer.text for answer in answers] == ["b", "a"]
 
 
@@ -111,8 +111,8 @@ def test_a_row_that_stops_leaves_the_others_as_they_were(model: Any, read: Readi
 
 
 def test_a_batch_gives_what_each_prompt_gives_alone(model: Any, tokenizer: Any) -> None:
-    together = generate_answers(model, tokenizer, PROMPTS, 8)
-    alone = [generate_answers(model, tokenizer, [prompt], 8)[0] for prompt in PROMPTS]
+    together = generate_answers(model, tokenizer, PROMPTS, 0, 8)
+    alone = [generate_answers(model, tokenizer, [prompt], 0, 8)[0] for prompt in PROMPTS]
     assert together == alone
     assert all(answer.num_tokens == 8 or answer.stopped for answer in together)
 
@@ -120,7 +120,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(model: Any, tokenizer: Any) 
 def test_the_seed_decides_the_samples(model: Any, tokenizer: Any) -> None:
     def sample(seed: int) -> list[str]:
         torch.manual_seed(seed)
-        return [answer.text for answer in generate_answers(model, tokenizer, PROMPTS, 8, temperature=1.0, top_p=0.9)]
+        return [answer.text for answer in generate_answers(model, tokenizer, PROMPTS, 0, 8, temperature=1.0, top_p=0.9)]
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
@@ -128,6 +128,6 @@ def test_the_seed_decides_the_samples(model: Any, tokenizer: Any) -> None:
 
 def test_temperature_zero_is_greedy(model: Any, tokenizer: Any) -> None:
     torch.manual_seed(1)
-    first = generate_answers(model, tokenizer, PROMPTS, 8, temperature=0, top_p=0.5)
+    first = generate_answers(model, tokenizer, PROMPTS, 0, 8, temperature=0, top_p=0.5)
     torch.manual_seed(2)
-    assert generate_answers(model, tokenizer, PROMPTS, 8) == first
+    assert generate_answers(model, tokenizer, PROMPTS, 0, 8) == first

@@ -15,7 +15,10 @@ from stages import download_dataset
 from stages.shared.errors import UserError
 from tests.test_params import edit
 
-ALLOWED = "every row needs 'instruction' and 'output', and may have 'input', all of them text"
+ALLOWED = (
+    "every row needs 'instruction' and 'output' (and may have 'input'), or 'prompt' and 'completion', all text, "
+    "or 'messages'"
+)
 
 
 def read(name: str, content: bytes | str) -> list[dict[str, Any]]:
@@ -24,15 +27,21 @@ def read(name: str, content: bytes | str) -> list[dict[str, Any]]:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     edit(Path.cwd(), dataset_file=str(path))
     download_dataset.main()
-    return pq.read_table("data/raw.parquet").to_pylist()
+    return raw()
+
+
+def raw() -> list[dict[str, Any]]:
+    """The rows of raw.parquet, without their source."""
+    return [{key: row[key] for key in row if key != "source"} for row in pq.read_table("data/raw.parquet").to_pylist()]
 
 
 def unreadable() -> list[tuple[int, str, str]]:
-    return [tuple(row.values()) for row in pq.read_table("data/unreadable.parquet").to_pylist()]
+    return [tuple(row.values())[1:] for row in pq.read_table("data/unreadable.parquet").to_pylist()]
 
 
 def row(instruction: str, output: str, source_row: int, input_text: str = "") -> dict[str, Any]:
-    return {"instruction": instruction, "input": input_text, "output": output, "source_row": source_row}
+    messages = [{"role": "user", "content": instruction}, {"role": "assistant", "content": output}]
+    return {"messages": messages, "input": input_text, "source_row": source_row}
 
 
 CSV = 'instruction,input,output,other\n"Say ""hi"".",,"Hi,\nthere.",1\nAdd.,"2, 3",5.,2\n'
@@ -66,7 +75,7 @@ def test_rows_come_from_parquet_with_other_columns_ignored(project: Path) -> Non
     pq.write_table(table, "data/a.parquet")
     edit(project, dataset_file="data/a.parquet")
     download_dataset.main()
-    assert pq.read_table("data/raw.parquet").to_pylist() == [row("A", "x", 1), row("B", "y", 2, "b")]
+    assert raw() == [row("A", "x", 1), row("B", "y", 2, "b")]
 
 
 def test_csv_fields_may_hold_quotes_commas_and_line_ends(project: Path) -> None:
@@ -86,7 +95,7 @@ def test_where_the_rows_came_from_is_written_beside_them(project: Path) -> None:
 def test_max_examples_takes_the_first_rows(project: Path) -> None:
     edit(project, max_examples="2")
     lines = [f'{{"instruction": "{letter}", "output": "b"}}' for letter in "ABCD"]
-    assert [row["instruction"] for row in read("a.jsonl", "\n".join(lines))] == ["A", "B"]
+    assert [row["messages"][0]["content"] for row in read("a.jsonl", "\n".join(lines))] == ["A", "B"]
 
 
 @pytest.mark.parametrize(
@@ -195,7 +204,7 @@ def test_a_row_of_megabytes_comes_through(project: Path, name: str, text: str) -
         path.write_text(f"[{line}]" if name == "a.json" else line)
     download_dataset.main()
     (found,) = pq.read_table("data/raw.parquet").to_pylist()
-    assert found["output"] == text
+    assert found["messages"][1]["content"] == text
 
 
 def test_a_million_rows_stream_through(project: Path) -> None:
@@ -221,3 +230,98 @@ def test_a_million_rows_stream_through(project: Path) -> None:
     ]
     assert pq.ParquetFile("data/raw.parquet").metadata.num_rows == 1_000_000
     assert int(peak_kib) < 250 * 1024
+
+
+TURNS = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "Name a colour."},
+    {"role": "assistant", "content": "Red."},
+]
+
+
+def test_conversations_and_completions_are_found_by_their_columns(project: Path) -> None:
+    lines = [
+        {"messages": [{**TURNS[0], "name": "x"}, *TURNS[1:]], "prompt": "of the first turn", "id": 1},
+        {"prompt": "Add.", "completion": "5."},
+        {"instruction": "A", "output": "b", "messages": None, "prompt": "c"},
+    ]
+    assert read("a.jsonl", "\n".join(map(json.dumps, lines))) == [
+        {"messages": TURNS, "input": "", "source_row": 1},
+        row("Add.", "5.", 2),
+        row("A", "b", 3),
+    ]
+    assert read("a.csv", "completion,prompt\nx,A\n") == [row("A", "x", 1)]
+    pq.write_table(pa.Table.from_pylist([{"id": 1, "messages": TURNS}]), "data/a.parquet")
+    edit(project, dataset_file="data/a.parquet")
+    download_dataset.main()
+    assert raw() == [{"messages": TURNS, "input": "", "source_row": 1}]
+
+
+MESSAGES = "must be a list of objects with 'role' (system, user, assistant, tool) and 'content', both text"
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason", "detail"),
+    [
+        ("Hi.", "not_text", f"'messages' is str 'Hi.'; {MESSAGES}"),
+        (["Hi."], "not_text", f"message 1 is str 'Hi.'; {MESSAGES}"),
+        ([TURNS[1], {"role": "assistant"}], "missing_field", f"'content' of message 2 is missing; {MESSAGES}"),
+        ([{"role": "user", "content": ["Hi."]}], "not_text", f"'content' of message 1 is list ['Hi.']; {MESSAGES}"),
+        ([{"role": "human", "content": "Hi."}], "unknown_role", f"'role' of message 1 is str 'human'; {MESSAGES}"),
+    ],
+)
+def test_a_bad_conversation_goes_to_the_ledger(project: Path, messages: Any, reason: str, detail: str) -> None:
+    assert len(read("a.jsonl", "\n".join(json.dumps({"messages": each}) for each in (TURNS, messages)))) == 1
+    assert unreadable() == [(2, reason, detail)]
+
+
+def test_a_file_of_no_known_form_is_an_error(project: Path) -> None:
+    with pytest.raises(UserError) as error:
+        read("a.csv", "prompt,answer\nA,b\n")
+    assert str(error.value) == f"data/a.csv: column 'completion' is missing; found prompt, answer; {ALLOWED}"
+
+
+def mixture(project: Path, datasets: str, **sizes: int) -> list[tuple[str, int]]:
+    """Run the stage on files of so many rows; source and row of each row of the mixture."""
+    (project / "data/mine").mkdir(exist_ok=True)
+    for name, size in sizes.items():
+        lines = [f'{{"instruction": "{name} {number}", "output": "x"}}\n' for number in range(1, size + 1)]
+        (project / f"data/mine/{name}.jsonl").write_text("".join(lines))
+    edit(project, dataset_file="data/mine", datasets=datasets)
+    download_dataset.main()
+    rows = pq.read_table("data/raw.parquet").to_pylist()
+    return [(row["source"].removeprefix("data/mine/").removesuffix(".jsonl"), row["source_row"]) for row in rows]
+
+
+def test_weights_are_shares_of_the_largest_mixture_that_has_no_row_twice(project: Path) -> None:
+    rows = mixture(project, "[{file: a.jsonl, weight: 3.0}, {file: b.jsonl, weight: 1.0}]", a=6, b=10)
+    assert rows == [("a", 1), ("a", 2), ("b", 5), ("a", 3), ("a", 4), ("a", 5), ("b", 10), ("a", 6)]
+    source = json.loads(Path("data/source.json").read_text())
+    assert source["source"] == "data/mine/a.jsonl, data/mine/b.jsonl"
+    assert source["licence"] == "not stated, not stated"
+    assert source["rows_taken"] == {"data/mine/a.jsonl": 6, "data/mine/b.jsonl": 2}
+    assert source["rows"] == 8
+
+
+def test_a_count_takes_rows_from_all_of_a_dataset_and_nothing_takes_all(project: Path) -> None:
+    rows = mixture(project, "[{file: a.jsonl, count: 3}, {file: b.jsonl}]", a=9, b=2)
+    assert rows == [("a", 3), ("b", 1), ("a", 6), ("b", 2), ("a", 9)]
+
+
+def test_the_first_rows_of_a_mixture_have_its_proportions(project: Path) -> None:
+    edit(project, max_examples="20")
+    rows = mixture(project, "[{file: a.jsonl, weight: 0.75}, {file: b.jsonl, weight: 0.25}]", a=300, b=200)
+    assert [name for name, _ in rows].count("a") == 15
+
+
+def test_a_dataset_that_is_too_small_for_its_count_is_an_error(project: Path) -> None:
+    with pytest.raises(UserError) as error:
+        mixture(project, "[{file: a.jsonl, count: 3}, {file: b.jsonl}]", a=2, b=2)
+    assert str(error.value) == "datasets: data/mine/a.jsonl has 2 rows; must have 3: lower its count"
+
+
+def test_files_of_a_mixture_lie_in_a_folder(project: Path) -> None:
+    (project / "data/a.jsonl").write_text('{"instruction": "A", "output": "b"}\n')
+    edit(project, dataset_file="data/a.jsonl", datasets="[{file: a.jsonl}]")
+    with pytest.raises(UserError, match=r"^dataset_file: found 'data/a\.jsonl'; must be the folder of the files in"):
+        download_dataset.main()

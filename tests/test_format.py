@@ -26,7 +26,7 @@ def run_format(tiny_model: Path, rows: list[dict[str, Any]], max_length: int = 2
 
 
 def left_out() -> list[tuple[Any, ...]]:
-    return [tuple(row.values()) for row in pq.read_table("data/left_out.parquet").to_pylist()]
+    return [tuple(row.values())[1:] for row in pq.read_table("data/left_out.parquet").to_pylist()]
 
 
 GOOD = {"instruction": "Name a colour.", "input": "", "output": " Red. \n"}
@@ -95,8 +95,8 @@ def test_a_source_of_which_more_than_half_is_bad_stops_the_run(project: Path, ti
         run_format(tiny_model, [GOOD, {"instruction": "A"}, {"instruction": "A", "output": ""}])
     assert str(error.value) == (
         "data/a.jsonl: 2 of 3 rows can't be trained on (missing_field: 1, empty_response: 1); more than half is no "
-        "accident: mend the source. First, row 2: missing_field: 'output' is missing; every row needs 'instruction' "
-        "and 'output', and may have 'input', all of them text"
+        "accident: mend the source. First, data/a.jsonl, row 2: missing_field: 'output' is missing; every row needs "
+        "'instruction' and 'output' (and may have 'input'), or 'prompt' and 'completion', all text, or 'messages'"
     )
     assert not Path("data/formatted.parquet").exists()
     assert not Path("data/left_out.parquet").exists()
@@ -151,13 +151,13 @@ def test_show_tells_masked_and_supervised_tokens_apart(
     capsys.readouterr()
     format_stage.show(1, left_out=False)
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0].startswith("row 1: ")
+    assert lines[0].startswith("data/a.jsonl, row 1: ")
     assert lines[1].split("Below")[0].split()[0] == "masked,"
     assert sum("Name a colour." in line for line in lines) == 1
     assert lines[-1].split()[0] == "supervised,"
     assert lines[-1].endswith("  Red.<|end|>")
     format_stage.show(3, left_out=True)
-    assert capsys.readouterr().out == "row 3: empty_instruction: 'instruction' is empty\n"
+    assert capsys.readouterr().out == "data/a.jsonl, row 3: empty_instruction: turn 1 (user) is empty\n"
 
 
 def test_show_says_that_nothing_was_left_out(
@@ -167,3 +167,68 @@ def test_show_says_that_nothing_was_left_out(
     capsys.readouterr()
     format_stage.show(3, left_out=True)
     assert capsys.readouterr().out == "data/left_out.parquet: no row was left out\n"
+
+
+CHAT = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": " Hello. "}]}
+MORE = [*CHAT["messages"], {"role": "user", "content": "And?"}, {"role": "assistant", "content": "Bye."}]
+
+
+def test_conversations_and_completions_are_formatted_as_alpacas_rows_are(project: Path, tiny_model: Path) -> None:
+    rows = run_format(tiny_model, [GOOD, {"prompt": "Name a colour.", "completion": "Red."}, CHAT, {"messages": MORE}])
+    assert [row["response"] for row in rows] == ["Red.", "Red.", "Hello."]
+    assert rows[0]["example_id"] == rows[1]["example_id"]
+    assert left_out() == [
+        (
+            4,
+            "not_single_turn",
+            "found user, assistant, user, assistant; template alpaca has one instruction and one response, chat has "
+            "more",
+        )
+    ]
+
+
+def test_a_chat_template_takes_conversations_and_alpacas_rows(project: Path, tiny_model: Path) -> None:
+    (project / "templates").mkdir()
+    root = Path(__file__).parent.parent
+    (project / "templates/mine.jinja").write_text((root / "templates/plain.jinja").read_text())
+    edit(project, template="templates/mine.jinja")
+    system = {"role": "system", "content": "Be short."}
+    rows = run_format(
+        tiny_model,
+        [
+            {**GOOD, "input": "Not red."},
+            {"messages": [system, *MORE, {"role": "user", "content": "unanswered"}]},
+            CHAT,
+            {"messages": [system]},
+            {"messages": [*MORE[:3], {"role": "assistant", "content": " "}]},
+        ],
+    )
+    assert [(row["prompt"], row["response"]) for row in rows] == [
+        ("User: Name a colour.\n\nNot red.\n\nAssistant:", "Red."),
+        ("System: Be short.\n\nUser: Hi.\n\nAssistant: Hello.<|end|>\n\nUser: And?\n\nAssistant:", "Bye."),
+        ("User: Hi.\n\nAssistant:", "Hello."),
+    ]
+    assert left_out() == [
+        (4, "no_exchange", "has no user's turn with an assistant's turn after it"),
+        (5, "empty_response", "turn 4 (assistant) is empty"),
+    ]
+    # They begin with the same question, so no split may part them.
+    assert rows[1]["prompt_id"] == rows[2]["prompt_id"] != rows[0]["prompt_id"]
+    assert rows[1]["example_id"] != rows[2]["example_id"]
+
+
+def test_each_source_is_counted(project: Path, tiny_model: Path) -> None:
+    (project / "data/mine").mkdir()
+    (project / "data/mine/a.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in (GOOD, {**GOOD, "output": ""}))
+    )
+    (project / "data/mine/b.jsonl").write_text(json.dumps(CHAT) + "\n")
+    edit(project, dataset_file="data/mine", datasets="[{file: a.jsonl}, {file: b.jsonl}]", model_name=str(tiny_model))
+    for stage in (download_dataset, download_model, format_stage):
+        stage.main()
+    metrics = json.loads(Path("metrics/format.json").read_text())
+    a, b = metrics["sources"]["data/mine/a.jsonl"], metrics["sources"]["data/mine/b.jsonl"]
+    assert (a["rows_in"], a["kept"], a["left_out"]) == (2, 1, 1)
+    assert (b["rows_in"], b["kept"], b["left_out"]) == (1, 1, 0)
+    assert a["tokens"] + b["tokens"] == metrics["tokens"]
+    assert b["supervised_tokens"] == 6  # H e l lo . and the end token

@@ -49,7 +49,10 @@ def test_a_dataset_comes_at_its_revision_with_commit_and_licence(project: Path, 
     result = run_stage("download_dataset", project, hub)
     assert result.returncode == 0, result.stderr
     rows = pq.read_table("data/raw.parquet").to_pylist()
-    assert rows == [{**ROWS[0], "source_row": 1}, {**ROWS[1], "source_row": 2}]
+    assert [(row["source"], row["source_row"], row["messages"][1]["content"], row["input"]) for row in rows] == [
+        ("acme/rows", 1, "Red.", ""),
+        ("acme/rows", 2, "5.", "2, 3"),
+    ]
     assert json.loads(Path("data/source.json").read_text()) == {
         "source": "acme/rows",
         "split": "train",
@@ -164,7 +167,8 @@ def test_a_dataset_without_the_columns(project: Path, hub: Hub) -> None:
     edit(project, dataset_name="acme/rows")
     assert failure(run_stage("download_dataset", project, hub)) == (
         "error: acme/rows: column 'instruction' is missing; found question, answer; "
-        "every row needs 'instruction' and 'output', and may have 'input', all of them text"
+        "every row needs 'instruction' and 'output' (and may have 'input'), or 'prompt' and 'completion', all text, "
+        "or 'messages'"
     )
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.shared.masking import encode_examples, encode_prompts
+from stages.shared.masking import mask, tokenize
+from stages.shared.templates import AlpacaTemplate
 
 
 @dataclass
@@ -39,7 +40,7 @@ class WordsWithBos(Words):
 
 
 def encode(tokenizer: Any, prompt: str, response: str, max_length: int = 99) -> One | None:
-    encoded = encode_examples(tokenizer, [prompt], [response], max_length)
+    encoded = mask(AlpacaTemplate(tokenizer).encode([prompt], [response]), max_length)
     assert encoded.lengths.tolist() == [len(encoded.input_ids)] == [len(encoded.labels)]
     if not encoded.lengths[0]:
         return None
@@ -57,7 +58,6 @@ def test_labels_come_from_spans_not_from_ids() -> None:
 
 def test_one_bos_stands_before_the_prompt_and_is_not_trained() -> None:
     assert encode(WordsWithBos(), "5", "8") == One([1, 5, 8, 2], [-100, -100, 8, 2], truncated=False)
-    assert encode_prompts(WordsWithBos(), ["5"]) == [[1, 5]]  # type: ignore[arg-type]
 
 
 def test_truncation_cuts_the_responses_end() -> None:
@@ -76,11 +76,28 @@ def test_at_least_one_token_is_supervised_or_the_example_is_left_out() -> None:
 
 
 def test_examples_lie_end_to_end() -> None:
-    encoded = encode_examples(Words(), ["5 6", "5 6 7 8", "5"], ["7", "9", "8 9 3"], 4)  # type: ignore[arg-type]
+    encoded = mask([[[5, 6], [7, 2]], [[5, 6, 7, 8], [9, 2]], [[5], [8, 9, 3, 2]]], 4)
     assert encoded.input_ids.tolist() == [5, 6, 7, 2, 5, 8, 9, 3]
     assert encoded.labels.tolist() == [-100, -100, 7, 2, -100, 8, 9, 3]
     assert encoded.lengths.tolist() == [4, 0, 4]
+    assert encoded.responses.tolist() == [1, 0, 1]
     assert encoded.truncated.tolist() == [False, True, True]
+
+
+def test_each_response_of_a_conversation_is_supervised_and_what_follows_the_last_goes() -> None:
+    conversation = [[5, 6], [7, 2], [5, 8], [9, 2]]
+    for max_length, labels in [
+        (9, [-100, -100, 7, 2, -100, -100, 9, 2]),
+        (7, [-100, -100, 7, 2, -100, -100, 9]),
+        (6, [-100, -100, 7, 2]),
+        (3, [-100, -100, 7]),
+        (2, []),
+    ]:
+        encoded = mask([conversation], max_length)
+        assert encoded.labels.tolist() == labels
+        assert encoded.input_ids.tolist() == [5, 6, 7, 2, 5, 8, 9, 2][: len(labels)]
+        assert encoded.truncated.tolist() == [max_length < 8]
+        assert encoded.responses.tolist() == [(len(labels) > 0) + (len(labels) > 6)]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +120,7 @@ def test_ids_are_those_of_a_call_of_the_tokenizer(tokenizer: Any) -> None:
     tokenizer(["a", "a longer text"], padding=True, truncation=True, max_length=2)  # leaves its settings behind
     expected = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert len(expected) > 10
-    assert encode_prompts(tokenizer, [text, "a"])[0] == expected
+    assert tokenize(tokenizer, [text, "a"], special=False)[0] == expected
 
 
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -114,7 +131,7 @@ unicode_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 def test_any_text_keeps_its_boundary(tokenizer: Any, prompt: str, response: str, max_length: int) -> None:
     whole = encode(tokenizer, prompt, response, 100_000)
     assert whole is not None
-    (prompt_ids,) = encode_prompts(tokenizer, [prompt])
+    (prompt_ids,) = tokenize(tokenizer, [prompt], special=False)
     supervised = [label for label in whole.labels if label != -100]
     assert whole.input_ids == prompt_ids + supervised
     assert supervised[-1] == 0

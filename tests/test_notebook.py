@@ -109,6 +109,7 @@ def test_what_is_supervised_is_the_response_and_the_end_token(names: dict[str, A
     assert list(names["formatted"].columns) == [
         "example_id",
         "prompt_id",
+        "source",
         "source_row",
         "prompt",
         "response",

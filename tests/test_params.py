@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stages.shared.errors import UserError
-from stages.shared.params import SplitParams, TrainParams, load_params
+from stages.shared.params import DownloadDatasetParams, SplitParams, TrainParams, load_params
 
 
 def edit(project: Path, **changes: str | None) -> None:
@@ -31,7 +31,12 @@ def problems(project: Path) -> list[str]:
 def test_a_stage_gets_its_own_parameters_and_no_other(project: Path) -> None:
     edit(project, seed="7", validation_fraction="0.25", test_fraction="0.125")
     params = load_params(SplitParams)
-    assert params.model_dump() == {"validation_fraction": 0.25, "test_fraction": 0.125, "seed": 7}
+    assert params.model_dump() == {
+        "validation_fraction": 0.25,
+        "test_fraction": 0.125,
+        "drop_near_duplicates": False,
+        "seed": 7,
+    }
     with pytest.raises(AttributeError):
         params.learning_rate  # type: ignore[attr-defined] # noqa: B018
 
@@ -42,13 +47,14 @@ def test_a_number_in_exponent_form_is_a_number(project: Path) -> None:
 
 
 def test_every_error_of_the_file_stands_in_one_message(project: Path) -> None:
-    edit(project, learning_rate="-1", template="chat", seed="yes", num_epochs=None, test_fraction="0.95")
+    edit(project, learning_rate="-1", template="chatml", seed="yes", num_epochs=None, test_fraction="0.95")
     with (project / "params.yaml").open("a") as file:
         file.write("num_epohs: 3\n")
     assert problems(project) == [
         "params.yaml:",
         "  num_epohs: not a parameter; did you mean num_epochs?",
-        "  template: found 'chat'; must be 'alpaca'",
+        "  template: found 'chatml'; must be alpaca, chat (the tokenizer's own template) or a file "
+        "templates/NAME.jinja",
         "  test_fraction: found 0.95; with validation_fraction 0.1 must be below 1, "
         "so that examples to train on remain",
         "  seed: found 'yes'; must be a valid integer",
@@ -71,3 +77,22 @@ def test_a_parameter_error_comes_before_torch_is_imported(project: Path, stage: 
     assert result.stdout == "False\n"
     assert result.stderr == "error: params.yaml:\n  learning_rate: found -1; must be greater than 0\n"
     assert result.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("datasets", "message"),
+    [
+        ("[]", "  datasets: found []; must have at least 1 item"),
+        ("[{count: 5}]", "must have either `file`, in the folder dataset_file, or `name`, a Hub id"),
+        ("[{file: a.jsonl, name: b/c}]", "must have either `file`, in the folder dataset_file, or `name`, a Hub id"),
+        ("[{file: a.jsonl, count: 5, weight: 0.5}]", "must have `count` or `weight`, not both"),
+        ("[{file: a.jsonl}, {file: a.jsonl, count: 5}]", "must name each dataset once"),
+        ("[{file: a.jsonl, weight: 0.0}]", "datasets.0.weight: found 0.0; must be greater than 0"),
+        ("[{file: ../a.jsonl}]", "datasets.0.file: found '../a.jsonl'; must be a path in the folder dataset_file"),
+    ],
+)
+def test_a_mixture_that_is_none_is_an_error(project: Path, datasets: str, message: str) -> None:
+    edit(project, datasets=datasets)
+    with pytest.raises(UserError) as error:
+        load_params(DownloadDatasetParams)
+    assert message in str(error.value)

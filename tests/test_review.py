@@ -15,7 +15,7 @@ from review.comparison import PREDICTIONS, Comparison, compare_revisions
 from review.revisions import Revision
 from stages.evaluate import PREDICTIONS as SCHEMA
 from stages.evaluate import summarise
-from stages.shared.templates import render_prompt
+from stages.shared.templates import render_alpaca
 from tests.clone import ROOT, commit, run
 
 NUM = 100
@@ -57,7 +57,7 @@ def write_revision(folder: Path, losses: Any, learning_rate: str, answer: str, *
     texts = [
         {
             "example_id": row["example_id"],
-            "prompt": render_prompt("alpaca", f"Say {row['example_id']}."),
+            "prompt": render_alpaca(f"Say {row['example_id']}."),
             "response": "r",
         }
         for row in rows

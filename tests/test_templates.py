@@ -1,10 +1,10 @@
 """Prompt text, to the letter."""
 
-from stages.shared.templates import render_prompt
+from stages.shared.templates import render_alpaca
 
 
 def test_a_prompt_without_input_is_alpacas() -> None:
-    assert render_prompt("alpaca", "Name a colour.") == (
+    assert render_alpaca("Name a colour.") == (
         "Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nName a colour.\n\n"
@@ -13,7 +13,7 @@ def test_a_prompt_without_input_is_alpacas() -> None:
 
 
 def test_a_prompt_with_input_has_alpacas_input_section() -> None:
-    assert render_prompt("alpaca", "Add.", "2, 3") == (
+    assert render_alpaca("Add.", "2, 3") == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n"
@@ -23,9 +23,9 @@ def test_a_prompt_with_input_has_alpacas_input_section() -> None:
 
 
 def test_an_input_of_white_space_is_no_input() -> None:
-    assert render_prompt("alpaca", "Add.", " \n") == render_prompt("alpaca", "Add.")
+    assert render_alpaca("Add.", " \n") == render_alpaca("Add.")
 
 
 def test_braces_and_section_marks_in_the_data_stay_text() -> None:
-    prompt = render_prompt("alpaca", "Fill {input} {0} {{x}}.", "### Response:\n{instruction}")
+    prompt = render_alpaca("Fill {input} {0} {{x}}.", "### Response:\n{instruction}")
     assert "### Instruction:\nFill {input} {0} {{x}}.\n\n### Input:\n### Response:\n{instruction}\n\n" in prompt

@@ -19,17 +19,20 @@ from stages import train
 from stages.shared import loss
 from stages.shared.batches import Batches, FlatBatches, PaddedBatches, shuffle
 from stages.shared.checkpoints import Checkpoints
+from stages.shared.distributed import Processes
 from stages.shared.errors import UserError
 from stages.shared.examples import FORMATTED, read_split
 from stages.shared.files import parquet_writer, write_json
-from stages.shared.masking import encode_examples
-from stages.shared.models import load_model, load_tokenizer
+from stages.shared.masking import load_tokenizer
+from stages.shared.models import load_model
 from stages.shared.params import TrainParams, load_params
-from stages.shared.templates import render_prompt
+from stages.shared.templates import AlpacaTemplate, Conversation
 from tests.conftest import example
 from tests.test_loss import CONFIGS, SLIDING_WINDOW, make
 from tests.test_params import edit
 from tests.textbook import textbook_steps
+
+ALONE = Processes(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -60,20 +63,21 @@ def test_biases_and_norms_are_not_decayed() -> None:
 def inputs(project: Path, tiny_model: Path) -> Path:
     """All that train depends on: 22 examples of uneven length to train on, 5 to validate on, a tiny base model."""
     root = Path(__file__).parent.parent
-    shutil.copytree(root / "stages", project / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("stages", "templates"):
+        shutil.copytree(root / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(tiny_model, project / "models/base")
     shutil.copytree(tiny_model, project / "models/tokenizer")
     write_json(project / "models/base/source.json", {"model_name": "tiny", "revision": None})
     write_json(
         project / "data/source.json", {"source": "a.jsonl", "revision": "sha256:00", "licence": None, "rows": 27}
     )
-    tokenizer = load_tokenizer()
+    template = AlpacaTemplate(load_tokenizer())
     for name, numbers in (("train", range(22)), ("validation", range(22, 27))):
-        prompts = [render_prompt("alpaca", "Name a colour." * (1 + n % 3), "x" * (n % 2)) for n in numbers]
-        responses = ["Red. " * (1 + n % 7) for n in numbers]
         with parquet_writer(project / f"data/{name}.parquet", FORMATTED) as writer:
-            for n, prompt, response in zip(numbers, prompts, responses, strict=True):
-                encoded = encode_examples(tokenizer, [prompt], [response], 256)
+            for n in numbers:
+                question = {"role": "user", "content": "Name a colour." * (1 + n % 3)}
+                answer = {"role": "assistant", "content": "Red. " * (1 + n % 7)}
+                encoded = template.format([Conversation([question, answer], "x" * (n % 2))], 256).encoded
                 writer.write([{"example_id": str(n), "input_ids": encoded.input_ids, "labels": encoded.labels}])
     edit(project, batch_size="2", gradient_accumulation_steps="2", num_epochs="4", eval_steps="6", save_steps="5")
     edit(project, learning_rate="1e-3", lr_scheduler="cosine", warmup_steps="3", logging_steps="1", precision="fp32")
@@ -133,7 +137,8 @@ def assert_trains_as_the_textbook_loop_does(config: PreTrainedConfig, batches: B
 
     model = make(config).train()
     batches = batches or loss.choose_batches(model, examples, 1000)[0]
-    train.fit(model, batches, examples, examples[:3], params, 24, 3, Checkpoints(Path("checkpoints")))
+    checkpoints = Checkpoints(Path("checkpoints"))
+    train.fit(model, batches, examples, examples[:3], params, 24, 3, checkpoints, ALONE)
     assert [point[1] for point in curve("loss")] == pytest.approx(losses, rel=1e-5)
     assert losses[-1] < losses[0] - 0.2
     for (name, weight), found in zip(expected.named_parameters(), model.parameters(), strict=True):
@@ -207,7 +212,7 @@ def test_the_best_checkpoint_on_validation_is_the_tuned_model(inputs: Path, monk
     examples = read_split(Path("data/validation.parquet"))
     batches, _ = choose_batches(model.eval(), examples, 1000)
     # What was written is what was measured, but for bf16.
-    assert train.validate(model, batches, examples, "fp32") == pytest.approx(best_loss, rel=5e-3)
+    assert train.validate(model, batches, examples, "fp32", ALONE) == pytest.approx(best_loss, rel=5e-3)
 
 
 def outcome() -> dict[str, bytes]:
@@ -349,4 +354,4 @@ def test_curves_are_averages_over_the_logged_steps(inputs: Path) -> None:
     model = load_model(Path("models/base"))
     examples = read_split(Path("data/train.parquet"))
     assert step == 6
-    assert loss == pytest.approx(train.validate(model, PaddedBatches(1000), examples, "fp32"), rel=1e-4)
+    assert loss == pytest.approx(train.validate(model, PaddedBatches(1000), examples, "fp32", ALONE), rel=1e-4)

@@ -189,6 +189,8 @@ def flat_is_exact(
             except Exception as error:  # whatever a model does with arguments that it does not know
                 if is_out_of_memory(error):
                     raise
+                if reset := getattr(model, "reset_iter_state", None):  # sharded: it is still amid the call
+                    reset()
                 return False, f"this model can't take a flat stream ({type(error).__name__})"
     finally:
         model.train(training)

@@ -36,6 +36,22 @@ def shuffle(examples: Sequence[Example], batch_size: int, seed: int, epoch: int)
     return [[examples[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
 
 
+def deal(costs: Sequence[int], num_hands: int) -> list[list[int]]:
+    """Share out examples: the costliest first, each to whoever has the least. Returns the examples' places by hand.
+
+    Example:
+        >>> deal([3, 9, 4, 1], 2)
+        [[1], [2, 0, 3]]
+    """
+    hands: list[list[int]] = [[] for _ in range(num_hands)]
+    loads = [0] * num_hands
+    for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
+        least = loads.index(min(loads))
+        hands[least].append(place)
+        loads[least] += costs[place]
+    return hands
+
+
 class FlatBatches:
     """Micro-batches without padding: examples end to end, what a group of them begins with once (see `attention`).
 
@@ -90,6 +106,11 @@ class FlatBatches:
         members = [example for group in groups for example in group]
         return MicroBatch(members, inputs, _row(select), _targets(members))
 
+    def costs(self, examples: Sequence[Example]) -> list[int]:
+        """The tokens that each example adds to a stream: those that all begin with are computed once."""
+        shared = self._prefix_length(sorted(examples, key=lambda example: example.input_ids.tobytes()))
+        return [len(example.input_ids) - shared for example in examples]
+
     def _num_tokens(self, group: Sequence[Example]) -> int:
         return sum(len(example.input_ids) for example in group) - (len(group) - 1) * self._prefix_length(group)
 
@@ -121,6 +142,10 @@ class PaddedBatches:
             group.append(example)
         if group:
             yield self.collate(group)
+
+    def costs(self, examples: Sequence[Example]) -> list[int]:
+        """The tokens of each example; how much padding it takes depends on its neighbours."""
+        return [len(example.input_ids) for example in examples]
 
     def collate(self, group: Sequence[Example]) -> MicroBatch:
         shape = len(group), max(len(example.input_ids) for example in group)

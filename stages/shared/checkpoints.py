@@ -80,7 +80,7 @@ class Checkpoints:
                 link(self.folder / BEST, partial / BEST)
             write_json(partial / CHECKSUMS, {path.name: file_sha256(path) for path in sorted(partial.iterdir())})
 
-    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    def newest(self) -> Path | None:
         """The newest checkpoint that is whole, None where there is none. Damaged ones are deleted, with a message."""
         for folder in reversed(self._steps()):
             if damage := find_damage(folder):
@@ -90,8 +90,7 @@ class Checkpoints:
             remove(self.folder / BEST)
             if (folder / BEST).exists():
                 link(folder / BEST, self.folder / BEST)
-            state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            return load_file(folder / TENSORS), state
+            return folder
         return None
 
     def save_best(self, parameters: dict[str, torch.Tensor]) -> None:
@@ -108,6 +107,11 @@ class Checkpoints:
 
     def _steps(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"))
+
+
+def load(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the state of a checkpoint. Tensors come from the disk as they are looked at, and are shared."""
+    return load_file(folder / TENSORS), json.loads((folder / STATE).read_text(encoding="utf-8"))
 
 
 def find_damage(folder: Path) -> str | None:

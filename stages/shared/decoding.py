@@ -37,6 +37,7 @@ def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
+    stop: int,
     max_new_tokens: int,
     temperature: float = 0,
     top_p: float = 1,
@@ -44,6 +45,7 @@ def generate_answers(
     """Answers in the order of `prompts`, which are token ids.
 
     Args:
+        stop: the id of the end token.
         temperature: 0 takes the likeliest token each time.
     """
     sampling = None
@@ -55,12 +57,12 @@ def generate_answers(
     for start in range(0, len(order), PROMPTS_PER_BATCH):
         indices = order[start : start + PROMPTS_PER_BATCH]
         batch = [prompts[index] for index in indices]
-        rows = generate_batch(model, batch, int(tokenizer.eos_token_id), max_new_tokens, sampling, read)
+        rows = generate_batch(model, batch, stop, max_new_tokens, sampling, read)
         new_ids |= dict(zip(indices, rows, strict=True))
 
     answers = []
     for index in range(len(prompts)):
-        stopped = new_ids[index][-1] == tokenizer.eos_token_id
+        stopped = new_ids[index][-1] == stop
         kept = new_ids[index][:-1] if stopped else new_ids[index]
         text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         answers.append(Answer(str(text).strip(), len(kept), stopped))

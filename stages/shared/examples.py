@@ -10,17 +10,18 @@ import pyarrow.parquet as pq
 
 from stages.shared.errors import UserError, reading
 
-# source_row counts from 1; in a JSONL file it is the line.
+# source: the file or Hub id. source_row counts from 1; in a JSONL file it is the line.
 RAW = pa.schema(
     [
-        ("instruction", pa.string()),
-        ("input", pa.string()),
-        ("output", pa.string()),
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("input", pa.string()),  # what Alpaca's form sets beside the instruction
+        ("source", pa.string()),
         ("source_row", pa.int64()),
     ]
 )
 LEFT_OUT = pa.schema(
     [
+        ("source", pa.string()),
         ("source_row", pa.int64()),
         ("reason", pa.string()),
         ("detail", pa.string()),
@@ -30,6 +31,7 @@ FORMATTED = pa.schema(
     [
         ("example_id", pa.string()),
         ("prompt_id", pa.string()),
+        ("source", pa.string()),
         ("source_row", pa.int64()),
         ("prompt", pa.string()),
         ("response", pa.string()),
@@ -53,6 +55,12 @@ class Example:
     def prompt_length(self) -> int:
         """Tokens before the first supervised one."""
         return int((self.labels != NOT_SUPERVISED).argmax())
+
+    @property
+    def last_response(self) -> int:
+        """Where the last response begins: the tokens before it are what the model is asked with."""
+        supervised = self.labels != NOT_SUPERVISED
+        return int(np.flatnonzero(supervised[1:] > supervised[:-1])[-1]) + 1
 
     @property
     def num_supervised(self) -> int:

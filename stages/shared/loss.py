@@ -1,8 +1,9 @@
 """Loss at supervised positions: the one definition that training, validation and evaluation share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -14,6 +15,7 @@ from stages.shared.batches import Batches, FlatBatches, MicroBatch, PaddedBatche
 from stages.shared.examples import Example
 from stages.shared.models import require_context
 
+T = TypeVar("T")
 LOGITS_PER_CHUNK = 2**25  # tokens × vocabulary that exist at once: 128 MiB for each fp32 copy
 
 
@@ -27,15 +29,19 @@ class TokenLosses:
 
 def token_losses(model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
     """The loss at each supervised token of a micro-batch, in the order of its examples. For use without gradients."""
-    losses, correct = [], []
-    output, states = run_body(model, batch)
-    for logits, targets in run_head(model, output, states, batch.targets):
-        losses.append(losses_of(logits, targets))
-        correct.append(logits.argmax(-1) == targets)
-    return TokenLosses(torch.cat(losses), torch.cat(correct))
+
+    def compute() -> TokenLosses:
+        losses, correct = [], []
+        output, states = run_body(model, batch)
+        for logits, targets in run_head(model, output, states, batch.targets):
+            losses.append(losses_of(logits, targets))
+            correct.append(logits.argmax(-1) == targets)
+        return TokenLosses(torch.cat(losses), torch.cat(correct))
+
+    return in_one_call(model, compute)
 
 
-def accumulate_gradient(model: PreTrainedModel, batch: MicroBatch, num_supervised: int) -> float:
+def accumulate_gradient(model: PreTrainedModel, batch: MicroBatch, num_supervised: float) -> float:
     """Add to the gradients those of a micro-batch's summed loss ÷ `num_supervised`, the tokens of the effective batch.
 
     The logits of a chunk are gone before the next come into being: memory does not grow with length × vocabulary.
@@ -43,16 +49,41 @@ def accumulate_gradient(model: PreTrainedModel, batch: MicroBatch, num_supervise
     Returns:
         The summed loss of the micro-batch, in nats.
     """
-    output, states = run_body(model, batch)
-    leaf = states.detach().requires_grad_()
-    total = 0.0
-    for logits, targets in run_head(model, output, leaf, batch.targets):
-        # Sum, not mean: micro-batches differ in supervised tokens.
-        loss = losses_of(logits, targets).sum()
-        (loss / num_supervised).backward()
-        total += loss.item()
-    states.backward(leaf.grad)
+
+    def compute() -> tuple[torch.Tensor, torch.Tensor | None, float]:
+        output, states = run_body(model, batch)
+        leaf = states.detach().requires_grad_()
+        total = 0.0
+        for logits, targets in run_head(model, output, leaf, batch.targets):
+            # Sum, not mean: micro-batches differ in supervised tokens.
+            loss = losses_of(logits, targets).sum()
+            (loss / num_supervised).backward()
+            total += loss.item()
+        return states, leaf.grad, total
+
+    states, gradient, total = in_one_call(model, compute)
+    states.backward(gradient)
     return total
+
+
+def in_one_call(model: PreTrainedModel, compute: Callable[[], T]) -> T:
+    """Let the model's call do this. Where its weights are sharded, they are there while it is called, and body and head
+    must find them; what comes out of it has the hooks that gather them again for the backward pass.
+    """
+    forward = model.forward
+
+    def run() -> T:
+        model.forward = forward
+        return compute()
+
+    model.forward = run
+    try:
+        result: T = model()
+    finally:
+        model.forward = forward
+    if not torch.is_grad_enabled() and (reshard := getattr(model, "reshard", None)):
+        reshard()  # else only a backward pass would: the next step would find the weights of the one before
+    return result
 
 
 def losses_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -83,7 +114,8 @@ def run_head(
         body.forward = lambda *_, given=given, **__: given
         try:
             # Which ids are passed is of no matter: the body does not look at them.
-            logits = model(input_ids=chunk_targets[None], use_cache=False).logits[0]
+            # Not `model(...)`: that call is going on, see `in_one_call`.
+            logits = model.forward(input_ids=chunk_targets[None], use_cache=False).logits[0]
         finally:
             body.forward = forward
         yield logits, chunk_targets

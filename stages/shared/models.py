@@ -1,4 +1,4 @@
-"""Load and save model and tokenizer; device and precision."""
+"""Load a model; device and precision."""
 
 import ctypes
 import math
@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from stages.shared.errors import UserError, reading
 
@@ -16,12 +16,6 @@ def pick_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def load_tokenizer(folder: Path = Path("models/tokenizer")) -> PreTrainedTokenizerBase:
-    with reading(folder):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return tokenizer
 
 
 def keep_freed_memory() -> None:
@@ -35,13 +29,22 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """A causal language model on the device, its weights fp32 whatever the checkpoint's dtype is."""
+def load_model(folder: Path, device: torch.device | None = None) -> PreTrainedModel:
+    """A causal language model, its weights fp32 whatever the checkpoint's dtype is; on `pick_device` unless told."""
     keep_freed_memory()
+    device = device or pick_device()
     with reading(folder):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, device_map={"": pick_device()}
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, device_map={"": device}
         )
+    return model
+
+
+def load_shape(folder: Path) -> PreTrainedModel:
+    """A causal language model without weights: they are on `meta`, which takes no memory."""
+    with reading(folder), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model
 
 
@@ -83,8 +86,13 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    """Run the model in bf16 where `uses_bf16`; its weights, and what is sensitive to precision, stay fp32."""
+def autocast(precision: str, device: torch.device, keep: bool = True) -> AbstractContextManager[None]:
+    """Run the model in bf16 where `uses_bf16`; its weights, and what is sensitive to precision, stay fp32.
+
+    Args:
+        keep: the weights in bf16 until the end of the block, so that they are cast once. False where they are sharded:
+            all of them at once would not fit.
+    """
     if not uses_bf16(precision, device):
         return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=keep)

@@ -6,9 +6,19 @@ There is one model a stage, with the fields that the stage declares in `dvc.yaml
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML  # YAML 1.2, as DVC: in 1.1 the `1e-05` that `dvc exp run -S` writes is a string
 from ruamel.yaml.error import YAMLError
 
@@ -26,6 +36,13 @@ def _warmup(value: float) -> float:
     return value
 
 
+def _target_modules(value: object) -> object:
+    words = isinstance(value, list) and value and all(isinstance(word, str) and word.strip() for word in value)
+    if value != "all-linear" and not words:
+        raise ValueError("must be all-linear, or a list of names of linear layers")
+    return value
+
+
 def _temperature(value: float) -> float:
     if value < 0.01 and value != 0:
         raise ValueError("must be 0 for greedy answers, or 0.01 and above")
@@ -38,20 +55,60 @@ def _model_name(value: str) -> str:
     return value
 
 
+def _template(value: str) -> str:
+    # Stages depend on that folder: DVC sees when a file in it changes.
+    if value not in ("alpaca", "chat") and not re.fullmatch(r"templates/[\w.-]+\.jinja", value):
+        raise ValueError("must be alpaca, chat (the tokenizer's own template) or a file templates/NAME.jinja")
+    return value
+
+
+def _inside(value: str) -> str:
+    if Path(value).is_absolute() or ".." in Path(value).parts:
+        raise ValueError("must be a path in the folder dataset_file")
+    return value
+
+
+def _distinct(entries: list["DatasetParams"]) -> list["DatasetParams"]:
+    names = [entry.file or entry.name for entry in entries]
+    if len(set(names)) < len(names):
+        raise ValueError("must name each dataset once")
+    return entries
+
+
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(pattern=r"\S")]
 MaxLength = Annotated[int, Field(ge=2, le=1_000_000_000)]
 Precision = Literal["auto", "fp32", "bf16"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Template = Literal["alpaca"]
+Template = Annotated[Text, AfterValidator(_template)]
 
 
 class StageParams(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
+class DatasetParams(StageParams):
+    """One of several datasets: `file` or `name`, and maybe `count` (rows) or `weight` (its share); else all rows."""
+
+    file: Annotated[Text, AfterValidator(_inside)] | None = None
+    name: Text | None = None
+    revision: Text | None = None
+    split: Text = "train"
+    count: PositiveInt | None = None
+    weight: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _is_one_dataset(self) -> Self:
+        if (self.file is None) == (self.name is None):
+            raise ValueError("must have either `file`, in the folder dataset_file, or `name`, a Hub id")
+        if self.count and self.weight:
+            raise ValueError("must have `count` or `weight`, not both")
+        return self
+
+
 class DownloadDatasetParams(StageParams):
+    datasets: Annotated[list[DatasetParams], Field(min_length=1), AfterValidator(_distinct)] | None
     dataset_file: Text
     dataset_name: Text | None
     dataset_revision: Text | None
@@ -72,6 +129,7 @@ class FormatParams(StageParams):
 class SplitParams(StageParams):
     validation_fraction: Fraction
     test_fraction: Fraction
+    drop_near_duplicates: bool
     seed: Seed
 
     @field_validator("test_fraction")
@@ -100,10 +158,17 @@ class TrainParams(StageParams):
     eval_steps: PositiveInt
     save_steps: PositiveInt
     precision: Precision
+    launcher: Annotated[Text, Field(pattern=r"^[^\n]+$")]
+    finetuning: Literal["full", "lora"]
+    lora_rank: PositiveInt
+    lora_alpha: PositiveInt
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+    lora_target_modules: Annotated[str | list[str], PlainValidator(_target_modules)]
     seed: Seed
 
 
 class EvaluateParams(StageParams):
+    template: Template
     max_new_tokens: PositiveInt
     precision: Precision
 

@@ -53,7 +53,10 @@ def run(main: Callable[[], None], alone: bool = True) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an arrow must not end a run
-    if not (sys.stderr and sys.stderr.isatty()):
+    rank = int(os.environ.get("RANK", "0")) if os.environ.get("WORLD_SIZE", "1") != "1" else 0
+    if rank:  # of several processes the first holds the folder and speaks; the others say what stops them
+        alone, sys.stdout = False, Path(os.devnull).open("w")  # noqa: SIM115 (as long as the process lives)
+    if rank or not (sys.stderr and sys.stderr.isatty()):
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for terminals
     try:
         doing = f"runs {' '.join([Path(sys.argv[0]).stem, *sys.argv[1:]])} in this folder"
@@ -66,7 +69,7 @@ def run(main: Callable[[], None], alone: bool = True) -> NoReturn:
             raise
         if errno_of(error) in FULL:
             drop_half_bytecode(started - 60)
-        sys.exit("error: " + printable(message))
+        sys.exit("error: " + f"process {rank}: " * (rank > 0) + printable(message))
     sys.exit(0)
 
 

@@ -51,10 +51,10 @@ def disk_use(folder: Path) -> int:
     return 512 * sum(blocks.values())
 
 
-def size(num_bytes: int) -> str:
+def size(num_bytes: float) -> str:
     """Bytes as a person reads them: three digits, powers of 1000."""
     for unit in ("bytes", "kB", "MB"):
         if num_bytes < 1000:
             return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000  # type: ignore[assignment]
+        num_bytes /= 1000
     return f"{num_bytes:.3g} GB"

@@ -1,0 +1,171 @@
+"""Several processes train as one does, with weights replicated or sharded. Here they are two, on processors (gloo)."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages import train
+from stages.shared.batches import FlatBatches, PaddedBatches, deal, shuffle
+from stages.shared.distributed import Processes
+from stages.shared.examples import read_split
+from stages.shared.models import load_model
+from tests.clone import environment, make_clone
+from tests.clone import run as run_in
+from tests.conftest import example
+from tests.test_params import edit
+from tests.test_train import inputs  # noqa: F401 (a fixture)
+
+TORCHRUN = "torchrun --standalone --nproc-per-node 2"
+ACCELERATE = "accelerate launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def launch(launcher: str, **env: str) -> subprocess.Popen[str]:
+    command = [*launcher.split(), "-m", "stages.train"]
+    log = Path("log").open("w")  # noqa: SIM115 (the process has it)
+    return subprocess.Popen(
+        command, env=environment(OMP_NUM_THREADS="1", **env), stdout=log, stderr=log, text=True, start_new_session=True
+    )
+
+
+def finish(launcher: str, **env: str) -> tuple[int, str]:
+    """Exit code, and what was said."""
+    with launch(launcher, **env) as process:
+        process.wait(timeout=120)
+    return process.returncode, Path("log").read_text()
+
+
+def kill_after_a_checkpoint(launcher: str, **env: str) -> None:
+    """`kill -9` of launcher and processes at once."""
+    with launch(launcher, **env) as process:
+        while process.poll() is None and not list(Path(".scratch").glob("train/*/step-*")):
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        for child in workers():
+            os.kill(child, signal.SIGKILL)
+
+
+def workers() -> list[int]:
+    """Processes that run in this folder: a launcher gives each a session of its own."""
+    here, found = Path.cwd(), []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (entry / "cwd").readlink() == here and int(entry.name) != os.getpid():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def losses() -> list[float]:
+    with Path("metrics/curve.csv").open(newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.usefixtures("inputs")
+@pytest.mark.parametrize(
+    ("launcher", "env", "finetuning", "said"),
+    [
+        (TORCHRUN, {}, "full", "2 processes, weights replicated"),
+        (TORCHRUN, SHARDED, "full", "2 processes, weights sharded (FSDP2)"),
+        (f"{ACCELERATE} --use_fsdp --fsdp_version 2", {}, "lora", "2 processes, weights sharded (FSDP2)"),
+    ],
+)
+def test_two_processes_killed_and_resumed_train_as_one_does(
+    launcher: str, env: dict[str, str], finetuning: str, said: str
+) -> None:
+    # Batches of 7 examples, the last of an epoch of one: it leaves the second process without. Micro-batches of 140
+    # tokens: the processes differ in their number.
+    edit(Path.cwd(), batch_size="7", gradient_accumulation_steps="1", max_length="20", eval_steps="4")
+    edit(Path.cwd(), num_epochs="6", save_steps="5", finetuning=finetuning, learning_rate="5e-3", launcher=launcher)
+    load_model(Path("models/base")).save_pretrained("models/base")  # in fp32: what is written is not rounded
+    train.main()
+    expected, weights = losses(), load_file("models/tuned/model.safetensors")
+    assert expected[-1] < expected[0] - 0.2
+    for folder in (".scratch", "models/tuned", "metrics"):
+        shutil.rmtree(folder)
+
+    kill_after_a_checkpoint(launcher, **env)
+    status, log = finish(launcher, **env)
+    assert status == 0, log
+    assert f"{launcher}: {said}\n" in log
+    assert log.count("Going on from the checkpoint of step ") == 1  # only the first process speaks
+    assert losses() == pytest.approx(expected, rel=1e-5)
+    found = load_file("models/tuned/model.safetensors")
+    assert found.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert (found[name] - weight).norm() <= 1e-5 * weight.norm(), name
+    metrics = json.loads(Path("metrics/train.json").read_text())
+    assert metrics["environment"]["processes"] == said
+
+
+@pytest.mark.usefixtures("inputs")
+def test_a_mistake_in_one_process_ends_all() -> None:
+    # One token's embedding is not a number, and one example of the first step has it: in one of the processes.
+    config = json.loads(Path("models/base/config.json").read_text())
+    Path("models/base/config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    weights = load_file("models/base/model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.embed_tokens.weight"][399] = float("nan")
+    save_file(weights, "models/base/model.safetensors", metadata={"format": "pt"})
+    table = pq.read_table("data/train.parquet")
+    first_batch = shuffle(read_split(Path("data/train.parquet")), 4, 42, 0)[0]
+    bad = next(example.example_id for example in first_batch if example.example_id != "0")
+    rows = table.to_pylist()
+    rows[int(bad)]["input_ids"][20] = 399
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), "data/train.parquet")
+
+    edit(Path.cwd(), launcher=TORCHRUN)
+    status, log = finish(TORCHRUN)
+    assert status == 1
+    assert re.search(
+        rf"^error: (process 1: )?step 1: loss is nan; .* rows of data/train.parquet: .*\b{bad}\b", log, re.M
+    )
+    assert workers() == []
+    assert not Path("models/tuned").exists()
+
+
+def test_examples_are_dealt_by_what_they_cost() -> None:
+    assert deal([3, 9, 4, 1], 2) == [[1], [2, 0, 3]]
+    assert deal([5], 3) == [[0], [], []]
+    assert deal([1, 1, 1, 1], 2) == [[0, 2], [1, 3]]
+    # A prefix that all share costs nothing: it is computed once.
+    examples = [example([5, 6, 7, 8], [9, 2]), example([5, 6, 7, 10, 11], [2])]
+    assert FlatBatches(100).costs(examples) == [3, 3]
+    assert FlatBatches(100, share_prefix=False).costs(examples) == [6, 6]
+    assert PaddedBatches(100).costs(examples) == [6, 6]
+
+
+def test_the_shares_of_all_processes_are_the_batch() -> None:
+    examples = [example([5, 6 + n], [*range(20, 21 + n % 4), 2], str(n)) for n in range(11)]
+    shares = []
+    for rank in range(3):
+        process = Processes(torch.device("cpu"), rank=rank, count=3)
+        cut = list(process.cut(FlatBatches(12), examples))
+        assert all(counts for _, counts in cut)
+        shares.append([one.example_id for micro_batch, _ in cut for one in micro_batch.examples])
+    assert sorted((number for share in shares for number in share), key=int) == [str(n) for n in range(11)]
+    assert [len(share) for share in shares] == [4, 4, 3]
+
+
+def test_the_pipeline_trains_with_a_launcher(tmp_path: Path, tiny_model: Path) -> None:
+    clone = make_clone(tmp_path / "clone", tiny_model, launcher=TORCHRUN)
+    said = run_in(clone, "dvc", "repro", "train", OMP_NUM_THREADS="1").stdout
+    assert f"> {TORCHRUN} -m stages.train\n" in said
+    metrics = json.loads((clone / "metrics/train.json").read_text())
+    assert metrics["environment"]["processes"] == "2 processes, weights replicated"
+    assert metrics["best_step"] > 0
+    run_in(clone, "dvc", "repro", "--dry", "train")
+    assert (clone / "models/tuned/model.safetensors").exists()

@@ -1,0 +1,117 @@
+"""Prompts that are nearly those of a list: other words make another prompt, other punctuation does not."""
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.shared.near_duplicates import NearDuplicates, jaccard, shingles
+from stages.shared.templates import render_alpaca
+
+LONG = (
+    "Write a short letter to the people who live next door and tell them kindly that their dog has been digging holes "
+    "in your garden"
+)
+
+
+def near(prompt: str, other: str) -> bool:
+    return NearDuplicates([other]).find([prompt]) != [None]
+
+
+def test_shingles_are_pairs_of_words_without_case_and_punctuation() -> None:
+    assert shingles('Say "Hello", WORLD!') == {" say", "say hello", "hello world", "world "}
+    assert shingles("Hello!") == {" hello", "hello "}
+    assert shingles("?!") == set()
+
+
+def test_signs_that_tell_and_characters_of_languages_without_spaces_count_as_words() -> None:
+    assert shingles("5 + 3") == {" 5", "5 +", "+ 3", "3 "}
+    assert shingles("写一首诗。") == {" 写", "写 一", "一 首", "首 诗", "诗 "}
+
+
+def test_jaccard_similarity_is_shared_by_all() -> None:
+    assert jaccard({"a", "b", "c"}, {"b", "c", "d"}) == 0.5
+
+
+def test_the_nearest_prompt_is_found_with_its_similarity() -> None:
+    index = NearDuplicates([LONG + " again", LONG.replace("kindly", "politely"), "How deep is the sea?", LONG.upper()])
+    assert index.find([LONG, "How deep is a lake?"]) == [(1.0, 3), None]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [LONG.lower(), LONG + ".", "Please " + LONG, LONG.replace("kindly", "politely"), LONG.replace("short ", "")],
+)
+def test_a_small_change_of_a_long_prompt_is_a_near_duplicate(changed: str) -> None:
+    assert near(changed, LONG)
+
+
+def test_one_other_word_is_allowed_in_seventeen() -> None:
+    words = "a b c d e f g h i j k l m n o p q"
+    for other in (words.replace("a", "x"), words.replace("h", "x"), words.replace("q", "x")):
+        assert NearDuplicates([words]).find([other]) == [(0.8, 0)]
+        assert not near(other.replace("b ", ""), words.replace("b ", ""))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "other"),
+    [
+        ("What is the square root of 16?", "What is the square root of 169?"),
+        ("What is 12 + 5, in one word please?", "What is 12 * 5, in one word please?"),
+        ("What is the capital of Norway?", "What is the capital of Sweden?"),
+        (
+            "Rewrite the sentence with a simile: He is very tall.",
+            "Rewrite the sentence with a simile: He is very brave.",
+        ),
+    ],
+)
+def test_the_same_task_with_another_question_is_none(prompt: str, other: str) -> None:
+    assert not near(prompt, other)
+
+
+CHAT = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("render", [CHAT.format, lambda text: render_alpaca(text)], ids=["chat", "alpaca"])
+def test_the_text_of_the_template_makes_nothing_similar(render: object) -> None:
+    assert callable(render)
+    index = NearDuplicates([render(text) for text in ("Name a lake.", "Spell Oslo.", "Add 2 to 7.", LONG)])
+    assert index.find([render("Name a tree."), render("Greet me."), render(LONG + "!")]) == [None, None, (1.0, 3)]
+
+
+def test_prompts_of_nothing_but_the_template_are_never_near() -> None:
+    assert NearDuplicates(["Go on."] * 20).find(["Go on!"]) == [None]
+    assert NearDuplicates([]).find(["Go on.", ""]) == [None, None]
+
+
+def test_what_most_prompts_have_is_counted_in_a_sample_of_a_long_list() -> None:
+    index = NearDuplicates([f"Do this at once: number {i}" for i in range(5000)])
+    assert index.find(["Do this at once: number x", "do this at once, number 4321"]) == [None, (1.0, 4321)]
+
+
+WORDS = st.lists(st.sampled_from(["oak", "elm", "fir", "ash", "bay", "yew", "box"]), max_size=12).map(" ".join)
+
+
+@given(prompts=st.lists(WORDS, max_size=2), asked=st.lists(WORDS, max_size=4))
+def test_what_is_found_is_what_a_comparison_with_all_would_find(prompts: list[str], asked: list[str]) -> None:
+    for prompt, match in zip(asked, NearDuplicates(prompts).find(asked), strict=True):
+        similar = [jaccard(shingles(prompt), shingles(p)) if prompt and p else 0.0 for p in prompts]
+        assert (match[0] if match else 0.0) == max((s for s in similar if s >= 0.8), default=0.0)
+
+
+def test_it_finds_the_same_in_every_process() -> None:
+    code = (
+        "from stages.shared.near_duplicates import NearDuplicates;"
+        "prompts = [' '.join(str(i * j % 23) for j in range(12)) for i in range(200)];"
+        "print(NearDuplicates(prompts[::2]).find(prompts[1::2]))"
+    )
+    runs = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, check=True, capture_output=True
+        ).stdout
+        for seed in ("0", "1")
+    }
+    assert len(runs) == 1
+    assert b"(1.0, " in runs.pop()
