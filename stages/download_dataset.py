@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import pyarrow.parquet as pq
 
 from stages.shared.errors import UserError, reading
-from stages.shared.examples import LEFT_OUT, RAW
+from stages.shared.examples import LEFT_OUT, RAW, BadRowError, Message
 from stages.shared.files import ROWS_PER_GROUP, file_sha256, parquet_writer, read_batches, write_json
 from stages.shared.params import DatasetParams, DownloadDatasetParams, load_params
 from stages.shared.run import run
@@ -44,15 +44,6 @@ CHARACTERS_AT_ONCE = 2**16
 JSON = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits))
 
 
-class BadRowError(Exception):
-    """A row that can't be read. It goes to the ledger, the others go on."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason = reason
-
-
-Message = dict[str, str]  # role and content
 # A row's number in its source, from 1, and its fields by name or why there are none.
 Row = tuple[int, dict[str, Any] | BadRowError]
 

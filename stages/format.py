@@ -20,12 +20,12 @@ from rich.table import Table
 from rich.text import Text
 
 from stages.shared.errors import UserError, reading
-from stages.shared.examples import FORMATTED, LEFT_OUT, NOT_SUPERVISED
+from stages.shared.examples import FORMATTED, LEFT_OUT, NOT_SUPERVISED, BadRowError
 from stages.shared.files import parquet_writer, read_batches, read_json, write_csv, write_json
 from stages.shared.masking import load_tokenizer
 from stages.shared.params import FormatParams, load_params
 from stages.shared.run import run
-from stages.shared.templates import BadConversationError, Conversation, Template, load_template
+from stages.shared.templates import Conversation, Template, load_template
 from stages.shared.terminal import console, summary
 from stages.shared.text import printable
 
@@ -101,8 +101,9 @@ def count_by_source(sources: defaultdict[str, Counter[str]], examples: pa.Table,
     """Add what a batch has of each source, by the names of `COUNTED`."""
     for entry in entries:
         sources[entry["source"]].update(rows_in=1, left_out=1)
-    for name in pc.unique(examples["source"]).to_pylist():
-        own = examples.filter(pc.equal(examples["source"], name))
+    counted = examples.select(["source", "labels", "truncated"])  # not the text, which `filter` would copy
+    for name in pc.unique(counted["source"]).to_pylist():
+        own = counted.filter(pc.equal(counted["source"], name))
         labels = own["labels"].combine_chunks().flatten().to_numpy()
         sources[name].update(
             rows_in=len(own),
@@ -146,11 +147,11 @@ def show(number: int, left_out: bool) -> None:
 def format_batch(batch: pa.Table, template: Template, max_length: int) -> tuple[pa.Table, list[dict[str, Any]]]:
     """A row of `FORMATTED` for each row that can be trained on, a row of `LEFT_OUT` for each other, in order."""
     conversations: dict[int, Conversation] = {}
-    faults: dict[int, BadConversationError] = {}
+    faults: dict[int, BadRowError] = {}
     for index, row in enumerate(batch.to_pylist()):
         try:
             conversations[index] = read_conversation(row)
-        except BadConversationError as error:
+        except BadRowError as error:
             faults[index] = error
     indices = list(conversations)
     with reading("models/tokenizer", "its tokenizer can't encode this text: use another model"):
@@ -161,7 +162,7 @@ def format_batch(batch: pa.Table, template: Template, max_length: int) -> tuple[
             faults[index] = formatted.faults[at]
         elif not encoded.lengths[at]:
             detail = f"the prompt leaves no room in max_length = {max_length}"
-            faults[index] = BadConversationError("prompt_too_long", detail)
+            faults[index] = BadRowError("prompt_too_long", detail)
 
     ids = [content_ids(conversation) for conversation in conversations.values()]
     offsets = pa.array(np.concatenate([[0], encoded.lengths.cumsum()]), pa.int32())
@@ -189,17 +190,17 @@ def read_conversation(row: dict[str, Any]) -> Conversation:
     """The turns up to the last response, without white space around them.
 
     Raises:
-        BadConversationError: there is no response, or an empty turn.
+        BadRowError: there is no response, or an empty turn.
     """
     messages = [{**message, "content": message["content"].strip()} for message in row["messages"]]
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not any(message["role"] == "user" for message in messages):
-        raise BadConversationError("no_exchange", "has no user's turn with an assistant's turn after it")
+        raise BadRowError("no_exchange", "has no user's turn with an assistant's turn after it")
     for number, message in enumerate(messages, 1):
         if not message["content"]:
             reason = "empty_response" if message["role"] == "assistant" else "empty_instruction"
-            raise BadConversationError(reason, f"turn {number} ({message['role']}) is empty")
+            raise BadRowError(reason, f"turn {number} ({message['role']}) is empty")
     return Conversation(messages, row["input"].strip(), f"{row['source']}, row {row['source_row']:,}")
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -76,22 +77,30 @@ def make_clone(folder: Path, tiny_model: Path, **params: str) -> Path:
     return folder
 
 
-def make_tiny_model(folder: Path) -> Path:
-    """A folder with a small random Llama and a byte-level tokenizer whose end token is also its pad token."""
-    import torch
+def make_tokenizer(special_tokens: list[str], **names: str) -> Any:
+    """A byte-level tokenizer of 400 tokens, the special ones first.
+
+    Args:
+        names: what it calls them, such as `eos_token`.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special_tokens, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(CORPUS, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>").save_pretrained(
-        folder
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
+
+def make_tiny_model(folder: Path) -> Path:
+    """A folder with a small random Llama and a byte-level tokenizer whose end token is also its pad token."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    make_tokenizer(["<|end|>"], eos_token="<|end|>", pad_token="<|end|>").save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=400,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from stages.shared.errors import UserError
 from stages.shared.templates import ChatTemplate, Conversation, load_template
-from tests.clone import CORPUS
+from tests.clone import make_tokenizer
 
 # Of each family: marks of its templates, and the end token of an answer.
 FAMILIES = {
@@ -36,22 +36,14 @@ def jinja(name: str) -> str:
     return files("trl").joinpath(f"chat_templates/{name}.jinja").read_text(encoding="utf-8")
 
 
-def make_tokenizer(marks: list[str], end: str) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=marks, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=marks[0])
+def with_bos(marks: list[str], end: str) -> Any:
+    """A tokenizer whose texts begin with the first mark."""
+    return make_tokenizer(marks, bos_token=marks[0], eos_token=end)
 
 
 def make_template(name: str) -> tuple[Any, ChatTemplate]:
     marks, end = FAMILIES[name]
-    tokenizer = make_tokenizer(marks, "<|endoftext|>" if name == "phi3" else end)  # Phi-3's turns end otherwise
+    tokenizer = with_bos(marks, "<|endoftext|>" if name == "phi3" else end)  # Phi-3's turns end otherwise
     return tokenizer, ChatTemplate(tokenizer, jinja(name), name)
 
 
@@ -117,7 +109,7 @@ def test_masks_are_those_of_the_familys_generation_marks(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3", "glm4moe"])
 def test_a_template_that_renders_a_turn_anew_when_others_follow_is_an_error_that_names_the_row(name: str) -> None:
-    tokenizer = make_tokenizer(["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>"], "<|im_end|>")
+    tokenizer = with_bos(["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>"], "<|im_end|>")
     if name == "glm4moe":  # puts no end token after an answer
         with pytest.raises(UserError) as error:
             ChatTemplate(tokenizer, jinja(name), name)
@@ -134,7 +126,7 @@ def test_a_template_that_renders_a_turn_anew_when_others_follow_is_an_error_that
 
 
 def test_a_generation_prompt_that_training_does_not_have_is_an_error() -> None:
-    tokenizer = make_tokenizer(["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"], "<｜end▁of▁sentence｜>")
+    tokenizer = with_bos(["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"], "<｜end▁of▁sentence｜>")
     template = ChatTemplate(tokenizer, jinja("deepseekv3"), "deepseekv3")
     with pytest.raises(UserError, match=r"row 7: deepseekv3 renders turn 2 in another way than it asks for it"):
         format_one(template, ONE)
@@ -162,7 +154,7 @@ def test_text_that_looks_like_a_mark_goes_to_the_ledger() -> None:
 
 
 def test_an_answer_whose_first_token_reaches_into_the_prompt_goes_to_the_ledger() -> None:
-    tokenizer = make_tokenizer(["<|end|>"], "<|end|>")
+    tokenizer = with_bos(["<|end|>"], "<|end|>")
     text = "{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ eos_token }}{% endfor %}"
     text += "{% if add_generation_prompt %}assistant: Re{% endif %}"
     assert tokenizer.tokenize("assistant: Red.")[-2:] == ["ĠRed", "."]
@@ -181,13 +173,13 @@ def test_an_answer_whose_first_token_reaches_into_the_prompt_goes_to_the_ledger(
 )
 def test_a_file_that_is_no_chat_template_is_an_error(text: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        ChatTemplate(make_tokenizer(["<|end|>"], "<|end|>"), text, "t")
+        ChatTemplate(with_bos(["<|end|>"], "<|end|>"), text, "t")
     assert str(error.value).startswith(message)
 
 
 def test_a_date_in_the_prompt_is_the_same_on_any_day() -> None:
     marks = FAMILIES["llama3"][0]
-    tokenizer = make_tokenizer(marks, "<|eot_id|>")
+    tokenizer = with_bos(marks, "<|eot_id|>")
     template = ChatTemplate(tokenizer, jinja("llama3_2"), "llama3_2")
     formatted = template.format([Conversation(ONE)], 9999)
     assert "Today Date: 26 Jul 2024" in formatted.prompts[0]

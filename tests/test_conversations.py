@@ -11,7 +11,7 @@ import pytest
 
 from stages import download_dataset, download_model, evaluate, format, generate, split, train  # noqa: A004
 from stages.shared.examples import read_split
-from tests.test_chat_templates import jinja, make_tokenizer
+from tests.test_chat_templates import jinja, with_bos
 from tests.test_params import edit
 
 NAMES = [f"{first}{second}" for first in ("Ann", "Bob", "Cid", "Dan", "Eva", "Flo") for second in "abcdefgh"]
@@ -22,7 +22,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pa
     """The tiny model with a tokenizer as Gemma's: answers end with <end_of_turn>, texts with <eos>."""
     folder = tmp_path_factory.mktemp("chat") / "model"
     shutil.copytree(tiny_model, folder)
-    tokenizer = make_tokenizer(["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"], "<eos>")
+    tokenizer = with_bos(["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"], "<eos>")
     tokenizer.chat_template = jinja("gemma")
     tokenizer.save_pretrained(folder)
     return folder

@@ -41,6 +41,15 @@ FORMATTED = pa.schema(
     ]
 )
 NOT_SUPERVISED = -100
+Message = dict[str, str]  # role: system, user, assistant or tool; content
+
+
+class BadRowError(Exception):
+    """A row that can't be trained on. It goes to the ledger, the others go on."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.shared.errors import UserError, is_out_of_memory, reading
+from stages.shared.examples import BadRowError, Message
 from stages.shared.masking import Encoded, mask, tokenize
 
 if TYPE_CHECKING:
@@ -46,8 +47,6 @@ FIXED_DATE = (
 )
 ANSWER = "ANSWER"  # of the exchange by which a chat template shows its end token
 
-Message = dict[str, str]  # role: system, user, assistant or tool; content
-
 
 @dataclass(frozen=True)
 class Conversation:
@@ -66,27 +65,19 @@ class Conversation:
         return [message["content"] for message in self.messages if message["role"] == "assistant"]
 
 
-class BadConversationError(Exception):
-    """A conversation that a template can't render exactly. It goes to the ledger, the others go on."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason = reason
-
-
 @dataclass(frozen=True)
 class Formatted:
     """Conversations, in order.
 
     prompts: text up to the last response that has room. responses: text of that response.
     encoded: tokens and labels, none where the conversation is in `faults` or has no room.
-    faults: by index.
+    faults: by index, what a template can't render exactly.
     """
 
     prompts: list[str]
     responses: list[str]
     encoded: Encoded
-    faults: dict[int, BadConversationError]
+    faults: dict[int, BadRowError]
 
 
 def render_alpaca(instruction: str, input_text: str = "") -> str:
@@ -124,7 +115,7 @@ class AlpacaTemplate:
                 detail = (
                     f"found {', '.join(roles)}; template alpaca has one instruction and one response, chat has more"
                 )
-                faults[index] = BadConversationError("not_single_turn", detail)
+                faults[index] = BadRowError("not_single_turn", detail)
         prompts = [render_alpaca(each.messages[0]["content"], each.input) for each in conversations]
         responses = [each.responses[-1] for each in conversations]
         runs = self.encode(prompts, responses)
@@ -171,7 +162,7 @@ class ChatTemplate:
         self._special = re.compile("|".join(map(re.escape, special)))
         try:
             exchange = self._render([{"role": "user", "content": "A"}, {"role": "assistant", "content": ANSWER}])
-        except BadConversationError as error:
+        except BadRowError as error:
             raise UserError(f"{where}: can't render a question and an answer: {error}; mend it") from None
         end = self._special.search(exchange, exchange.rfind(ANSWER) + len(ANSWER))
         if ANSWER not in exchange or not end:
@@ -193,7 +184,7 @@ class ChatTemplate:
         for index, conversation in enumerate(conversations):
             try:
                 rendered.append(self._find_responses(conversation))
-            except BadConversationError as error:
+            except BadRowError as error:
                 faults[index] = error
                 rendered.append(("", []))
         texts = [part for text, starts in rendered for part in (text, *(text[:start] for start in starts))]
@@ -203,7 +194,7 @@ class ChatTemplate:
             whole, before = next(ids), [next(ids) for _ in starts]
             try:
                 runs.append(self._cut(whole, before))
-            except BadConversationError as error:
+            except BadRowError as error:
                 faults[index] = error
                 runs.append([])
         encoded = mask(runs, max_length)
@@ -222,8 +213,9 @@ class ChatTemplate:
             UserError: a question that this template can't render.
         """
         try:
+            self._require_no_marks(questions)
             texts = [self._render([{"role": "user", "content": text.strip()}], ask=True) for text in questions]
-        except BadConversationError as error:
+        except BadRowError as error:
             raise UserError(f"{self._where}: {error}; ask something else") from None
         return tokenize(self._tokenizer, texts, special=True)
 
@@ -232,11 +224,13 @@ class ChatTemplate:
         if conversation.input:
             first = next(at for at, message in enumerate(messages) if message["role"] == "user")
             messages[first] = {"role": "user", "content": f"{messages[first]['content']}\n\n{conversation.input}"}
+        self._require_no_marks([message["content"] for message in messages])
         whole = self._render(messages)
         starts = []
         for at, message in enumerate(messages):
             if message["role"] == "assistant":
-                before, with_it = self._render(messages[:at], ask=True), self._render(messages[: at + 1])
+                before = self._render(messages[:at], ask=True)
+                with_it = self._render(messages[: at + 1]) if at + 1 < len(messages) else whole
                 response, end, _ = with_it[len(before) :].partition(self._end_token)
                 if not with_it.startswith(before) or not end or not whole.startswith(before + response + end):
                     when = "than it asks for it" if at + 1 == len(messages) else "where others follow"
@@ -253,7 +247,7 @@ class ChatTemplate:
         for prompt in prompts:
             start = len(prompt)
             if whole[:start] != prompt:
-                raise BadConversationError(
+                raise BadRowError(
                     "unclean_boundary", "the first token of a response reaches back into what stands before it"
                 )
             stop = whole.index(self.end_token_id, start) + 1
@@ -261,11 +255,13 @@ class ChatTemplate:
             end = stop
         return runs
 
+    def _require_no_marks(self, texts: Sequence[str]) -> None:
+        for text in texts:
+            if found := self._special.search(text):
+                raise BadRowError("special_token", f"its text holds {found[0]}, a mark of the template")
+
     def _render(self, messages: Sequence[Message], ask: bool = False) -> str:
         """Text of the messages, with the generation prompt where the model is to be asked."""
-        for message in messages:
-            if found := self._special.search(message["content"]):
-                raise BadConversationError("special_token", f"its text holds {found[0]}, a mark of the template")
         try:
             return str(
                 self._tokenizer.apply_chat_template(
@@ -278,7 +274,7 @@ class ChatTemplate:
         except Exception as error:  # whatever Jinja, and what a template does with it, can raise
             if is_out_of_memory(error):
                 raise
-            raise BadConversationError("refused_by_template", f"{self._where}: {error}") from None
+            raise BadRowError("refused_by_template", f"{self._where}: {error}") from None
 
 
 Template = AlpacaTemplate | ChatTemplate
