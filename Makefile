@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help repro review chat export test lint check-lock audit chaos clean bench
+.PHONY: help repro review chat export test lint check-lock audit chaos clean bench scaling
 # What `make review` compares: BASE with REV, each a branch, a commit, an experiment or the workspace.
 BASE ?= main
 REV ?= workspace
@@ -53,6 +53,10 @@ bench: $(INSTALLED)  ## measure speed against a textbook loop and TRL, a quarter
 	pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	dvc repro split
 	python -m benchmarks
+
+scaling: $(INSTALLED)  ## measure the data stages up to a million rows, twenty minutes
+	dvc repro split
+	python -m benchmarks.scaling
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; name one with make PYTHON=...")'

@@ -34,12 +34,10 @@ def main() -> None:
         "training": {
             "short": training.measure(read_split(Path("data/train.parquet")), params, runs),
             "long": training.measure(long_examples(num_examples), params, runs),
-        },
-        # A pair of its own: a fifth engine beside the four would not find the memory.
-        "lora": {
+            # A pair of its own: a fifth engine beside the four would not find the memory.
             "LoRA against all weights, long": training.measure(
                 long_examples(num_examples), params, [(training.LORA, precision), ("this project", precision)]
-            )
+            ),
         },
         "format": formatting.measure(),
     }

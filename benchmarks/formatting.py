@@ -1,4 +1,4 @@
-"""The format stage against the bare tokenizer, and how its time and memory grow with the rows."""
+"""The format stage against the bare tokenizer."""
 
 import shutil
 import subprocess
@@ -12,39 +12,31 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from benchmarks.data import long_rows
-from benchmarks.memory import peak_memory
 from stages.shared.examples import LEFT_OUT, RAW
 from stages.shared.files import ROWS_PER_GROUP, parquet_writer, write_json
 from stages.shared.templates import render_alpaca
 
 ALPACA_ROWS = 52_000
-GROWTH = (1_000, 10_000, 100_000, 1_000_000)
 REPEATS = 3
 
 
 def measure() -> dict[str, Any]:
-    """Seconds of the stage and of the tokenizer, in turns, for as many rows as Alpaca has; the growth of the stage."""
+    """Seconds of the stage and of the tokenizer, in turns, for as many rows as Alpaca has."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, 1)
-        start_up = [run_stage(folder)["seconds"] for _ in range(REPEATS)]
+        start_up = [run_stage(folder) for _ in range(REPEATS)]
         prepare(folder, ALPACA_ROWS)
         stage, tokenizer = [], []
         for _ in range(REPEATS):
-            stage.append(run_stage(folder)["seconds"])
+            stage.append(run_stage(folder))
             tokenizer.append(tokenizer_seconds(folder))
             print(f"format, {ALPACA_ROWS:,} rows: {stage[-1]:.1f} s, bare tokenizer {tokenizer[-1]:.1f} s", flush=True)
-        growth = []
-        for num_rows in GROWTH:
-            prepare(folder, num_rows)
-            growth.append({"rows": num_rows, **run_stage(folder)})
-            print(f"format, {num_rows:,} rows: {growth[-1]['seconds']:.1f} s", flush=True)
     return {
         "rows": ALPACA_ROWS,
         "start_up_seconds": start_up,
         "stage_seconds": stage,
         "tokenizer_seconds": tokenizer,
-        "growth": growth,
     }
 
 
@@ -64,16 +56,11 @@ def prepare(folder: Path, num_rows: int) -> None:
     write_json(folder / "data/source.json", {"source": "joined", "revision": None, "licence": None, "rows": num_rows})
 
 
-def run_stage(folder: Path) -> dict[str, Any]:
-    """Seconds and peak memory (bytes) of the process `python -m stages.format`."""
-    start, peak = time.perf_counter(), 0
-    process = subprocess.Popen([sys.executable, "-m", "stages.format"], cwd=folder, stdout=subprocess.DEVNULL)
-    while process.poll() is None:
-        peak = max(peak, peak_memory(process.pid))
-        time.sleep(0.02)
-    if process.returncode:
-        raise RuntimeError(f"stages.format exited with {process.returncode}")
-    return {"seconds": time.perf_counter() - start, "peak_memory_bytes": peak}
+def run_stage(folder: Path) -> float:
+    """Seconds of `python -m stages.format`."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "stages.format"], cwd=folder, stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - start
 
 
 def tokenizer_seconds(folder: Path) -> float:

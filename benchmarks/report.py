@@ -13,7 +13,7 @@ WARM_UP = 1  # steps that are not timed
 def table(results: dict[str, Any]) -> str:
     """Markdown, for the terminal and the README."""
     lines = [f"{results['date']}, {results['cores']} cores of {results['processor']}, torch {results['torch']}", ""]
-    for name, measured in (results["training"] | results.get("lora", {})).items():
+    for name, measured in results["training"].items():
         timed = range(WARM_UP, len(measured["real_tokens"]))
         real, distinct, supervised = (
             statistics.mean(measured[f"{kind}_tokens"][step] for step in timed)
@@ -46,13 +46,6 @@ def table(results: dict[str, Any]) -> str:
         f"Format, {measured['rows']:,} long rows: {stage:.1f} s, of which {start_up:.1f} s are start-up. "
         f"The bare tokenizer: {tokenizer:.1f} s. "
         f"That is {stage / tokenizer:.2f} times, {(stage - start_up) / tokenizer:.2f} without start-up.",
-        "",
-        "| rows | s | peak GB |",
-        "|---|---|---|",
-        *(
-            f"| {point['rows']:,} | {point['seconds']:.1f} | {point['peak_memory_bytes'] / 1e9:.2f} |"
-            for point in measured["growth"]
-        ),
     ]
     return "\n".join(lines)
 
@@ -68,13 +61,13 @@ def share_of_peak(results: dict[str, Any], measured: dict[str, Any], engine: str
 
 
 def draw(results: dict[str, Any]) -> None:
-    """Seconds a step, losses on top of each other, and the growth of format."""
+    """Seconds a step, and losses on top of each other."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    figure, axes = pyplot.subplots(len(results["training"]), 2, figsize=(11, 11), layout="constrained")
     for row, (name, measured) in zip(axes, results["training"].items(), strict=True):
         for place, (engine, run) in enumerate(measured["engines"].items()):
             seconds = run["seconds"][WARM_UP:]
@@ -92,12 +85,6 @@ def draw(results: dict[str, Any]) -> None:
         row[1].set(title=f"{name} examples", xlabel="optimizer step", ylabel="loss (nats a supervised token)")
         row[1].set_xticks(steps)
         row[1].legend()
-    growth = results["format"]["growth"]
-    rows = [point["rows"] for point in growth]
-    axes[0, 2].loglog(rows, [point["seconds"] for point in growth], marker="o")
-    axes[0, 2].set(title="format", xlabel="rows", ylabel="seconds")
-    axes[1, 2].semilogx(rows, [point["peak_memory_bytes"] / 1e9 for point in growth], marker="o")
-    axes[1, 2].set(title="format", xlabel="rows", ylabel="peak memory (GB)", ylim=(0, None))
     figure.suptitle(f"{results['cores']} cores of {results['processor']}, {results['date']}")
     figure.savefig(PICTURE, dpi=80, metadata={"Software": None})
 

@@ -33,6 +33,7 @@ class Work:
 
     examples: list[Example]
     params: TrainParams
+    base: Path
     num_warmup_steps: int = 2
 
     @property
@@ -47,7 +48,7 @@ def textbook(work: Work, gate: Gate) -> list[float]:
 
     from tests.textbook import textbook_steps
 
-    model = AutoModelForCausalLM.from_pretrained(BASE, dtype="float32").train()
+    model = AutoModelForCausalLM.from_pretrained(work.base, dtype="float32").train()
     losses = []
     gate()
     for loss in textbook_steps(model, work.batches, work.params, work.num_warmup_steps, work.params.max_length):
@@ -103,7 +104,7 @@ def trl(work: Work, gate: Gate) -> list[float]:
             seed=params.seed,
         )
         trainer = SFTTrainer(
-            AutoModelForCausalLM.from_pretrained(BASE, dtype="float32"),
+            AutoModelForCausalLM.from_pretrained(work.base, dtype="float32"),
             args=config,
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(TOKENIZER),
@@ -135,7 +136,7 @@ def this_project(work: Work, gate: Gate) -> list[float]:
 
     params, examples = work.params, work.examples
     processes = Processes(pick_device())
-    model, chosen, _ = prepare(params, examples, processes, BASE)
+    model, chosen, _ = prepare(params, examples, processes, work.base)
     batches: Any = GatedBatches(chosen, gate)
     with TemporaryDirectory() as folder, chdir(folder):
         # The validation at the end of the run, on one example, is the last gate.
@@ -182,10 +183,12 @@ def started(engine: str, work: Work) -> Iterator[Connection]:
         raise
 
 
-def measure(examples: list[Example], params: TrainParams, runs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def measure(
+    examples: list[Example], params: TrainParams, runs: Sequence[tuple[str, str]], base: Path = BASE
+) -> dict[str, Any]:
     """Losses, seconds a step and peak memory of each run, which is an engine and its precision."""
     examples = examples[: STEPS * effective_batch(params)]
-    works = [Work(examples, params.model_copy(update={"precision": precision})) for _, precision in runs]
+    works = [Work(examples, params.model_copy(update={"precision": precision}), base) for _, precision in runs]
     seconds: list[list[float]] = [[] for _ in runs]
     peaks: list[float] = []
     with ExitStack() as stack:

@@ -10,6 +10,7 @@ from stages.shared.terminal import disk_use, size
 
 def main() -> None:
     left = [path for folder in ("data", "models", "metrics") for path in Path(folder).rglob(".*.partial")]
+    left += Path(".scratch").glob(".*.partial")
     for lock in Path(".scratch/train").glob("*.lock"):
         with held(lock, "deletes these checkpoints"):  # of a run that goes on in a temporary copy, it refuses
             freed = disk_use(lock.with_suffix(""))

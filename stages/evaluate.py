@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from stages.shared.errors import UserError
 from stages.shared.examples import Example, read_split
-from stages.shared.files import parquet_writer, write_csv, write_json
+from stages.shared.files import read_table, write_csv, write_json, write_parquet
 from stages.shared.masking import load_tokenizer
 from stages.shared.params import EvaluateParams, load_params
 from stages.shared.run import run
@@ -66,7 +65,7 @@ def main() -> None:
         scores = score_tokens(model, batches, examples)
         answers = generate_answers(model, tokenizer, prompts, stop, params.max_new_tokens)
 
-    table = pq.read_table(TEST, columns=["response", "source"])
+    table = read_table(TEST, ["response", "source"])
     references, sources = (column.to_pylist() for column in table.columns)
     rows = [
         {
@@ -88,8 +87,7 @@ def main() -> None:
             name: summarise([row for row, source in zip(rows, sources, strict=True) if source == name])
             for name in sorted(set(sources))
         }
-    with parquet_writer(Path(f"data/predictions/{name}.parquet"), PREDICTIONS) as writer:
-        writer.write(rows)
+    write_parquet(Path(f"data/predictions/{name}.parquet"), rows, PREDICTIONS)
     write_json(Path(f"metrics/evaluate/{name}.json"), metrics)
     losses = ((row["tokens"], row["loss"]) for row in rows)  # in the order of the test split, for base and tuned alike
     write_csv(Path(f"metrics/evaluate/{name}.csv"), f"tokens,{name}_loss", losses)

@@ -1,6 +1,7 @@
 """Render by the template, tokenise, mask: `data/raw.parquet` → `data/formatted.parquet`.
 
-Every row that can't be trained on goes to the ledger `data/left_out.parquet` with the reason. Rows stream in batches.
+Every row that can't be trained on goes to the ledger `data/left_out.parquet` with the reason. Rows stream in batches;
+the shards of a large table are formatted by a process for each core.
 """
 
 import argparse
@@ -9,6 +10,8 @@ import unicodedata
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,9 +24,19 @@ from rich.text import Text
 
 from stages.shared.errors import UserError, reading
 from stages.shared.examples import FORMATTED, LEFT_OUT, NOT_SUPERVISED, BadRowError
-from stages.shared.files import parquet_writer, read_batches, read_json, write_csv, write_json
+from stages.shared.files import (
+    parquet_writer,
+    read_batches,
+    read_json,
+    shard_writer,
+    sharded,
+    shards,
+    write_csv,
+    write_json,
+)
 from stages.shared.masking import load_tokenizer
 from stages.shared.params import FormatParams, load_params
+from stages.shared.processes import map_processes
 from stages.shared.run import run
 from stages.shared.templates import Conversation, Template, load_template
 from stages.shared.terminal import console, summary
@@ -37,81 +50,106 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
+@dataclass
+class Counts:
+    """What came of some rows.
+
+    sources: of each source, by the names of `COUNTED`.
+    reasons: rows left out, by reason.
+    lengths: examples, by tokens ÷ `LENGTH_BIN`.
+    first_left_out: the first row left out, in words; empty where there is none.
+    """
+
+    sources: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    reasons: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
+    first_left_out: str = ""
+
+    def count(self, examples: pa.Table, left_out: list[dict[str, Any]]) -> None:
+        """Add rows of `FORMATTED` and rows of `LEFT_OUT`."""
+        if left_out:
+            self.first_left_out = self.first_left_out or describe(left_out[0])
+        for entry in left_out:
+            self.sources[entry["source"]].update(rows_in=1, left_out=1)
+            self.reasons[entry["reason"]] += 1
+        counted = examples.select(["source", "labels", "truncated"])  # not the text, which `filter` would copy
+        for name in pc.unique(counted["source"]).to_pylist():
+            own = counted.filter(pc.equal(counted["source"], name))
+            labels = own["labels"].combine_chunks()
+            tokens = labels.flatten().to_numpy()
+            self.sources[name].update(
+                rows_in=len(own),
+                kept=len(own),
+                truncated=int(own["truncated"].to_numpy().sum()),
+                tokens=len(tokens),
+                supervised_tokens=int(np.count_nonzero(tokens != NOT_SUPERVISED)),
+            )
+            self.lengths.update((labels.value_lengths().to_numpy() // LENGTH_BIN).tolist())
+
+    def add(self, later: "Counts") -> None:
+        for name, counts in later.sources.items():
+            self.sources[name].update(counts)
+        self.reasons.update(later.reasons)
+        self.lengths.update(later.lengths)
+        self.first_left_out = self.first_left_out or later.first_left_out
+
+
 def main() -> None:
     params = load_params(FormatParams)
-    template = load_template(params.template, load_tokenizer())
-    sources: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    left_out: Counter[str] = Counter()
-    lengths: Counter[int] = Counter()
-    first_left_out = ""
+    raw, all_counts = shards(Path("data/raw.parquet")), Counts()
+    with sharded(FORMATTED_FILE) as formatted, parquet_writer(LEFT_OUT_FILE, LEFT_OUT) as ledger:
+        for batch in read_batches(Path("data/unreadable.parquet")):
+            ledger.write(batch)
+            all_counts.count(FORMATTED.empty_table(), batch.to_pylist())
+        format_one = partial(format_shard, params, formatted)
+        for counts, left_out in map_processes(format_one, range(len(raw)), raw, doing="format"):
+            ledger.write(left_out)
+            all_counts.add(counts)
 
-    unreadable = read_batches(Path("data/unreadable.parquet"))
-    parts: Iterator[tuple[pa.Table, list[dict[str, Any]]]] = chain(
-        ((FORMATTED.empty_table(), batch.to_pylist()) for batch in unreadable),
-        map_ahead(
-            lambda batch: format_batch(batch, template, params.max_length), read_batches(Path("data/raw.parquet"))
-        ),
-    )
-    with (
-        parquet_writer(FORMATTED_FILE, FORMATTED) as formatted,
-        parquet_writer(LEFT_OUT_FILE, LEFT_OUT) as ledger,
-    ):
-        for examples, entries in parts:
-            formatted.write(examples)
-            ledger.write(entries)
-            left_out.update(entry["reason"] for entry in entries)
-            if entries and not first_left_out:
-                first_left_out = describe(entries[0])
-            num_tokens = examples["input_ids"].combine_chunks().value_lengths().to_numpy()
-            lengths.update((num_tokens // LENGTH_BIN).tolist())
-            count_by_source(sources, examples, entries)
-
-        source = read_json(Path("data/source.json"))
-        kept, rows_in = formatted.num_rows, source["rows"]
-        if rows_in != kept + left_out.total():
+        source, total = read_json(Path("data/source.json")), sum(all_counts.sources.values(), Counter())
+        if source["rows"] != total["rows_in"]:
             raise UserError(
-                f"data/source.json: says {rows_in:,} rows, raw.parquet and unreadable.parquet have "
-                f"{kept + left_out.total():,}; run `dvc repro`, which makes all of them"
+                f"data/source.json: says {source['rows']:,} rows, raw.parquet and unreadable.parquet have "
+                f"{total['rows_in']:,}; run `dvc repro`, which makes all of them"
             )
-        if left_out.total() > rows_in / 2:
+        if total["left_out"] > total["rows_in"] / 2:
             raise UserError(
-                f"{source['source']}: {left_out.total():,} of {rows_in:,} rows can't be trained on "
-                f"({_listed(left_out)}); more than half is no accident: mend the source. First, {first_left_out}"
+                f"{source['source']}: {total['left_out']:,} of {total['rows_in']:,} rows can't be trained on "
+                f"({_listed(all_counts.reasons)}); more than half is no accident: mend the source. First, "
+                f"{all_counts.first_left_out}"
             )
 
-    counts = sum(sources.values(), Counter())
-    metrics: dict[str, Any] = {name: counts[name] for name in COUNTED}
-    metrics["left_out_by_reason"] = dict(sorted(left_out.items()))
-    if len(sources) > 1:
-        metrics["sources"] = {name: {key: sources[name][key] for key in COUNTED} for name in sorted(sources)}
+    metrics: dict[str, Any] = {name: total[name] for name in COUNTED}
+    metrics["left_out_by_reason"] = dict(sorted(all_counts.reasons.items()))
+    if len(all_counts.sources) > 1:
+        by_source = sorted(all_counts.sources.items())
+        metrics["sources"] = {name: {key: counts[key] for key in COUNTED} for name, counts in by_source}
     write_json(Path("metrics/format.json"), metrics)
+    lengths = all_counts.lengths
     write_csv(LENGTHS, "tokens,examples", ((index * LENGTH_BIN, lengths[index]) for index in range(max(lengths) + 2)))
     summary(
         {
-            "rows": f"{rows_in:,} → {kept:,} kept, {left_out.total():,} left out ({_listed(left_out) or 'none'})",
-            "tokens": f"{counts['tokens']:,}, of which {counts['supervised_tokens']:,} supervised",
-            "truncated": f"{counts['truncated']:,} responses, at max_length = {params.max_length:,}",
+            "rows": f"{total['rows_in']:,} → {total['kept']:,} kept, {total['left_out']:,} left out "
+            f"({_listed(all_counts.reasons) or 'none'})",
+            "tokens": f"{total['tokens']:,}, of which {total['supervised_tokens']:,} supervised",
+            "truncated": f"{total['truncated']:,} responses, at max_length = {params.max_length:,}",
         },
         wrote=[FORMATTED_FILE, LEFT_OUT_FILE, "metrics/format.json", LENGTHS],
-        then="python -m stages.format --show 3" + (" --left-out" if left_out else ""),
+        then="python -m stages.format --show 3" + (" --left-out" if total["left_out"] else ""),
     )
 
 
-def count_by_source(sources: defaultdict[str, Counter[str]], examples: pa.Table, entries: list[dict[str, Any]]) -> None:
-    """Add what a batch has of each source, by the names of `COUNTED`."""
-    for entry in entries:
-        sources[entry["source"]].update(rows_in=1, left_out=1)
-    counted = examples.select(["source", "labels", "truncated"])  # not the text, which `filter` would copy
-    for name in pc.unique(counted["source"]).to_pylist():
-        own = counted.filter(pc.equal(counted["source"], name))
-        labels = own["labels"].combine_chunks().flatten().to_numpy()
-        sources[name].update(
-            rows_in=len(own),
-            kept=len(own),
-            truncated=int(own["truncated"].to_numpy().sum()),
-            tokens=len(labels),
-            supervised_tokens=int(np.count_nonzero(labels != NOT_SUPERVISED)),
-        )
+def format_shard(params: FormatParams, formatted: Path, number: int, raw: Path) -> tuple[Counts, list[dict[str, Any]]]:
+    """Write one shard of `formatted` from its rows in raw.parquet. Its counts, and its rows of `LEFT_OUT`."""
+    template = load_template(params.template, load_tokenizer())
+    counts, all_left_out = Counts(), []
+    with shard_writer(formatted, FORMATTED, number) as writer:
+        batches = read_batches(raw)
+        for examples, left_out in map_ahead(lambda batch: format_batch(batch, template, params.max_length), batches):
+            writer.write(examples)
+            counts.count(examples, left_out)
+            all_left_out += left_out
+    return counts, all_left_out
 
 
 def describe(entry: dict[str, Any]) -> str:

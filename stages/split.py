@@ -3,12 +3,15 @@
 Membership depends on a seeded hash of the normalised prompt alone: added rows never move the old ones, and equal
 prompts never lie in two splits. Prompts that are nearly equal may: those of train are counted, and left out on demand.
 
-The rows are read twice: what is in test must be known before the first row of train is written.
+The rows are read twice: what is in test must be known before the first row of train is written. The shards of a large
+table are split by a process for each core.
 """
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,67 +20,50 @@ import pyarrow as pa
 
 from stages.shared.errors import UserError
 from stages.shared.examples import FORMATTED
-from stages.shared.files import parquet_writer, read_batches, write_json
+from stages.shared.files import read_batches, remove, shard_writer, sharded, shards, write_json
 from stages.shared.near_duplicates import NearDuplicates
 from stages.shared.params import SplitParams, load_params
+from stages.shared.processes import map_processes
 from stages.shared.run import run
 from stages.shared.terminal import summary
 
 FORMATTED_FILE = Path("data/formatted.parquet")
 SPLITS = ("train", "validation", "test")
+INDEX = Path(".scratch/.test_prompts.partial")  # an index of them, while the stage runs
+TEST_PROMPTS = pa.schema([FORMATTED.field(name) for name in ("prompt", "source", "source_row")])
 
 
 def main() -> None:
     params = load_params(SplitParams)
-    repeated, test = look_ahead(params)
-    near_test = NearDuplicates(list(test))
-    test_rows = list(test.values())
+    formatted = shards(FORMATTED_FILE)
     counts: Counter[str] = Counter()
-    seen: set[str] = set()
-    nearest = (0.0, 0, 0)  # similarity, source rows in train and in test
+    nearest = (0.0, "")  # similarity of two prompts, and where they are
 
     with ExitStack() as files:
-        writers = {
-            name: files.enter_context(parquet_writer(Path(f"data/{name}.parquet"), FORMATTED)) for name in SPLITS
-        }
-        for batch in read_batches(FORMATTED_FILE):
-            members: dict[str, list[int]] = {name: [] for name in SPLITS}
-            ids = zip(batch["example_id"].to_pylist(), batch["prompt_id"].to_pylist(), strict=True)
-            for row, (example_id, prompt_id) in enumerate(ids):
-                counts["rows_in"] += 1
-                if hash(example_id) in repeated:
-                    if example_id in seen:
-                        counts["duplicates"] += 1
-                        continue
-                    seen.add(example_id)
-                members[choose_split(prompt_id, params)].append(row)
+        files.callback(remove, INDEX)
+        duplicates = look_ahead(params, formatted)
+        folders = {name: files.enter_context(sharded(Path(f"data/{name}.parquet"))) for name in SPLITS}
+        split_one = partial(split_shard, params, folders)
+        for shard_counts, match in map_processes(
+            split_one, range(len(formatted)), formatted, duplicates, doing="split"
+        ):
+            counts.update(shard_counts)
+            nearest = max(nearest, match, key=lambda match: match[0])
 
-            train = batch.select(["source_row", "prompt"]).take(pa.array(members["train"], pa.int64())).to_pydict()
-            matches = near_test.find(train["prompt"])
-            for source_row, match in zip(train["source_row"], matches, strict=True):
-                if match:
-                    counts["near_duplicates"] += 1
-                    nearest = max(nearest, (match[0], source_row, test_rows[match[1]]), key=lambda pair: pair[0])
-            if params.drop_near_duplicates:
-                pairs = zip(members["train"], matches, strict=True)
-                members["train"] = [row for row, match in pairs if not match]
-            for name, rows in members.items():
-                writers[name].write(batch.take(pa.array(rows, pa.int64())))
-
-        sizes = {name: writers[name].num_rows for name in SPLITS}
         dropped = counts["near_duplicates"] if params.drop_near_duplicates else 0
-        assert counts["rows_in"] == counts["duplicates"] + dropped + sum(sizes.values()), "a row vanished"  # noqa: S101
-        for name, size in sizes.items():
-            if size == 0:
+        num_written = sum(counts[name] for name in SPLITS)
+        assert counts["rows_in"] == counts["duplicates"] + dropped + num_written, "a row vanished"  # noqa: S101
+        for name in SPLITS:
+            if counts[name] == 0:
                 raise UserError(_empty_split(name, counts["rows_in"] - counts["duplicates"], dropped, params))
 
-    metrics = {name: counts[name] for name in ("rows_in", "duplicates", "near_duplicates")}
-    write_json(Path("metrics/split.json"), {**metrics, **sizes})
-    listed = ", ".join(f"{size:,} {name}" for name, size in sizes.items())
+    names = ("rows_in", "duplicates", "near_duplicates", *SPLITS)
+    write_json(Path("metrics/split.json"), {name: counts[name] for name in names})
+    listed = ", ".join(f"{counts[name]:,} {name}" for name in SPLITS)
     near = f"{counts['near_duplicates']:,} of train are nearly in test"
     if counts["near_duplicates"]:
         near += ", dropped" if params.drop_near_duplicates else ", kept"
-        near += "; nearest: row {1} in train to row {2} in test, similarity {0:.2f}".format(*nearest)
+        near += f"; nearest: {nearest[1]}, similarity {nearest[0]:.2f}"
     summary(
         {
             "examples": f"{counts['rows_in']:,} → {listed}; {counts['duplicates']:,} duplicates dropped",
@@ -88,22 +74,77 @@ def main() -> None:
     )
 
 
-def look_ahead(params: SplitParams) -> tuple[set[int], dict[str, int]]:
-    """Hashes of example ids that occur more than once, and the prompts of test, each with the first row that has it.
+def look_ahead(params: SplitParams, formatted: list[Path]) -> list[npt.NDArray[np.int64]]:
+    """Of each shard the rows that are equal to an earlier one. On the way the prompts of test are indexed.
 
-    An id costs 16 bytes here, and nothing later unless it is repeated: a set of all of them would cost more than 110.
+    Memory: 16 bytes a row, and some 60 while they are sorted.
     """
-    hashes: list[npt.NDArray[np.int64]] = []
-    test: dict[str, int] = {}
-    for batch in read_batches(FORMATTED_FILE, ["example_id", "prompt_id", "source_row", "prompt"]):
-        hashes.append(np.array([hash(example_id) for example_id in batch["example_id"].to_pylist()], np.int64))
-        places = [choose_split(prompt_id, params) == "test" for prompt_id in batch["prompt_id"].to_pylist()]
-        rows = batch.filter(pa.array(places, pa.bool_()))
-        for prompt, source_row in zip(rows["prompt"].to_pylist(), rows["source_row"].to_pylist(), strict=True):
-            test.setdefault(prompt, source_row)
-    ordered = np.concatenate(hashes) if hashes else np.empty(0, np.int64)
-    ordered.sort()
-    return set(ordered[1:][ordered[1:] == ordered[:-1]].tolist()), test
+    ids: list[npt.NDArray[np.uint64]] = []
+
+    def test_prompts() -> Iterator[pa.Table]:
+        for shard_ids, prompts in map_processes(partial(look_into, params), formatted, doing="look ahead"):
+            ids.append(shard_ids)
+            yield prompts
+
+    NearDuplicates.build(INDEX, test_prompts(), TEST_PROMPTS)
+    all_ids = np.concatenate(ids)
+    order = np.lexsort(all_ids.T)  # stable: of equal ids the first row stays first
+    ordered = all_ids[order]
+    repeats = np.zeros(len(order), bool)
+    repeats[order[1:]] = (ordered[1:] == ordered[:-1]).all(axis=1)
+    ends = np.cumsum([len(part) for part in ids])
+    return [np.flatnonzero(part) for part in np.split(repeats, ends[:-1])]
+
+
+def look_into(params: SplitParams, shard: Path) -> tuple[npt.NDArray[np.uint64], pa.Table]:
+    """The example ids of a shard, uint64 (rows, 2), and the prompts that are in test, each once."""
+    ids, prompts = [np.empty((0, 2), np.uint64)], [TEST_PROMPTS.empty_table()]
+    for batch in read_batches(shard, ["example_id", "prompt_id", *TEST_PROMPTS.names]):
+        digits = "".join(batch["example_id"].to_pylist())
+        ids.append(np.frombuffer(bytes.fromhex(digits), np.uint64).reshape(-1, 2))
+        in_test = [choose_split(prompt_id, params) == "test" for prompt_id in batch["prompt_id"].to_pylist()]
+        prompts.append(batch.select(TEST_PROMPTS.names).filter(pa.array(in_test, pa.bool_())))
+    # Equal prompts have equal keys in the index: they would take the places of others there.
+    once = pa.concat_tables(prompts).group_by("prompt", use_threads=False)
+    first = once.aggregate([(name, "first") for name in TEST_PROMPTS.names[1:]])
+    return np.concatenate(ids), first.rename_columns(TEST_PROMPTS.names)
+
+
+def split_shard(
+    params: SplitParams, folders: dict[str, Path], number: int, shard: Path, duplicates: npt.NDArray[np.int64]
+) -> tuple[Counter[str], tuple[float, str]]:
+    """Write one shard of each split. What was counted, and the nearest pair of prompts."""
+    near_test, duplicate = NearDuplicates(INDEX), set(duplicates.tolist())
+    counts = Counter(duplicates=len(duplicate))
+    nearest = (0.0, "")
+    with ExitStack() as files:
+        writers = {name: files.enter_context(shard_writer(folders[name], FORMATTED, number)) for name in SPLITS}
+        for batch in read_batches(shard):
+            members: dict[str, list[int]] = {name: [] for name in SPLITS}
+            for row, prompt_id in enumerate(batch["prompt_id"].to_pylist()):
+                if counts["rows_in"] + row not in duplicate:
+                    members[choose_split(prompt_id, params)].append(row)
+            counts["rows_in"] += len(batch)
+
+            train = batch.select(TEST_PROMPTS.names).take(pa.array(members["train"], pa.int64()))
+            matches = near_test.find(train["prompt"].to_pylist())
+            for at, match in enumerate(matches):
+                if match:
+                    counts["near_duplicates"] += 1
+                    if match[0] > nearest[0]:
+                        places = _place(train, at), _place(near_test.prompts, match[1])
+                        nearest = match[0], "{} in train to {} in test".format(*places)
+            if params.drop_near_duplicates:
+                pairs = zip(members["train"], matches, strict=True)
+                members["train"] = [row for row, match in pairs if not match]
+            for name, rows in members.items():
+                writers[name].write(batch.take(pa.array(rows, pa.int64())))
+        counts.update({name: writer.num_rows for name, writer in writers.items()})
+    return counts, nearest
+
+
+def _place(prompts: pa.Table, at: int) -> str:
+    return f"{prompts['source'][at]}, row {prompts['source_row'][at].as_py():,}"
 
 
 def choose_split(prompt_id: str, params: SplitParams) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.shared.errors import UserError
 from stages.shared.examples import Example, read_split
-from stages.shared.files import atomic_path, file_sha256, read_json, write_csv, write_json, write_text
+from stages.shared.files import atomic_path, read_json, table_sha256, write_csv, write_json, write_text
 from stages.shared.masking import load_tokenizer
 from stages.shared.params import TrainParams, load_params
 from stages.shared.run import run
@@ -407,7 +407,7 @@ def save_tuned(
 def model_card(params: TrainParams, metrics: dict[str, Any]) -> str:
     base = read_json(BASE / "source.json")
     data = read_json(Path("data/source.json"))
-    data_hash = file_sha256(Path("data/train.parquet"))
+    data_hash = table_sha256(Path("data/train.parquet"))
     listed = "\n".join(f"| {name} | {value} |" for name, value in params.model_dump().items())
     question = "What is the capital of France?"
     if params.template == "alpaca":

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from stages import chat
+from stages.shared.templates import ChatTemplate
 from tests.test_params import edit
 
 
@@ -47,6 +48,35 @@ def test_what_is_no_command_is_answered_with_the_commands(
         ("tuned", ""),
         ("base", ""),
     ]
+
+
+def test_with_a_chat_template_a_question_follows_what_was_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "templates").mkdir()
+    shutil.copy(Path(__file__).parent.parent / "templates/plain.jinja", folder / "templates")
+    edit(folder, template="templates/plain.jinja")
+    asked: list[list[str]] = []
+    render = ChatTemplate._render
+
+    def record(self: ChatTemplate, messages: list[dict[str, str]], ask: bool = False) -> str:
+        if ask:
+            asked.append([message["content"] for message in messages])
+        return render(self, messages, ask)
+
+    monkeypatch.setattr(ChatTemplate, "_render", record)
+    said = talk(monkeypatch, capsys, "One.", "/base", "Two.", "/new", "Three.", "/quit")
+    first = said[0][1].strip()
+    assert first
+    assert asked == [["One."], ["One."], ["One.", first, "Two."], ["Three."]]
+    assert [name for name, _ in said] == ["tuned", "tuned", "base", "base", "base", "base"]
+
+
+def test_in_alpacas_form_each_question_stands_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = talk(monkeypatch, capsys, "Name a colour.", "And a tree.", "Name a colour.", "/quit")
+    assert said[0] == said[2]
 
 
 def test_a_question_too_long_for_the_model_ends_no_talk(

@@ -80,7 +80,7 @@ def test_a_full_disk_is_said_leaves_nothing_and_then_it_goes_on(project: Path, s
         ("train", "data/train.parquet", 0o000, "Failed to open local file 'data/train.parquet'. …"),
         ("train", "models/base/model.safetensors", 0o000, "models/base/model.safetensors: Permission denied"),
         ("generate", "models/tokenizer/tokenizer.json", 0o000, "models/tokenizer/tokenizer.json: Permission denied"),
-        ("split", "data", 0o500, "Failed to open local file 'data/.train.parquet.partial'. …"),
+        ("split", "data", 0o500, "data/.train.parquet.partial: Permission denied"),
         ("split", ".", 0o500, ".scratch: Permission denied"),
         ("train", ".scratch", 0o500, ".scratch/lock: Permission denied"),
     ],

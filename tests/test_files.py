@@ -1,5 +1,6 @@
 """Files appear whole or not at all, with the same bytes for the same content."""
 
+from hashlib import sha256
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.shared.files import atomic_path, parquet_writer, read_batches, write_json, write_text
+from stages.shared import files
+from stages.shared.files import (
+    atomic_path,
+    parquet_writer,
+    read_batches,
+    read_table,
+    shards,
+    table_sha256,
+    write_json,
+    write_text,
+)
 
 SCHEMA = pa.schema([("text", pa.string()), ("number", pa.int64())])
 
@@ -75,6 +86,36 @@ def test_parquet_bytes_do_not_depend_on_how_the_rows_came(tmp_path: Path) -> Non
     assert (tmp_path / "at_once.parquet").read_bytes() == (tmp_path / "in_parts.parquet").read_bytes()
     assert pq.ParquetFile(tmp_path / "at_once.parquet").num_row_groups == 3
     assert [len(batch) for batch in read_batches(tmp_path / "at_once.parquet")] == [4096, 4096, 1808]
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "ROWS_PER_GROUP", 4)
+    monkeypatch.setattr(files, "ROWS_PER_SHARD", 8)
+
+
+def test_a_table_of_more_than_one_shard_is_a_folder_of_shards_of_fixed_size(tmp_path: Path, small_shards: None) -> None:
+    rows = [{"text": f"row {i}", "number": i} for i in range(21)]
+    for name in ("at_once", "in_parts"):
+        with parquet_writer(tmp_path / name, SCHEMA) as writer:
+            for part in [rows] if name == "at_once" else [rows[:3], rows[3:20], rows[20:]]:
+                writer.write(part)
+    written = shards(tmp_path / "at_once")
+    assert [path.name for path in written] == ["00000.parquet", "00001.parquet", "00002.parquet"]
+    assert [pq.read_metadata(path).num_rows for path in written] == [8, 8, 5]
+    assert [path.read_bytes() for path in shards(tmp_path / "in_parts")] == [path.read_bytes() for path in written]
+    assert [len(batch) for batch in read_batches(tmp_path / "at_once")] == [4, 4, 4, 4, 4, 1]
+    assert read_table(tmp_path / "at_once", ["number"])["number"].to_pylist() == list(range(21))
+    assert table_sha256(tmp_path / "at_once") == sha256(b"".join(path.read_bytes() for path in written)).hexdigest()
+
+
+def test_a_table_of_one_shard_is_one_file_whatever_was_there(tmp_path: Path, small_shards: None) -> None:
+    for num_rows in (8, 9, 8, 0):
+        with parquet_writer(tmp_path / "a.parquet", SCHEMA) as writer:
+            writer.write([{"text": "a", "number": i} for i in range(num_rows)])
+        assert (tmp_path / "a.parquet").is_dir() == (num_rows == 9)
+        assert sum(map(len, read_batches(tmp_path / "a.parquet"))) == num_rows
+        assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
 
 
 def test_a_parquet_file_without_rows_has_its_schema(tmp_path: Path) -> None:

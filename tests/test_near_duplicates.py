@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,8 +19,14 @@ LONG = (
 )
 
 
+def build(prompts: list[str]) -> NearDuplicates:
+    tables = [pa.table({"prompt": pa.array(part, pa.string())}) for part in (prompts[:2], prompts[2:])]
+    with TemporaryDirectory() as folder:  # what is mapped into memory stays there
+        return NearDuplicates.build(Path(folder), tables, tables[0].schema)
+
+
 def near(prompt: str, other: str) -> bool:
-    return NearDuplicates([other]).find([prompt]) != [None]
+    return build([other]).find([prompt]) != [None]
 
 
 def test_shingles_are_pairs_of_words_without_case_and_punctuation() -> None:
@@ -36,7 +45,7 @@ def test_jaccard_similarity_is_shared_by_all() -> None:
 
 
 def test_the_nearest_prompt_is_found_with_its_similarity() -> None:
-    index = NearDuplicates([LONG + " again", LONG.replace("kindly", "politely"), "How deep is the sea?", LONG.upper()])
+    index = build([LONG + " again", LONG.replace("kindly", "politely"), "How deep is the sea?", LONG.upper()])
     assert index.find([LONG, "How deep is a lake?"]) == [(1.0, 3), None]
 
 
@@ -51,7 +60,7 @@ def test_a_small_change_of_a_long_prompt_is_a_near_duplicate(changed: str) -> No
 def test_one_other_word_is_allowed_in_seventeen() -> None:
     words = "a b c d e f g h i j k l m n o p q"
     for other in (words.replace("a", "x"), words.replace("h", "x"), words.replace("q", "x")):
-        assert NearDuplicates([words]).find([other]) == [(0.8, 0)]
+        assert build([words]).find([other]) == [(0.8, 0)]
         assert not near(other.replace("b ", ""), words.replace("b ", ""))
 
 
@@ -77,17 +86,17 @@ CHAT = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\
 @pytest.mark.parametrize("render", [CHAT.format, lambda text: render_alpaca(text)], ids=["chat", "alpaca"])
 def test_the_text_of_the_template_makes_nothing_similar(render: object) -> None:
     assert callable(render)
-    index = NearDuplicates([render(text) for text in ("Name a lake.", "Spell Oslo.", "Add 2 to 7.", LONG)])
+    index = build([render(text) for text in ("Name a lake.", "Spell Oslo.", "Add 2 to 7.", LONG)])
     assert index.find([render("Name a tree."), render("Greet me."), render(LONG + "!")]) == [None, None, (1.0, 3)]
 
 
 def test_prompts_of_nothing_but_the_template_are_never_near() -> None:
-    assert NearDuplicates(["Go on."] * 20).find(["Go on!"]) == [None]
-    assert NearDuplicates([]).find(["Go on.", ""]) == [None, None]
+    assert build(["Go on."] * 20).find(["Go on!"]) == [None]
+    assert build([]).find(["Go on.", ""]) == [None, None]
 
 
 def test_what_most_prompts_have_is_counted_in_a_sample_of_a_long_list() -> None:
-    index = NearDuplicates([f"Do this at once: number {i}" for i in range(5000)])
+    index = build([f"Do this at once: number {i}" for i in range(5000)])
     assert index.find(["Do this at once: number x", "do this at once, number 4321"]) == [None, (1.0, 4321)]
 
 
@@ -96,16 +105,16 @@ WORDS = st.lists(st.sampled_from(["oak", "elm", "fir", "ash", "bay", "yew", "box
 
 @given(prompts=st.lists(WORDS, max_size=2), asked=st.lists(WORDS, max_size=4))
 def test_what_is_found_is_what_a_comparison_with_all_would_find(prompts: list[str], asked: list[str]) -> None:
-    for prompt, match in zip(asked, NearDuplicates(prompts).find(asked), strict=True):
+    for prompt, match in zip(asked, build(prompts).find(asked), strict=True):
         similar = [jaccard(shingles(prompt), shingles(p)) if prompt and p else 0.0 for p in prompts]
         assert (match[0] if match else 0.0) == max((s for s in similar if s >= 0.8), default=0.0)
 
 
 def test_it_finds_the_same_in_every_process() -> None:
     code = (
-        "from stages.shared.near_duplicates import NearDuplicates;"
+        "from tests.test_near_duplicates import build;"
         "prompts = [' '.join(str(i * j % 23) for j in range(12)) for i in range(200)];"
-        "print(NearDuplicates(prompts[::2]).find(prompts[1::2]))"
+        "print(build(prompts[::2]).find(prompts[1::2]))"
     )
     runs = {
         subprocess.run(

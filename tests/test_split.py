@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stages import split
+from stages.format import content_hash
 from stages.shared.errors import UserError
 from stages.shared.examples import FORMATTED
 from stages.shared.files import parquet_writer
@@ -21,12 +23,12 @@ PARAMS = SplitParams(validation_fraction=0.1, test_fraction=0.2, drop_near_dupli
 
 def formatted(name: str, prompt_id: str, prompt: str | None = None, source_row: int = 1) -> dict[str, Any]:
     return {
-        "example_id": f"{prompt_id}-{name}",
+        "example_id": content_hash(prompt_id, name),
         "prompt_id": prompt_id,
         "source": "a.jsonl",
         "source_row": source_row,
         "prompt": prompt or prompt_id,
-        "response": "r",
+        "response": f"{prompt_id}-{name}",
         "input_ids": [1, 2],
         "labels": [-100, 2],
         "truncated": False,
@@ -38,7 +40,7 @@ def run_split(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
         writer.write(rows)
     split.main()
     names = ("train", "validation", "test")
-    return {name: pq.read_table(f"data/{name}.parquet").column("example_id").to_pylist() for name in names}
+    return {name: pq.read_table(f"data/{name}.parquet").column("response").to_pylist() for name in names}
 
 
 def test_the_place_of_a_prompt_is_fixed() -> None:
@@ -114,7 +116,8 @@ def test_training_examples_that_are_nearly_in_test_are_counted_and_named(
     counts = {"rows_in": 5, "duplicates": 1, "near_duplicates": 1, "train": 2, "validation": 1, "test": 1}
     assert json.loads(Path("metrics/split.json").read_text()) == counts
     printed = " ".join(capsys.readouterr().out.split())
-    assert "1 of train are nearly in test, kept; nearest: row 11 in train to row 12 in test, similarity 1.00" in printed
+    assert "1 of train are nearly in test, kept; nearest: a.jsonl, row 11 in train to a.jsonl, row 12 in" in printed
+    assert "in test, similarity 1.00" in printed
 
 
 def test_near_duplicates_are_dropped_from_train_alone(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,7 +166,25 @@ def test_dropping_is_of_train_alone_and_whatever_the_order_of_rows(
     }
 
 
-def test_ids_with_the_same_hash_are_not_duplicates(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split, "hash", lambda example_id: 7, raising=False)
-    splits = run_split([formatted(answer, f"prompt {i}") for i in range(60) for answer in ("x", "x", "y")])
-    assert sum(map(len, splits.values())) == 120
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sizes=st.lists(st.integers(0, 6), min_size=1, max_size=4), data=st.data())
+def test_a_row_that_an_earlier_one_equals_is_found_in_whatever_shard_that_lies(
+    project: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], data: st.DataObject
+) -> None:
+    monkeypatch.setattr(split, "map_processes", lambda function, *arguments, doing: map(function, *arguments))
+    names = data.draw(st.lists(st.sampled_from("abcd"), min_size=sum(sizes), max_size=sum(sizes)))
+    paths, expected, start = [], [], 0
+    for number, size in enumerate(sizes):
+        rows = [formatted(name, "p") for name in names[start : start + size]]
+        paths.append(project / f"{number}.parquet")
+        pq.write_table(pa.Table.from_pylist(rows, FORMATTED), paths[-1])
+        expected.append([at for at in range(size) if names[start + at] in names[: start + at]])
+        start += size
+    assert [part.tolist() for part in split.look_ahead(PARAMS, paths)] == expected
+
+
+def test_ids_that_begin_or_end_alike_are_not_duplicates(project: Path) -> None:
+    rows = [formatted("x", f"prompt {i}") for i in range(60)]
+    for example_id in ("0" * 32, "0" * 16 + "1" * 16, "1" * 16 + "0" * 16):
+        rows += [formatted("y", "a") | {"example_id": example_id}] * 2
+    assert sum(map(len, run_split(rows).values())) == 63

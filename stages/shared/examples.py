@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from stages.shared.errors import UserError, reading
+from stages.shared.errors import UserError
+from stages.shared.files import read_table
 
 # source: the file or Hub id. source_row counts from 1; in a JSONL file it is the line.
 RAW = pa.schema(
@@ -77,11 +77,9 @@ class Example:
 
 
 def read_split(path: Path) -> list[Example]:
-    """The examples of a formatted Parquet file, as views of its columns: 8 bytes a token."""
+    """The examples of a split, as views of its columns: 8 bytes a token."""
     examples: list[Example] = []
-    with reading(path):
-        table = pq.read_table(path, columns=["example_id", "input_ids", "labels"])
-    for batch in table.to_batches():
+    for batch in read_table(path, ["example_id", "input_ids", "labels"]).to_batches():
         columns = [batch.column(name) for name in ("input_ids", "labels")]
         views = [
             np.split(column.flatten().to_numpy(), column.value_lengths().to_numpy().cumsum()[:-1]) for column in columns

@@ -123,8 +123,8 @@ class AlpacaTemplate:
             runs[index] = []
         return Formatted(prompts, responses, mask(runs, max_length), faults)
 
-    def encode_prompts(self, questions: Sequence[str]) -> list[list[int]]:
-        """Token ids up to where the responses begin, in training and in generation alike."""
+    def encode_prompts(self, questions: Sequence[str], earlier: Sequence[Message] = ()) -> list[list[int]]:
+        """Token ids up to where the responses begin, in training and in generation alike, without earlier turns."""
         return self._encode([render_alpaca(question) for question in questions])
 
     def encode(self, prompts: list[str], responses: list[str]) -> list[list[list[int]]]:
@@ -206,15 +206,19 @@ class ChatTemplate:
             responses.append(conversation.responses[number - 1])
         return Formatted(prompts, responses, encoded, faults)
 
-    def encode_prompts(self, questions: Sequence[str]) -> list[list[int]]:
+    def encode_prompts(self, questions: Sequence[str], earlier: Sequence[Message] = ()) -> list[list[int]]:
         """Token ids up to where the responses begin, in training and in generation alike.
+
+        Args:
+            earlier: turns before each question.
 
         Raises:
             UserError: a question that this template can't render.
         """
+        asked = [[*earlier, {"role": "user", "content": text.strip()}] for text in questions]
         try:
-            self._require_no_marks(questions)
-            texts = [self._render([{"role": "user", "content": text.strip()}], ask=True) for text in questions]
+            self._require_no_marks([message["content"] for messages in asked for message in messages])
+            texts = [self._render(messages, ask=True) for messages in asked]
         except BadRowError as error:
             raise UserError(f"{self._where}: {error}; ask something else") from None
         return tokenize(self._tokenizer, texts, special=True)

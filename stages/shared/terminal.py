@@ -1,5 +1,6 @@
 """What a person at the terminal sees of a stage: a bar while it works, then a few lines on what came of it."""
 
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -38,7 +39,10 @@ def summary(facts: Mapping[str, str], wrote: Sequence[str | Path], then: str) ->
     table.add_column()
     for name, value in {**facts, "wrote": files, "next": then}.items():
         table.add_row(f"  {name}", Text(printable(value), "cyan" if name == "next" else ""))
-    console().print(table)
+    out = console()
+    with out.capture() as printed:
+        out.print(table)
+    print(re.sub(" +$", "", printed.get(), flags=re.MULTILINE), end="")
 
 
 def disk_use(folder: Path) -> int:

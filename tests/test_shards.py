@@ -1,0 +1,59 @@
+"""A large table is a folder of shards, worked on by several processes: what comes of it is what one file would give."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from stages import download_dataset, download_model, split
+from stages import format as format_stage
+from stages.shared import files, processes
+from stages.shared.examples import read_split
+from tests.test_params import edit
+
+TABLES = ("raw", "unreadable", "formatted", "left_out", "train", "validation", "test")
+SAME_QUESTION = "Name three tall trees that grow in the north of Norway, and how old they become{}"
+
+
+def rows() -> list[dict[str, Any]]:
+    """Duplicates, near-duplicates and bad rows that lie in other shards than their twins."""
+    plain = [{"instruction": f"Say the number {i} in words.", "output": f"This is {i}."} for i in range(600)]
+    near = [{"instruction": SAME_QUESTION.format(end * (i + 1)), "output": f"{i}"} for end in "!?." for i in range(12)]
+    bad: list[dict[str, Any]] = [{"instruction": "A"}, {"instruction": " ", "output": "b"}] * 4
+    return [*near[:20], *plain[:60], *bad, *plain, *near[20:], *plain[30:50]]
+
+
+def run_pipeline(folder: Path, tiny_model: Path) -> dict[str, Any]:
+    """All tables as lists of rows, and the metrics."""
+    (folder / "data/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    edit(folder, dataset_file="data/a.jsonl", model_name=str(tiny_model), drop_near_duplicates="true")
+    for stage in (download_dataset, download_model, format_stage, split):
+        stage.main()
+    tables = {
+        name: [row for path in files.shards(Path(f"data/{name}.parquet")) for row in pq.read_table(path).to_pylist()]
+        for name in TABLES
+    }
+    examples = [example.input_ids.tolist() for example in read_split(Path("data/train.parquet"))]
+    return {**tables, "examples": examples, **{path.name: path.read_text() for path in Path("metrics").iterdir()}}
+
+
+def test_shards_and_processes_change_no_row_and_no_metric(
+    project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_pipeline(project, tiny_model)
+    assert not Path("data/raw.parquet").is_dir()
+    metrics = json.loads(whole["split.json"])
+    assert (metrics["rows_in"], metrics["duplicates"]) == (716, 80)
+    assert metrics["near_duplicates"] > 20
+
+    monkeypatch.setattr(files, "ROWS_PER_GROUP", 8)
+    monkeypatch.setattr(files, "ROWS_PER_SHARD", 200)
+    monkeypatch.setattr(processes, "num_cores", lambda: 2)
+    assert run_pipeline(project, tiny_model) == whole
+    assert [len(files.shards(Path(f"data/{name}.parquet"))) for name in TABLES] == [4, 1, 4, 1, 4, 4, 4]
+    first = {path: path.read_bytes() for path in Path("data").rglob("*.parquet") if path.is_file()}
+    assert run_pipeline(project, tiny_model) == whole
+    assert {path: path.read_bytes() for path in first} == first
+    assert sorted(path.name for path in Path(".scratch").iterdir()) == []
