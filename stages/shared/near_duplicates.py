@@ -25,6 +25,7 @@ COMMON = 0.1  # a shingle that more of the prompts have is of the template, or t
 COMMON_SAMPLE = 1000  # prompts in which shingles are counted
 NUM_HASHES, NUM_BANDS = 64, 16  # of a pair at the threshold, 1 − (1 − 0.8⁴)¹⁶ = 99.98 % are proposed
 SEED = 42  # of the hashes: no result depends on it but for the 0.02 %
+# Odd numbers without a pattern, by which hashes are mixed.
 MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], np.uint64)
 LIKELY = 0.6  # of the hashes; of the pairs at the threshold 99.99 % have as many in common
 MOST_PROPOSED = 512  # by a band: where many prompts share a long text, all of them would cost their number squared
@@ -52,7 +53,7 @@ class NearDuplicates:
 
     @classmethod
     def build(cls, folder: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> "NearDuplicates":
-        """Index the prompts of some tables, which are taken one by one."""
+        """Index the prompts of some tables of one schema, which are taken one by one."""
         remove(folder)
         folder.mkdir(parents=True)
         with pa.OSFile(str(folder / "prompts.arrow"), "wb") as file, pa.ipc.new_file(file, schema) as writer:
@@ -82,7 +83,8 @@ class NearDuplicates:
         """For each prompt, the similarity and the place of the nearest one of the index; None where all are below 0.8.
 
         Example:
-            >>> index = NearDuplicates.build(folder, [pa.table({"prompt": ["Name a colour.", "Name a river."]})])
+            >>> table = pa.table({"prompt": ["Name a colour.", "Name a river."]})
+            >>> index = NearDuplicates.build(folder, [table], table.schema)
             >>> index.find(["name a river", "Name a sea."])
             [(1.0, 1), None]
         """
