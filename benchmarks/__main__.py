@@ -3,6 +3,7 @@
 import os
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,10 +27,7 @@ def main() -> None:
     precision = runs[-1][1]
     num_examples = training.STEPS * training.effective_batch(params)
     results = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
+        **machine(),
         "flops_per_token": training.flops_per_token(),
         "training": {
             "short": training.measure(read_split(Path("data/train.parquet")), params, runs),
@@ -44,6 +42,16 @@ def main() -> None:
     write_json(RESULTS, results)
     draw(results)
     print(table(results))
+
+
+def machine() -> dict[str, Any]:
+    """When and where a measurement was made."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+    }
 
 
 def processor() -> str:

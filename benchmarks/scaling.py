@@ -4,13 +4,11 @@ Writes `benchmarks/scaling.json`; `docs/scaling.md` shows it (`python -m benchma
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,8 +17,8 @@ import psutil
 import torch
 
 from benchmarks import training
-from benchmarks.__main__ import processor
-from benchmarks.costs import RESULTS, report
+from benchmarks.__main__ import machine
+from benchmarks.costs import RESULTS, STAGES, report
 from benchmarks.data import long_examples, long_rows
 from benchmarks.memory import peak_memory
 from stages.shared.files import ROWS_PER_SHARD, write_json
@@ -29,7 +27,6 @@ from stages.shared.params import TrainParams, load_params
 from stages.shared.terminal import disk_use
 
 ROWS = [count * ROWS_PER_SHARD for count in (1, 2, 4, 8, 16)]
-STAGES = ("download_dataset", "format", "split")
 TABLES = ("raw", "formatted", "train", "validation", "test")
 READ_TRAIN = "from pathlib import Path; from stages.shared.examples import *; read_split(Path('data/train.parquet'))"
 CORES_ROWS, REPEATS = 2 * ROWS_PER_SHARD, 2
@@ -37,10 +34,7 @@ CORES_ROWS, REPEATS = 2 * ROWS_PER_SHARD, 2
 
 def main() -> None:
     results = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
+        **machine(),
         "curve": curve(),
         "one_core": one_core(),
         "training": gpt2(),
