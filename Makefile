@@ -1,60 +1,68 @@
-# Two commands from a fresh clone: `make repro` and `make test`. The rest is named by `make help`.
+# From a fresh clone: `make repro` and `make test`. `make help` lists all targets.
 PYTHON ?= python3
 INSTALLED := .venv/installed
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-# Byte code is compiled at first use, for the modules that are used: all of torch's would cost half a minute.
+# Python writes bytecode when it first imports a module. pip (--no-compile) does not, because compiling all of torch
+# takes half a minute.
 unexport PYTHONDONTWRITEBYTECODE
+# One more worker than cores, because tests also wait for processes. One thread each, so that they don't compete.
+PYTEST := OMP_NUM_THREADS=1 pytest --numprocesses $(shell $(PYTHON) -c 'import os; print(1 + os.cpu_count())') \
+	--dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help repro review chat export test lint check-lock audit chaos clean bench scaling
-# What `make review` compares: BASE with REV, each a branch, a commit, an experiment or the workspace.
+.PHONY: help repro review chat export test test-fast lint check-lock audit chaos clean bench scaling
+# `make review` compares BASE with REV; each is a branch, a commit, an experiment or the workspace.
 BASE ?= main
 REV ?= workspace
-export BASE REV  # the shell takes them from there: a name is no shell text
+export BASE REV  # passed in the environment, so that the shell does not interpret them
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-repro: $(INSTALLED)  ## run the pipeline: what changed, and nothing else
+repro: $(INSTALLED)  ## run the stages that changed
 	dvc repro
-	@echo "Disk (results of all runs, checkpoints); how to get it back is in the README:"
-	@du -sh .dvc/cache .scratch 2>/dev/null || true  # one of them may not be there
+	@echo "Disk used by results and checkpoints (how to free it: README, Disk):"
+	@du -sh .dvc/cache .scratch 2>/dev/null || true  # one of them may be missing
 
-review: $(INSTALLED)  ## compare with BASE=main: what changed, is the difference real, do the gates hold
+review: $(INSTALLED)  ## compare with BASE=main: what changed, is it significant, do the gates pass
 	python -m review "$$BASE" "$$REV"
 
-chat: $(INSTALLED)  ## talk to the tuned model, and to the base model to compare
-	python -m stages.chat
+chat: $(INSTALLED)  ## chat with the tuned model, or with the base model to compare
+	python -m tools.chat
 
-export: $(INSTALLED)  ## write the tuned model as GGUF for llama.cpp, Ollama and LM Studio, and ask it
-	python -m stages.export
+export: $(INSTALLED)  ## export the tuned model as GGUF for llama.cpp, Ollama and LM Studio, and check it
+	python -m tools.export
 
-test: $(INSTALLED)  ## run the tests
-	OMP_NUM_THREADS=1 pytest --numprocesses auto --dist loadfile
+test: $(INSTALLED)  ## run the tests (5 min)
+	$(PYTEST)
 
-lint: $(INSTALLED)  ## check style, format and types
+test-fast: $(INSTALLED)  ## run the tests that start no other program (1 min)
+	$(PYTEST) -m 'not subprocess'
+
+lint: $(INSTALLED)  ## check style, format, types and layers
 	ruff check
 	ruff format --check
 	mypy
+	lint-imports
 
 check-lock: $(INSTALLED)  ## check that dvc.lock describes the code, the parameters, the data and the metrics
 	python .ci/check_lock.py
 
-audit: $(INSTALLED)  ## look for known vulnerabilities and for secrets
+audit: $(INSTALLED)  ## check for known vulnerabilities and secrets
 	python .ci/audit.py
 
-chaos: $(INSTALLED)  ## kill the pipeline at 100 random moments and see that nothing is lost, ten minutes
+chaos: $(INSTALLED)  ## kill the pipeline at 100 random moments and check that nothing is lost (10 min)
 	python -m tests.chaos
 
-clean: $(INSTALLED)  ## delete checkpoints and what killed runs have left; results stay
-	python -m stages.clean
+clean: $(INSTALLED)  ## delete checkpoints and leftovers of killed runs; results are kept
+	python -m tools.clean
 
-bench: $(INSTALLED)  ## measure speed against a textbook loop and TRL, a quarter of an hour
+bench: $(INSTALLED)  ## measure speed against a textbook loop and TRL (15 min)
 	pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	dvc repro split
 	python -m benchmarks
 
-scaling: $(INSTALLED)  ## measure the data stages up to a million rows, twenty minutes
+scaling: $(INSTALLED)  ## measure the data stages up to a million rows (20 min)
 	dvc repro split
 	python -m benchmarks.scaling
 

@@ -1,4 +1,4 @@
-"""Look for known vulnerabilities in the pins of constraints.txt and for secrets in the tracked files; fail on any."""
+"""Check the pins of constraints.txt for known vulnerabilities and the tracked files for secrets; fail on any."""
 
 import json
 import os
@@ -6,23 +6,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-import requests  # what pip-audit asks with: both find the same proxies and certificates
+import requests  # as pip-audit does, so that both use the same proxies and certificates
 from kingfisher_sdk import DetectionPolicy, Scanner
 
 ADVISORY_SERVICE = "https://api.osv.dev/v1/query"
 
 
 def main() -> None:
-    found_nothing = [audit_dependencies(os.environ.get("ADVISORY_SERVICE", ADVISORY_SERVICE)), scan_for_secrets()]
-    sys.exit(not all(found_nothing))
+    passed = [audit_dependencies(os.environ.get("ADVISORY_SERVICE", ADVISORY_SERVICE)), scan_for_secrets()]
+    sys.exit(not all(passed))
 
 
 def audit_dependencies(service: str) -> bool:
-    """False if a pin is known to be vulnerable, and if the audit broke off.
+    """Return False if a pin has a known vulnerability, or if pip-audit stopped early.
 
-    pip-audit exits with 1 on a vulnerability and on a dead network alike. So the service is first asked for a release
-    that has known vulnerabilities. Without an answer nothing is audited; after the answer whatever stops pip-audit is
-    a failure. No finding can pass as a dead network, nor can a service that knows nothing pass as a clean audit.
+    pip-audit exits with 1 on a vulnerability and also on a network error. To distinguish them, this function first
+    queries the service for a release with known vulnerabilities. If this request fails, the audit is skipped and
+    passes; afterwards any error of pip-audit fails. So a finding never counts as a network error, and a service without
+    advisories never counts as a clean audit.
     """
     try:
         vulnerable = {"package": {"ecosystem": "PyPI", "name": "jinja2"}, "version": "2.4.1"}
@@ -33,29 +34,29 @@ def audit_dependencies(service: str) -> bool:
         print(f"dependency audit: not done, the advisory service can't be reached ({type(error).__name__})")
         return True
     if not known:
-        print(f"dependency audit: failed, {service} knows of nothing in jinja2 2.4.1, which is vulnerable")
+        print(f"dependency audit: failed, {service} has no advisory on jinja2 2.4.1, which is vulnerable")
         return False
-    # The file rather than the environment: there torch may be 2.13.0+cpu, a version that no advisory names.
-    # An advisory that does not concern us is passed over with --ignore-vuln, and its reason beside it.
+    # The file, not the environment, where torch may be 2.13.0+cpu, a version that no advisory names.
+    # To ignore an advisory that does not affect this project, add --ignore-vuln with a comment that gives the reason.
     command = [sys.executable, "-m", "pip_audit", "--requirement", "constraints.txt", "--no-deps", "--disable-pip"]
     command += ["--vulnerability-service", "osv", "--osv-url", service, "--strict", "--progress-spinner", "off"]
-    audit = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 (a list of our own words)
+    audit = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 (a list of constants and the service's URL)
     if audit.returncode == 0:
-        print("dependency audit: nothing known against the pins of constraints.txt")
+        print("dependency audit: no known vulnerabilities in the pins of constraints.txt")
     elif audit.stdout:  # the table of vulnerabilities
         print(f"dependency audit: vulnerable\n{audit.stdout}", end="")
     else:
-        print(f"dependency audit: failed, pip-audit broke off before it had asked for all\n{audit.stderr}", end="")
+        print(f"dependency audit: failed, pip-audit stopped before it had checked all pins\n{audit.stderr}", end="")
     return audit.returncode == 0
 
 
 def scan_for_secrets() -> bool:
-    """False if a tracked file has a secret. Kingfisher scans offline; what it finds is named but not printed.
+    """Return False if a tracked file has a secret. Kingfisher scans offline; secrets are located but not printed.
 
-    A false alarm is silenced by a comment `kingfisher:ignore` on its line.
+    A comment `kingfisher:ignore` on a line suppresses a false positive.
     """
-    git = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, check=True)  # noqa: S607 (as found)
-    files = [name for name in git.stdout.split("\0") if Path(name).is_file()]  # without those that are deleted
+    git = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, check=True)  # noqa: S607 (git from the PATH)
+    files = [name for name in git.stdout.split("\0") if Path(name).is_file()]  # without deleted files
     scanner = Scanner(policy=DetectionPolicy())
     secrets = [(name, finding) for name in files for finding in scanner.scan_file(name)]
     print(f"secret scan: {len(secrets)} found in {len(files)} tracked files")

@@ -1,10 +1,10 @@
-"""Fail unless dvc.lock describes the code, the parameters, the data and the metrics beside it.
+"""Check that dvc.lock matches the code, the parameters, the data and the metrics; exit with code 1 if it does not.
 
-Neither the cache nor a remote is needed: what lies there alone is taken to be what dvc.lock says.
+The check needs neither the cache nor a remote: files that only they have are assumed to match dvc.lock.
 
-DVC's own answer, `dvc repro --dry --allow-missing`, does not do. It passes over all that is missing, also scripts and
-metrics, and where the data is missing it breaks off at the first stage that is out of date, with an error about data.
-Not seen by it nor here: metrics that were edited by hand together with their MD5 in dvc.lock.
+`dvc repro --dry --allow-missing` is not sufficient. It ignores all missing files, including scripts and metrics, and if
+data is missing, it stops at the first stage that is out of date, with an error about data. Neither notices metrics that
+were edited together with their MD5 in dvc.lock.
 """
 
 import sys
@@ -21,48 +21,48 @@ def main() -> None:
             num_stages = len(repo.index.stages)
             found = list(differences(repo))
     except DvcException as error:
-        sys.exit(f"dvc.lock: not checked, since {error}; `dvc status` says where")
+        sys.exit(f"dvc.lock: can't be checked: {error}; `dvc status` shows where")
     if not num_stages:
-        sys.exit("dvc.lock: not checked, since dvc.yaml is missing or has no stage")
+        sys.exit("dvc.lock: can't be checked: dvc.yaml is missing or has no stages; restore it with git")
     if found:
-        what_to_do = "dvc.lock is out of date: run `dvc repro`, and commit dvc.lock and metrics/ with what you changed"
-        sys.exit("\n".join([*found, what_to_do]))
+        advice = "dvc.lock is out of date: run `dvc repro`, then commit dvc.lock and metrics/ with your changes"
+        sys.exit("\n".join([*found, advice]))
     print("dvc.lock matches the code, the parameters, the data and the metrics")
 
 
 def differences(repo: Repo) -> Iterator[str]:
-    """A line for each difference: the stage, the file and what is wrong with it."""
+    """A line for each difference, with the stage, the file and the problem."""
     writers = {out.fs_path: out for stage in repo.index.stages for out in stage.outs}
     for stage in repo.index.stages:
         if not any(out.hash_info for out in stage.outs):
-            yield f"{stage.addressing}: never ran, dvc.lock does not have it"
+            yield f"{stage.addressing}: is not in dvc.lock, so it never ran"
             continue
         if stage.changed_stage():
             yield f"{stage.addressing}: its command changed since it ran"
         for file in [*stage.deps, *stage.outs]:
-            if wrong := difference(file, writers.get(file.fs_path)):
-                yield f"{stage.addressing}: {wrong}"
+            if problem := difference(file, writers.get(file.fs_path)):
+                yield f"{stage.addressing}: {problem}"
 
 
 def difference(file: Output, writer: Output | None) -> str:
-    """What is wrong with a file that a stage reads or writes, or nothing.
+    """The problem with an input or output of a stage; an empty string if there is none.
 
     Args:
-        file: as dvc.lock has it for that stage.
-        writer: the same file as dvc.lock has it for the stage that writes it, if one does.
+        file: the entry in dvc.lock for this stage.
+        writer: the entry for the stage that writes the file; None if it is not an output.
     """
     if not file.hash_info:
         return f"{file} is not in dvc.lock"
     if writer and writer.hash_info != file.hash_info:
-        return f"{file} was written anew by {writer.stage.addressing} since it ran"
+        return f"{file} was rewritten by {writer.stage.addressing} since it ran"
     state = file.status().get(str(file))
     if isinstance(state, dict):
         return f"{', '.join(state)} in {file} changed since it ran"
     if state in ("deleted", "not in cache"):
-        git_holds_it = not writer.use_cache if writer else file.is_in_repo
-        return f"{file} is missing" if git_holds_it else ""
+        in_git = not writer.use_cache if writer else file.is_in_repo
+        return f"{file} is missing" if in_git else ""
     if state:
-        return f"{file} is not what it wrote" if file is writer else f"{file} changed since it ran"
+        return f"{file} changed since it was written" if file is writer else f"{file} changed since it ran"
     return ""
 
 

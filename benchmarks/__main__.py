@@ -1,4 +1,4 @@
-"""Measure, and write `benchmarks/results.json` and `benchmarks/results.png`; prints the table of the README."""
+"""Run all benchmarks, write `benchmarks/results.json` and `benchmarks/results.png`, and print a table in Markdown."""
 
 import os
 from datetime import UTC, datetime
@@ -10,29 +10,29 @@ import torch
 from benchmarks import formatting, training
 from benchmarks.data import long_examples
 from benchmarks.report import RESULTS, draw, table
-from stages.shared.examples import read_split
-from stages.shared.files import write_json
-from stages.shared.models import uses_bf16
-from stages.shared.params import TrainParams, load_params
+from stages.data.examples import read_split
+from stages.engine.models import uses_bf16
+from stages.runtime.files import write_json
+from stages.runtime.params import TrainParams, load_params
 
 
 def main() -> None:
-    os.environ["TQDM_DISABLE"] = "1"  # for the engines' processes: their bars would overwrite each other
+    os.environ["TQDM_DISABLE"] = "1"  # the progress bars of several processes would overwrite each other
     params = load_params(TrainParams)
     if uses_bf16("auto", torch.device("cpu")):
         runs = [("textbook", "fp32"), ("textbook", "bf16"), ("TRL", "bf16"), ("this project", "bf16")]
     else:
-        print("This processor has no bf16 instructions: emulated, a step would take minutes, so all run in fp32.")
+        print("This processor has no bf16 instructions, and emulation takes minutes per step, so all engines use fp32.")
         runs = [("textbook", "fp32"), ("TRL", "fp32"), ("this project", "fp32")]
     precision = runs[-1][1]
-    num_examples = training.STEPS * training.effective_batch(params)
+    num_examples = training.STEPS * training.effective_batch_size(params)
     results = {
         **machine(),
         "flops_per_token": training.flops_per_token(),
         "training": {
             "short": training.measure(read_split(Path("data/train.parquet")), params, runs),
             "long": training.measure(long_examples(num_examples), params, runs),
-            # A pair of its own: a fifth engine beside the four would not find the memory.
+            # Measured separately, because a fifth engine would not fit in memory.
             "LoRA against all weights, long": training.measure(
                 long_examples(num_examples), params, [(training.LORA, precision), ("this project", precision)]
             ),
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def machine() -> dict[str, Any]:
-    """When and where a measurement was made."""
+    """The date of the measurement, and the machine."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "processor": processor(),
@@ -55,7 +55,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name, and of its instructions what decides about speed here."""
+    """The name of the processor, with the widest of its instruction sets that matter for speed."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     values = dict(line.split(":", 1) for line in lines if ":" in line)
     fields = {key.strip(): value.strip() for key, value in values.items()}

@@ -1,4 +1,7 @@
-"""What larger jobs cost in time and disk, from `benchmarks/scaling.json` and from published rates of training."""
+"""Time and disk space of larger jobs, estimated from `benchmarks/scaling.json` and from published training rates.
+
+`python -m benchmarks.costs` prints the tables of `docs/scaling.md`.
+"""
 
 import json
 from collections.abc import Callable
@@ -9,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from stages.shared.terminal import size
+from benchmarks.report import WARM_UP
+from stages.runtime.terminal import format_bytes
 
 RESULTS = Path(__file__).with_name("scaling.json")
 STAGES = ("download_dataset", "format", "split")
 TEN_MILLION = 10_000_000
 HERE = "measured here"
-WARM_UP = 1  # steps that are not timed
-# Bytes for each weight: a model's file in bf16; a checkpoint with the best weights until then. Two lie there at most.
-MODEL, CHECKPOINT = 2, 16
+MODEL_BYTES = 2  # per parameter, in bf16
+CHECKPOINT_BYTES = 16  # per parameter: fp32 weights, two moments and the best weights; at most two are kept
 COLUMNS = (
     *("job", "tokens", "data stages here", "tables", "models and checkpoints"),
     *("device", "tokens/s", "one device", "eight", "source"),
@@ -26,7 +29,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Rate:
-    """Tokens that one device trains on in a second, and who says so."""
+    """The training rate of one device, and its source."""
 
     device: str
     tokens_per_second: float
@@ -35,13 +38,20 @@ class Rate:
 
 @dataclass(frozen=True)
 class Job:
+    """One epoch of full fine-tuning, with the training rates of some devices for that model."""
+
     rows: int
     model: str
-    num_weights: float
+    num_parameters: float
     rates: list[Rate]
 
 
 def jobs(measured_rate: float, processor: str) -> list[Job]:
+    """The jobs to estimate.
+
+    Args:
+        measured_rate: of GPT-2 on `processor`, in tokens/s.
+    """
     foundry = (
         "[llm-foundry, {}](https://github.com/mosaicml/llm-foundry/blob/main/scripts/train/benchmarking/README.md)"
     )
@@ -69,7 +79,7 @@ def jobs(measured_rate: float, processor: str) -> list[Job]:
                 Rate(
                     "A100 80 GB",
                     3_172,
-                    "[VectorLM, Llama 3 8B, all weights](https://github.com/VectorInstitute/vectorlm/blob/master/docs/"
+                    "[VectorLM, Llama 3 8B, full fine-tuning](https://github.com/VectorInstitute/vectorlm/blob/master/docs/"
                     "reference_throughput.md)",
                 ),
                 Rate(
@@ -86,13 +96,12 @@ def jobs(measured_rate: float, processor: str) -> list[Job]:
 def report(results: dict[str, Any]) -> str:
     """Markdown, for the terminal and `docs/scaling.md`."""
     curve = results["curve"]
-    several = curve[1:]  # the first has one shard, so one process
+    parallel = curve[1:]  # the first point has one shard, so one process
     processor = f"{results['cores']} cores of {results['processor']}"
-    rows = [point["rows"] for point in curve]
     lines = [
-        f"{results['date']}, {processor}. Rows of {tokens_per_row(results):.0f} tokens in the mean.",
+        f"{results['date']}, {processor}. Rows have {tokens_per_row(results):.0f} tokens on average.",
         "",
-        "| rows | " + " | ".join(f"{stage}, s | peak GB" for stage in STAGES) + " |",
+        "| rows | " + " | ".join(f"{stage} (s) | memory (GB)" for stage in STAGES) + " |",
         "|---" * (2 * len(STAGES) + 1) + "|",
         *(
             f"| {point['rows']:,} | "
@@ -103,28 +112,29 @@ def report(results: dict[str, Any]) -> str:
             for point in curve
         ),
         "",
-        f"A straight line through the points between foretells the seconds of {rows[-1]:,} rows: "
+        f"For {curve[-1]['rows']:,} rows, a linear fit to the points between the first and the last predicts "
         + ", ".join(
-            f"{stage} {line(several[:-1], seconds_of(stage))(rows[-1]):.0f} "
-            f"(measured {curve[-1][stage]['seconds']:.0f})"
+            f"{stage} {linear_fit(parallel[:-1], seconds_of(stage))(curve[-1]['rows']):.0f} s "
+            f"(measured: {curve[-1][stage]['seconds']:.0f} s)"
             for stage in STAGES
         )
         + ".",
         "",
-        f"**{TEN_MILLION:,} rows, estimated** by a line through all points but the first: "
+        f"**Estimate for {TEN_MILLION:,} rows**, from a linear fit to all points but the first: "
         + "; ".join(
-            f"{stage} {duration(line(several, seconds_of(stage))(TEN_MILLION))}, "
-            f"{size(max(line(several, peak_of(stage))(TEN_MILLION), peak_of(stage)(several[-1])))} of memory"
+            f"{stage} {format_duration(linear_fit(parallel, seconds_of(stage))(TEN_MILLION))} with "
+            + format_bytes(max(linear_fit(parallel, peak_of(stage))(TEN_MILLION), peak_of(stage)(parallel[-1])))
+            + " of memory"
             for stage in STAGES
         )
-        + f". The tables take {size(TEN_MILLION * bytes_per_row(results))}. Training would read its split into "
-        f"{size(line(several, peak_of('read_train'))(TEN_MILLION))} of memory.",
+        + f". The tables take {format_bytes(TEN_MILLION * bytes_per_row(results))}. Training would need "
+        f"{format_bytes(linear_fit(parallel, peak_of('read_train'))(TEN_MILLION))} of memory for its split.",
         "",
-        "One core against all, "
+        "Speedup of all cores over one core: "
         + ", ".join(
-            f"{stage}: {median(one / every for one, every in times):.2f} times "
-            f"({', '.join(f'{one:.0f} s and {every:.0f} s' for one, every in times)})"
-            for stage, times in results["one_core"].items()
+            f"{stage} {median(one / every for one, every in pairs):.2f} "
+            f"({', '.join(f'{one:.0f} s → {every:.0f} s' for one, every in pairs)})"
+            for stage, pairs in results["one_core"].items()
         )
         + ".",
         "",
@@ -133,16 +143,16 @@ def report(results: dict[str, Any]) -> str:
     ]
     for job in jobs(measured_rate(results), processor):
         tokens = job.rows * tokens_per_row(results)
-        data = sum(line(several, seconds_of(stage))(job.rows) for stage in STAGES)
-        # In the workspace and again in the cache: base and tuned model, and the tables. Checkpoints are in neither.
-        models = job.num_weights * (2 * 2 * MODEL + 2 * CHECKPOINT)
+        data = sum(linear_fit(parallel, seconds_of(stage))(job.rows) for stage in STAGES)
+        # Base model, tuned model and tables are in the workspace and in the cache; the two checkpoints are in neither.
+        models = job.num_parameters * (2 * 2 * MODEL_BYTES + 2 * CHECKPOINT_BYTES)
         for rate in job.rates:
             seconds = tokens / rate.tokens_per_second
-            eight = "" if rate.source == HERE else duration(seconds / 8)
+            eight = "" if rate.source == HERE else format_duration(seconds / 8)
             lines.append(
-                f"| {job.rows:,} × {job.model} | {tokens / 1e6:,.0f} M | {duration(data)} "
-                f"| {size(2 * job.rows * bytes_per_row(results))} | {size(models)} | {rate.device} "
-                f"| {rate.tokens_per_second:,.0f} | {duration(seconds)} | {eight} | {rate.source} |"
+                f"| {job.rows:,} × {job.model} | {tokens / 1e6:,.0f} M | {format_duration(data)} "
+                f"| {format_bytes(2 * job.rows * bytes_per_row(results))} | {format_bytes(models)} | {rate.device} "
+                f"| {rate.tokens_per_second:,.0f} | {format_duration(seconds)} | {eight} | {rate.source} |"
             )
     return "\n".join(lines)
 
@@ -158,27 +168,29 @@ def bytes_per_row(results: dict[str, Any]) -> float:
 
 
 def measured_rate(results: dict[str, Any]) -> float:
-    """Tokens a second of the model with GPT-2's shape."""
+    """Tokens/s of GPT-2 in training."""
     (run,) = results["training"]["engines"].values()
     return float(mean(results["training"]["real_tokens"][WARM_UP:]) / median(run["seconds"][WARM_UP:]))
 
 
-def line(points: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> Callable[[float], float]:
-    """The line of least squares through a value at each number of rows."""
+def linear_fit(points: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> Callable[[float], float]:
+    """Fit a value as a linear function of the number of rows, by least squares."""
     slope, start = np.polyfit([point["rows"] for point in points], [value(point) for point in points], 1)
     return lambda rows: float(start + slope * rows)
 
 
 def seconds_of(stage: str) -> Callable[[dict[str, Any]], float]:
+    """A function that returns the seconds of a stage at a point of the curve."""
     return lambda point: float(point[stage]["seconds"])
 
 
 def peak_of(stage: str) -> Callable[[dict[str, Any]], float]:
+    """A function that returns the peak memory of a stage, in bytes, at a point of the curve."""
     return lambda point: float(point[stage]["peak_memory_bytes"])
 
 
-def duration(seconds: float) -> str:
-    """Two digits or all whole ones, in the largest unit that leaves at least 2."""
+def format_duration(seconds: float) -> str:
+    """Two significant digits, or a whole number from 10 on, in the largest unit that gives at least 2."""
     units = (("days", 86400), ("h", 3600), ("min", 60), ("s", 1))
     unit, length = next((unit for unit in units if seconds >= 2 * unit[1]), units[-1])
     number = seconds / length

@@ -1,4 +1,4 @@
-"""Rows to measure with: the shipped instructions as they are, and three of them joined into a long one."""
+"""Long rows for the benchmarks, made of the instructions in this repository."""
 
 import json
 import random
@@ -9,18 +9,18 @@ from typing import Any
 
 import pyarrow as pa
 
+from stages.data.examples import FORMATTED_SCHEMA, RAW_SCHEMA, Example, read_split
+from stages.data.masking import load_tokenizer
+from stages.data.tables import parquet_writer
+from stages.data.templates import load_template
 from stages.format import format_batch
-from stages.shared.examples import FORMATTED, RAW, Example, read_split
-from stages.shared.files import parquet_writer
-from stages.shared.masking import load_tokenizer
-from stages.shared.params import FormatParams, load_params
-from stages.shared.templates import load_template
+from stages.runtime.params import FormatParams, load_params
 
-JOINED = 3  # rows: about 170 tokens with the template, as in Alpaca
+JOINED = 3  # instructions per row; about 170 tokens with the template, as many as a row of Alpaca has
 
 
 def long_rows(num_rows: int) -> Iterator[dict[str, Any]]:
-    """Rows of the schema `RAW`, no two alike."""
+    """Rows of `RAW_SCHEMA`, all different, each made of `JOINED` instructions."""
     lines = Path("data/instructions.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     choose = random.Random(0)
@@ -38,9 +38,9 @@ def long_examples(num_examples: int) -> list[Example]:
     """`long_rows`, formatted with the parameters of `params.yaml`."""
     params = load_params(FormatParams)
     template = load_template(params.template, load_tokenizer())
-    rows = pa.Table.from_pylist(list(long_rows(num_examples)), RAW)
+    rows = pa.Table.from_pylist(list(long_rows(num_examples)), RAW_SCHEMA)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "long.parquet"
-        with parquet_writer(path, FORMATTED) as writer:
+        with parquet_writer(path, FORMATTED_SCHEMA) as writer:
             writer.write(format_batch(rows, template, params.max_length)[0])
         return read_split(path)

@@ -1,4 +1,4 @@
-"""The format stage against the bare tokenizer."""
+"""Measure the time of the format stage, compared with that of a bare call of the tokenizer."""
 
 import shutil
 import subprocess
@@ -12,16 +12,16 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from benchmarks.data import long_rows
-from stages.shared.examples import LEFT_OUT, RAW
-from stages.shared.files import ROWS_PER_GROUP, parquet_writer, write_json
-from stages.shared.templates import render_alpaca
+from stages.data.alpaca import render_alpaca
+from stages.data.examples import RAW_SCHEMA, REJECTED_SCHEMA
+from stages.data.tables import ROWS_PER_GROUP, parquet_writer
 
 ALPACA_ROWS = 52_000
 REPEATS = 3
 
 
 def measure() -> dict[str, Any]:
-    """Seconds of the stage and of the tokenizer, in turns, for as many rows as Alpaca has."""
+    """Seconds of the stage and of the tokenizer, measured alternately, for as many rows as Alpaca has."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, 1)
@@ -41,19 +41,17 @@ def measure() -> dict[str, Any]:
 
 
 def prepare(folder: Path, num_rows: int) -> None:
-    """Write all that the format stage reads."""
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(name, folder)
+    """Write the inputs of the format stage."""
+    shutil.copy("params.yaml", folder)
     (folder / "models").mkdir(exist_ok=True)
     if not (folder / "models/tokenizer").exists():
         (folder / "models/tokenizer").symlink_to(Path("models/tokenizer").absolute())
-    with parquet_writer(folder / "data/raw.parquet", RAW) as writer:
+    with parquet_writer(folder / "data/raw.parquet", RAW_SCHEMA) as writer:
         rows = long_rows(num_rows)
-        while some := list(islice(rows, ROWS_PER_GROUP)):
-            writer.write(some)
-    with parquet_writer(folder / "data/unreadable.parquet", LEFT_OUT):
+        while batch := list(islice(rows, ROWS_PER_GROUP)):
+            writer.write(batch)
+    with parquet_writer(folder / "data/unreadable.parquet", REJECTED_SCHEMA):
         pass
-    write_json(folder / "data/source.json", {"source": "joined", "revision": None, "licence": None, "rows": num_rows})
 
 
 def run_stage(folder: Path) -> float:
@@ -64,7 +62,7 @@ def run_stage(folder: Path) -> float:
 
 
 def tokenizer_seconds(folder: Path) -> float:
-    """Seconds of `tokenizers` alone for the same prompts and responses: its fastest call, on all cores."""
+    """Seconds of the fastest call of `tokenizers`, on all cores, for the same prompts and responses."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "models/tokenizer/tokenizer.json"))

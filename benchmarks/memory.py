@@ -5,9 +5,9 @@ from pathlib import Path
 
 
 def peak_memory(pid: int) -> int:
-    """The most bytes that a running process has held at once, 0 where it has just ended.
+    """Peak memory of a running process in bytes; 0 if it has ended.
 
-    Not `ru_maxrss`: a new process begins with that of the one that started it.
+    Not `ru_maxrss`, because a new process inherits that value from its parent.
     """
     try:
         match = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())

@@ -1,67 +1,75 @@
-"""Results as a table and a picture."""
+"""Benchmark results as Markdown and as a picture: `python -m benchmarks.report`."""
 
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 RESULTS = Path(__file__).with_name("results.json")
 PICTURE = Path(__file__).with_name("results.png")
-WARM_UP = 1  # steps that are not timed
+WARM_UP = 1  # steps at the beginning of a run that are not timed
+COLUMNS = (
+    *("engine", "s/step", "time ÷ ours", "supervised tokens/s", "tokens/s"),
+    *("share of peak", "peak memory (GB)", "last loss"),
+)
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown, for the terminal and the README."""
+    """Markdown, for the terminal and `docs/benchmarks.md`."""
     lines = [f"{results['date']}, {results['cores']} cores of {results['processor']}, torch {results['torch']}", ""]
     for name, measured in results["training"].items():
-        timed = range(WARM_UP, len(measured["real_tokens"]))
         real, distinct, supervised = (
-            statistics.mean(measured[f"{kind}_tokens"][step] for step in timed)
-            for kind in ("real", "distinct", "supervised")
+            pd.Series(measured[f"{kind}_tokens"])[WARM_UP:].mean() for kind in ("real", "distinct", "supervised")
         )
-        title = name[0].upper() + name[1:]
         lines += [
-            f"{title} examples: {real:,.0f} tokens a step, of which {distinct:,.0f} are distinct and "
+            f"{name[0].upper()}{name[1:]} examples: {real:,.0f} tokens/step, of which {distinct:,.0f} are distinct and "
             f"{supervised:,.0f} supervised.",
             "",
-            "| engine | s a step | time ÷ ours | supervised tokens/s | tokens/s | of the peak | peak GB | last loss |",
-            "|---|---|---|---|---|---|---|---|",
+            f"| {' | '.join(COLUMNS)} |",
+            "|---" * len(COLUMNS) + "|",
         ]
-        *_, ours = measured["engines"].values()
+        seconds = pd.DataFrame({engine: run["seconds"] for engine, run in measured["engines"].items()})[WARM_UP:]
+        ratios = seconds.div(seconds.iloc[:, -1], axis=0)  # this project is the last column
+        shares = shares_of_peak(results, measured, seconds)
         for engine, run in measured["engines"].items():
-            seconds = statistics.median(run["seconds"][WARM_UP:])
-            ratios = [a / b for a, b in zip(run["seconds"], ours["seconds"], strict=True)][WARM_UP:]
-            shares = [share_of_peak(results, measured, engine, step) for step in timed]
+            step, ratio = seconds[engine].median(), ratios[engine]
             lines.append(
-                f"| {engine} | {seconds:.1f} | {statistics.median(ratios):.1f} ({min(ratios):.1f}–{max(ratios):.1f}) "
-                f"| {supervised / seconds:,.0f} | {real / seconds:,.0f} | {statistics.median(shares):.0%} "
+                f"| {engine} | {step:.1f} | {ratio.median():.1f} ({ratio.min():.1f}–{ratio.max():.1f}) "
+                f"| {supervised / step:,.0f} | {real / step:,.0f} | {shares[engine].median():.0%} "
                 f"| {run['peak_memory_bytes'] / 1e9:.1f} | {run['losses'][-1]:.4f} |"
             )
         lines.append("")
     measured = results["format"]
     stage, tokenizer, start_up = (
-        statistics.median(measured[f"{kind}_seconds"]) for kind in ("stage", "tokenizer", "start_up")
+        pd.Series(measured[f"{kind}_seconds"]).median() for kind in ("stage", "tokenizer", "start_up")
     )
     lines += [
         f"Format, {measured['rows']:,} long rows: {stage:.1f} s, of which {start_up:.1f} s are start-up. "
-        f"The bare tokenizer: {tokenizer:.1f} s. "
-        f"That is {stage / tokenizer:.2f} times, {(stage - start_up) / tokenizer:.2f} without start-up.",
+        f"The bare tokenizer takes {tokenizer:.1f} s. "
+        f"The ratio is {stage / tokenizer:.2f}, or {(stage - start_up) / tokenizer:.2f} without start-up.",
     ]
     return "\n".join(lines)
 
 
-def share_of_peak(results: dict[str, Any], measured: dict[str, Any], engine: str, step: int) -> float:
-    """The model FLOPs of a step's distinct tokens ÷ what the machine's matrix multiplication does in the same time."""
-    run = measured["engines"][engine]
+def shares_of_peak(results: dict[str, Any], measured: dict[str, Any], seconds: pd.DataFrame) -> pd.DataFrame:
+    """Model FLOPs of the distinct tokens of each step ÷ those of a large matrix multiplication in the same time.
+
+    Args:
+        seconds: of each step (rows) and engine (columns).
+    """
     body, head = results["flops_per_token"]
-    flops = body * measured["distinct_tokens"][step] + head * measured["supervised_tokens"][step]
-    if "LoRA" in engine:
-        flops *= 2 / 3  # a frozen matrix has no gradient; what the adapters compute is left out
-    return float(flops / run["seconds"][step] / measured["matmul_flops"][step])
+    steps = pd.DataFrame({key: measured[key] for key in ("distinct_tokens", "supervised_tokens", "matmul_flops")})
+    flops = body * steps["distinct_tokens"] + head * steps["supervised_tokens"]
+    shares = (1 / seconds).mul((flops / steps["matmul_flops"])[seconds.index], axis=0)
+    lora = [engine for engine in shares if "LoRA" in engine]
+    shares[lora] *= 2 / 3  # frozen matrices have no gradients; the FLOPs of the adapters are not counted
+    return shares
 
 
 def draw(results: dict[str, Any]) -> None:
-    """Seconds a step, and losses on top of each other."""
+    """Draw the time per step and the losses of all engines."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -75,14 +83,14 @@ def draw(results: dict[str, Any]) -> None:
             row[0].plot(seconds, [place] * len(seconds), "k|")
             row[0].text(max(seconds), place, f"  {statistics.median(seconds):.1f}", va="center")
             steps = range(1, len(run["losses"]) + 1)
-            # The later, the thinner: what lies on top of each other stays visible.
+            # Later lines are thinner, so that equal losses stay visible.
             width = 2 * (len(measured["engines"]) - place) - 1
             row[1].plot(steps, run["losses"], color=f"C{place}", linewidth=width, label=engine)
-        row[0].set(title=f"{name} examples", xlabel="seconds an optimizer step (each step is a tick)")
+        row[0].set(title=f"{name} examples", xlabel="s/step (one tick per step)")
         row[0].set_yticks(range(len(measured["engines"])), measured["engines"])
         row[0].invert_yaxis()
         row[0].margins(x=0.2)
-        row[1].set(title=f"{name} examples", xlabel="optimizer step", ylabel="loss (nats a supervised token)")
+        row[1].set(title=f"{name} examples", xlabel="optimizer step", ylabel="loss (nats/token)")
         row[1].set_xticks(steps)
         row[1].legend()
     figure.suptitle(f"{results['cores']} cores of {results['processor']}, {results['date']}")

@@ -1,6 +1,6 @@
-"""How the data stages grow with the rows, and what larger jobs would cost: `python -m benchmarks.scaling`.
+"""Measure time and memory of the data stages by number of rows: `python -m benchmarks.scaling`.
 
-Writes `benchmarks/scaling.json`; `docs/scaling.md` shows it (`python -m benchmarks.costs`).
+Writes `benchmarks/scaling.json`; `benchmarks.costs` turns it into the tables of `docs/scaling.md`.
 """
 
 import json
@@ -21,15 +21,16 @@ from benchmarks.__main__ import machine
 from benchmarks.costs import RESULTS, STAGES, report
 from benchmarks.data import long_examples, long_rows
 from benchmarks.memory import peak_memory
-from stages.shared.files import ROWS_PER_SHARD, write_json
-from stages.shared.models import uses_bf16
-from stages.shared.params import TrainParams, load_params
-from stages.shared.terminal import disk_use
+from stages.data.tables import ROWS_PER_SHARD
+from stages.engine.models import uses_bf16
+from stages.runtime.files import write_json
+from stages.runtime.params import TrainParams, load_params
+from stages.runtime.terminal import disk_usage
 
 ROWS = [count * ROWS_PER_SHARD for count in (1, 2, 4, 8, 16)]
 TABLES = ("raw", "formatted", "train", "validation", "test")
-READ_TRAIN = "from pathlib import Path; from stages.shared.examples import *; read_split(Path('data/train.parquet'))"
-CORES_ROWS, REPEATS = 2 * ROWS_PER_SHARD, 2
+READ_TRAIN = "from pathlib import Path; from stages.data.examples import *; read_split(Path('data/train.parquet'))"
+CORES_ROWS, REPEATS = 2 * ROWS_PER_SHARD, 2  # for the comparison of one core with all cores
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
 
 
 def curve() -> list[dict[str, Any]]:
-    """For each number of rows the seconds and the peak memory of each stage, and the bytes of what it wrote."""
+    """Time, peak memory and output size of each data stage, for each number of rows."""
     points = []
     for num_rows in ROWS:
         with TemporaryDirectory() as name:
@@ -54,7 +55,7 @@ def curve() -> list[dict[str, Any]]:
             for stage in STAGES:
                 point[stage] = run([sys.executable, "-m", f"stages.{stage}"], folder)
             point["read_train"] = run([sys.executable, "-c", READ_TRAIN], folder)
-            point["bytes"] = {table: disk_use(folder / f"data/{table}.parquet") for table in TABLES}
+            point["bytes"] = {table: disk_usage(folder / f"data/{table}.parquet") for table in TABLES}
             point["tokens"] = json.loads((folder / "metrics/format.json").read_text())["tokens"]
             point["split"] |= json.loads((folder / "metrics/split.json").read_text())
             points.append(point)
@@ -63,35 +64,35 @@ def curve() -> list[dict[str, Any]]:
 
 
 def one_core() -> dict[str, list[list[float]]]:
-    """Seconds of a stage on one core and on all, in turns."""
-    found: dict[str, list[list[float]]] = {"format": [], "split": []}
+    """Seconds of a stage on one core and on all cores, measured alternately."""
+    seconds: dict[str, list[list[float]]] = {"format": [], "split": []}
     with TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, CORES_ROWS)
         run([sys.executable, "-m", "stages.download_dataset"], folder)
         for _ in range(REPEATS):
-            for stage, times in found.items():
+            for stage, pairs in seconds.items():
                 command = [sys.executable, "-m", f"stages.{stage}"]
-                times.append([run([*before, *command], folder)["seconds"] for before in (["taskset", "1"], [])])
-                print(f"{stage}, one core and all: {times[-1]}", flush=True)
-    return found
+                pairs.append([run([*prefix, *command], folder)["seconds"] for prefix in (["taskset", "1"], [])])
+                print(f"{stage}, seconds on one core and on all cores: {pairs[-1]}", flush=True)
+    return seconds
 
 
 def gpt2() -> dict[str, Any]:
-    """Steps of a model with the shape of GPT-2 (124 million weights, drawn at random: they take the same time)."""
+    """Measure optimizer steps of GPT-2 (124 million parameters). Random weights take the same time as trained ones."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     params = load_params(TrainParams)
     precision = "bf16" if uses_bf16("auto", torch.device("cpu")) else "fp32"
-    examples = long_examples(training.STEPS * training.effective_batch(params))
+    examples = long_examples(training.STEPS * training.effective_batch_size(params))
     with TemporaryDirectory() as folder:
         GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
         return training.measure(examples, params, [("this project", precision)], Path(folder))
 
 
 def prepare(folder: Path, num_rows: int) -> None:
-    """Write all that the data stages read."""
-    for name in ("params.yaml", "dvc.yaml", "templates"):
+    """Write the inputs of the data stages."""
+    for name in ("params.yaml", "templates"):
         (folder / name).symlink_to(Path(name).absolute())
     (folder / "models").mkdir()
     (folder / "models/tokenizer").symlink_to(Path("models/tokenizer").absolute())
@@ -103,14 +104,17 @@ def prepare(folder: Path, num_rows: int) -> None:
 
 
 def run(command: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Seconds of a command, and the largest sum of the peaks of processes that it had at once, in bytes.
+    """Run a command; returns its seconds, and its peak memory in bytes.
 
-    What processes share counts in each. Their proportional set sizes would be exact, but to read them slows them down.
+    The peak memory is the largest sum, over the processes that run at the same time, of their peaks so far.
+
+    Shared memory is counted in each process. Proportional set sizes would be exact, but reading them slows down the
+    processes.
     """
     start, peak = time.perf_counter(), 0
     process = psutil.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
     while process.poll() is None:
-        with suppress(psutil.NoSuchProcess):  # it has just ended
+        with suppress(psutil.NoSuchProcess):  # a process has ended
             members = [process, *process.children(recursive=True)]
             peak = max(peak, sum(peak_memory(member.pid) for member in members))
         time.sleep(0.1)

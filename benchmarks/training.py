@@ -1,7 +1,7 @@
-"""Optimizer steps of this project, of a textbook loop and of TRL: the same model and data, side by side, interleaved.
+"""Measure optimizer steps of this project, of a textbook loop and of TRL, with the same model and data.
 
-Each engine lives in a process of its own and does one step when told to, so that all of them meet the same noise of
-the machine and the same batch, one after the other.
+Each engine runs in its own process and waits for a message before each step. So the engines take turns on the same
+batch, and noise of the machine affects all of them equally.
 """
 
 import multiprocessing
@@ -16,67 +16,67 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.memory import peak_memory
-from stages.shared.batches import FlatBatches, shuffle
-from stages.shared.examples import NOT_SUPERVISED, Example
-from stages.shared.params import TrainParams
-from stages.train import effective_batch
+from stages.data.examples import IGNORE_INDEX, Example
+from stages.engine.batches import PackedBatches, shuffled_batches
+from stages.runtime.params import TrainParams
+from stages.train import effective_batch_size
 
 BASE, TOKENIZER = Path("models/base").absolute(), Path("models/tokenizer").absolute()
 LORA = "this project, LoRA"
-STEPS = 5  # the first warms up: its loss counts, its time does not
-Gate = Callable[[], None]
+STEPS = 5  # optimizer steps per run; the first one is not timed (`WARM_UP` in report.py)
+Wait = Callable[[], None]  # returns when it is the engine's turn
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every engine does: one pass over the examples, with the parameters of `params.yaml`, in fp32 or bf16."""
+    """The work of every engine: one epoch of the examples, with the parameters of `params.yaml`, in fp32 or bf16."""
 
     examples: list[Example]
     params: TrainParams
     base: Path
-    num_warmup_steps: int = 2
+    num_warmup_steps: int = 2  # of the learning rate schedule
 
     @property
     def batches(self) -> list[list[Example]]:
-        """The effective batches in the order of all engines."""
-        return shuffle(self.examples, effective_batch(self.params), self.params.seed, epoch=0)
+        """The effective batches, in the same order for all engines."""
+        return shuffled_batches(self.examples, effective_batch_size(self.params), self.params.seed, epoch=0)
 
 
-def textbook(work: Work, gate: Gate) -> list[float]:
-    """Padded to `max_length`, all logits, plain AdamW (see `tests/textbook.py`)."""
+def textbook(work: Work, wait: Wait) -> list[float]:
+    """A plain loop (see `tests/textbook.py`): padded to `max_length`, all logits, AdamW."""
     from transformers import AutoModelForCausalLM
 
     from tests.textbook import textbook_steps
 
     model = AutoModelForCausalLM.from_pretrained(work.base, dtype="float32").train()
     losses = []
-    gate()
+    wait()
     for loss in textbook_steps(model, work.batches, work.params, work.num_warmup_steps, work.params.max_length):
         losses.append(loss)
-        gate()
+        wait()
     return losses
 
 
-def trl(work: Work, gate: Gate) -> list[float]:
-    """`SFTTrainer`, padded to the longest of a micro-batch. Its settings are the fastest of those tried on a CPU.
+def trl(work: Work, wait: Wait) -> list[float]:
+    """`SFTTrainer`, padded to the longest example of a micro-batch, with the fastest settings that were found on a CPU.
 
-    Activations are not recomputed. Packing and padding-free batches, which would save more, need an attention kernel
-    that runs on GPUs only.
+    Activations are not recomputed. Packing and padding-free batches would be faster, but need an attention kernel that
+    runs on GPUs only.
     """
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    class Gated(TrainerCallback):  # type: ignore[misc]
+    class WaitCallback(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            gate()
+            wait()
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
-            gate()
+            wait()
 
     params = work.params
     rows = [
-        {"input_ids": example.input_ids.tolist(), "completion_mask": (example.labels != NOT_SUPERVISED).astype(int)}
+        {"input_ids": example.input_ids.tolist(), "completion_mask": (example.labels != IGNORE_INDEX).astype(int)}
         for batch in work.batches
         for example in batch
     ]
@@ -108,121 +108,128 @@ def trl(work: Work, gate: Gate) -> list[float]:
             args=config,
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(TOKENIZER),
-            callbacks=[Gated()],
+            callbacks=[WaitCallback()],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-class GatedBatches:
-    """Batches that wait at the gate before each step."""
+def this_project(work: Work, wait: Wait) -> list[float]:
+    """`fit` of `stages/train.py`, in a temporary folder."""
+    from stages.engine.checkpoints import Checkpoints
+    from stages.engine.distributed import DistributedContext
+    from stages.engine.engine import Engine, StepResult
+    from stages.engine.models import pick_device
+    from stages.engine.training_log import CURVE
+    from stages.train import fit
 
-    def __init__(self, batches: Any, gate: Gate):
-        self._batches = batches
-        self._gate = gate
+    class WaitingEngine(Engine):
+        """Waits before each step and before the validation at the end."""
 
-    def cut(self, examples: Sequence[Example]) -> Iterator[Any]:
-        self._gate()
-        return self._batches.cut(examples)
+        def train_step(self, batch: Sequence[Example]) -> StepResult:
+            wait()
+            return super().train_step(batch)
 
+        def validation_loss(self, examples: Sequence[Example]) -> float:
+            wait()
+            return super().validation_loss(examples)
 
-def this_project(work: Work, gate: Gate) -> list[float]:
-    """`fit` of `stages/train.py`, its files in a temporary folder."""
-    from stages.shared.checkpoints import Checkpoints
-    from stages.shared.distributed import Processes
-    from stages.shared.models import pick_device
-    from stages.train import CURVE, fit, prepare
-
-    params, examples = work.params, work.examples
-    processes = Processes(pick_device())
-    model, chosen, _ = prepare(params, examples, processes, work.base)
-    batches: Any = GatedBatches(chosen, gate)
+    params = work.params.model_copy(update={"num_epochs": 1, "warmup_steps": work.num_warmup_steps})
+    context = DistributedContext(pick_device())
+    engine = WaitingEngine.load(params, work.examples, len(work.batches), context, work.base)
     with TemporaryDirectory() as folder, chdir(folder):
-        # The validation at the end of the run, on one example, is the last gate.
-        checkpoints = Checkpoints(Path("checkpoints"))
-        num_steps = len(work.batches)
-        fit(model, batches, examples, examples[:1], params, num_steps, work.num_warmup_steps, checkpoints, processes)
+        fit(engine, work.examples, work.examples[:1], params, Checkpoints(Path("checkpoints")))
         return [float(line.split(",")[1]) for line in CURVE.read_text().splitlines()[1:]]
 
 
-def with_lora(work: Work, gate: Gate) -> list[float]:
+def with_lora(work: Work, wait: Wait) -> list[float]:
     """This project with `finetuning: lora`."""
-    return this_project(replace(work, params=work.params.model_copy(update={"finetuning": "lora"})), gate)
+    return this_project(replace(work, params=work.params.model_copy(update={"finetuning": "lora"})), wait)
 
 
 ENGINES = {"textbook": textbook, "TRL": trl, LORA: with_lora, "this project": this_project}
 
 
-def serve(engine: str, work: Work, connection: Connection) -> None:
-    """Run an engine in this process: wait for word before each step, at the end send losses and peak memory (bytes)."""
+def run_engine(engine: str, work: Work, connection: Connection) -> None:
+    """Run an engine in this process, one step per message; finally send its losses and its peak memory in bytes."""
 
-    def gate() -> None:
+    def wait() -> None:
         connection.send("ready")
         connection.recv()
 
-    losses = ENGINES[engine](work, gate)
+    losses = ENGINES[engine](work, wait)
     connection.send((losses, peak_memory(os.getpid())))
 
 
 @contextmanager
-def started(engine: str, work: Work) -> Iterator[Connection]:
-    """The connection to an engine that is loaded and waits for its first step."""
-    here, there = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(engine, work, there), daemon=True)
+def start_engine(engine: str, work: Work) -> Iterator[Connection]:
+    """Start an engine in a new process; yields the connection to it when the engine waits for its first step."""
+    context = multiprocessing.get_context("spawn")
+    own_end, engine_end = context.Pipe()
+    process = context.Process(target=run_engine, args=(engine, work, engine_end), daemon=True)
     process.start()
-    there.close()  # so that the end of the process ends the connection, too
+    engine_end.close()  # so that the connection closes when the process ends
     try:
-        here.recv()
-        yield here
+        own_end.recv()
+        yield own_end
         process.join()
     except (EOFError, OSError):
         process.join(timeout=1)
         if process.exitcode:
-            raise SystemExit(f"{engine}: its process ended with {process.exitcode}; -9 is a lack of memory") from None
+            raise SystemExit(
+                f"{engine}: its process exited with {process.exitcode}; -9 means that memory ran out: free some, and "
+                "run again"
+            ) from None
         raise
 
 
 def measure(
     examples: list[Example], params: TrainParams, runs: Sequence[tuple[str, str]], base: Path = BASE
 ) -> dict[str, Any]:
-    """Losses, seconds a step and peak memory of each run, which is an engine and its precision."""
-    examples = examples[: STEPS * effective_batch(params)]
+    """Losses, seconds per step and peak memory of each run.
+
+    Args:
+        runs: engines with their precisions; the others are compared with the last one.
+    """
+    examples = examples[: STEPS * effective_batch_size(params)]
     works = [Work(examples, params.model_copy(update={"precision": precision}), base) for _, precision in runs]
     seconds: list[list[float]] = [[] for _ in runs]
     peaks: list[float] = []
     with ExitStack() as stack:
-        engines = [stack.enter_context(started(engine, work)) for (engine, _), work in zip(runs, works, strict=True)]
+        engines = [
+            stack.enter_context(start_engine(engine, work)) for (engine, _), work in zip(runs, works, strict=True)
+        ]
         for step in range(STEPS):
             peaks.append(matmul_rate(runs[-1][1]))
-            for engine, taken in zip(engines, seconds, strict=True):
+            for engine, own in zip(engines, seconds, strict=True):
                 start = time.perf_counter()
                 engine.send("go")
                 engine.recv()
-                taken.append(time.perf_counter() - start)
-            print(f"step {step + 1} of {STEPS}: " + ", ".join(f"{taken[-1]:.1f} s" for taken in seconds), flush=True)
+                own.append(time.perf_counter() - start)
+            print(f"step {step + 1} of {STEPS}: " + ", ".join(f"{own[-1]:.1f} s" for own in seconds), flush=True)
         for engine in engines:
             engine.send("go")
         ends = [engine.recv() for engine in engines]
     batches = works[0].batches
     return {
         "real_tokens": [sum(len(example.input_ids) for example in batch) for batch in batches],
-        # Each token once: no padding, and what the examples of a step begin with not again.
+        # Without padding and repeated prefixes.
         "distinct_tokens": [
-            sum(micro_batch.inputs["input_ids"].numel() for micro_batch in FlatBatches(2**31).cut(batch))
+            sum(micro_batch.inputs["input_ids"].numel() for micro_batch in PackedBatches(2**31).micro_batches(batch))
             for batch in batches
         ],
         "supervised_tokens": [sum(example.num_supervised for example in batch) for batch in batches],
         "matmul_flops": peaks,
         "engines": {
-            f"{engine}, {precision}": {"seconds": taken, "losses": losses, "peak_memory_bytes": memory}
-            for (engine, precision), taken, (losses, memory) in zip(runs, seconds, ends, strict=True)
+            f"{engine}, {precision}": {"seconds": own, "losses": losses, "peak_memory_bytes": memory}
+            for (engine, precision), own, (losses, memory) in zip(runs, seconds, ends, strict=True)
         },
     }
 
 
 def matmul_rate(precision: str, size: int = 2048) -> float:
-    """The best rate of a large matrix multiplication, FLOP/s: what the machine can do at this moment."""
+    """The highest rate of a large matrix multiplication in FLOP/s, a measure of the machine's peak at this moment."""
     import torch
 
     a, b = torch.randn(2, size, size).to(torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -235,9 +242,9 @@ def matmul_rate(precision: str, size: int = 2048) -> float:
 
 
 def flops_per_token() -> tuple[int, int]:
-    """Forward and backward: for a token in the body, and for a supervised one in the head (Kaplan et al., 2020, 6 N).
+    """FLOPs of forward and backward per token in the body and per supervised token in the head.
 
-    Attention scores are left out; at these lengths they are 2 % more.
+    These are 6 per parameter (Kaplan et al., 2020), without attention scores, which add 2% at these lengths.
     """
     from transformers import AutoModelForCausalLM
 

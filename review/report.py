@@ -1,4 +1,4 @@
-"""A comparison as Markdown, for a pull request, and as a page that needs nothing but itself."""
+"""Render a comparison as Markdown, for a pull request, and as a self-contained HTML page."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -8,13 +8,15 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 
-from review.comparison import Changed, Comparison, ExampleChange, Verdict
-from review.gates import Checked
-from stages.shared.text import code, heading
+from review.changes import Change, ExampleChange
+from review.comparison import Comparison
+from review.gates import GateResult
+from review.verdicts import MetricResult
+from stages.runtime.text import code, heading
 
-LONGEST = 240  # characters of an example's text in a table
+MAX_CELL_LENGTH = 240  # characters of an example's text in a table
 SIGN = {"better": "✅ better", "worse": "❌ worse"}
-# What GitHub would turn into a mention, a reference or a link; a word joiner behind it is not seen and stops that.
+# Text that begins a mention, a reference or a link on GitHub. An invisible word joiner after it prevents that.
 LINKS = re.compile(r"@(?=\w)|#(?=\d)|www(?=\.)|:(?=//)", re.IGNORECASE)
 
 STYLE = """
@@ -28,26 +30,26 @@ img { max-width: 49% } h1, h2 { border-bottom: 1px solid #d1d9e0; padding-bottom
 """
 
 
-def markdown(comparison: Comparison, gates: Sequence[Checked], curves: str) -> str:
-    """The report; `curves` is the Markdown that shows them, which differs from place to place."""
+def markdown(comparison: Comparison, gates: Sequence[GateResult], curves: str) -> str:
+    """The report. `curves` is Markdown: Mermaid text for GitHub, images for the page."""
     before, after = (code(side.name) for side in (comparison.before, comparison.after))
     parts = [f"# Review: {before} → {after}", f"**{headline(comparison)}**"]
     if gates:
-        rows = [[text(gate.rule), "✅ holds" if gate.holds else "❌ broken", text(gate.found)] for gate in gates]
+        rows = [[text(gate.rule), "✅ passed" if gate.passed else "❌ failed", text(gate.found)] for gate in gates]
         parts += ["## Gates", table(["gate", "", "found"], rows)]
     parts += ["## Metrics on the test split", metrics_table(comparison), *map(text, comparison.notes)]
     missing = [(side.name, path) for side in (comparison.before, comparison.after) for path in sorted({*side.missing})]
     if missing:
-        parts.append(missing_words(missing))
+        parts.append(missing_files(missing))
     parts += section("## Changed parameters", changed_table(comparison.params))
     parts += section("## Stages that ran again", stages_table(comparison))
     parts += section("## Other metrics that changed", changed_table(comparison.other_metrics))
     parts += section("## Curves", curves)
     parts += section("## Sample answers", samples_table(comparison.samples))
-    gained = [example for example in comparison.examples if example.change < 0]
-    lost = [example for example in comparison.examples if example.change > 0]
-    parts += section("## Test examples that gained most", examples_table(gained))
-    parts += section("## Test examples that lost most", examples_table(lost))
+    improved = [example for example in comparison.examples if example.change < 0]
+    worse = [example for example in comparison.examples if example.change > 0]
+    parts += section("## Most improved test examples", examples_table(improved))
+    parts += section("## Test examples that got worse the most", examples_table(worse))
     return "\n\n".join(parts) + "\n"
 
 
@@ -56,49 +58,49 @@ def section(title: str, content: str) -> list[str]:
 
 
 def headline(comparison: Comparison) -> str:
-    """One line: the verdict on the test loss, which is what training lowers."""
-    loss = comparison.verdict("loss")
+    """One line: the verdict on the test loss, which training minimizes."""
+    loss = comparison.metric("loss")
     if loss.difference is None:
-        return f"Test loss: {loss.words}."
+        return f"Test loss: {loss.verdict}."
     change = f"{loss.difference.before:.4f} → {loss.difference.after:.4f}, {signed(loss.difference.value)}"
-    return f"Test loss: {SIGN.get(loss.words, loss.words)}, {change} nats a token, 95 % interval {interval(loss)}."
+    return f"Test loss: {SIGN.get(loss.verdict, loss.verdict)}, {change} nats/token, 95% interval {interval(loss)}."
 
 
 def metrics_table(comparison: Comparison) -> str:
     rows = []
-    for verdict in comparison.verdicts:
-        change = "" if verdict.difference is None else signed(verdict.difference.value)
-        values = ["" if value is None else f"{value:.4f}" for value in (verdict.before, verdict.after)]
-        rows.append([verdict.metric.name, *values, change, interval(verdict), SIGN.get(verdict.words, verdict.words)])
+    for result in comparison.metrics:
+        change = "" if result.difference is None else signed(result.difference.value)
+        values = ["" if value is None else f"{value:.4f}" for value in (result.before, result.after)]
+        verdict = SIGN.get(result.verdict, result.verdict)
+        rows.append([result.metric.name, *values, change, interval(result), verdict])
     about = (
-        "Paired bootstrap over the test examples that both evaluated; better or worse is said where the interval "
-        "leaves out 0 and fewer than 5 % of random swaps of before and after differ as much. That tells whether these "
-        "two models differ, not whether a run with another seed would; and of six metrics, one in four reviews shows "
-        "one that differs by chance."
+        "Paired bootstrap over the common test examples. A metric is better or worse if the interval excludes 0 and "
+        "fewer than 5% of random swaps of before and after differ as much. This compares two models, not training "
+        "seeds. With six metrics, one review in four shows a difference by chance."
     )
-    return table(["metric", "before", "after", "difference", "95 % interval", "verdict"], rows) + "\n\n" + about
+    return table(["metric", "before", "after", "difference", "95% interval", "verdict"], rows) + "\n\n" + about
 
 
 def signed(value: float) -> str:
     return f"{value:+.4f}".replace("-", "−")
 
 
-def interval(verdict: Verdict) -> str:
-    difference = verdict.difference
+def interval(result: MetricResult) -> str:
+    difference = result.difference
     return "" if difference is None else f"{signed(difference.low)} to {signed(difference.high)}"
 
 
-def missing_words(missing: Sequence[tuple[str, str]]) -> str:
+def missing_files(missing: Sequence[tuple[str, str]]) -> str:
     listed = ", ".join(f"{code(path)} of {code(revision)}" for revision, path in missing)
     paths = " ".join(sorted({path for _, path in missing}))
     return (
-        f"**Not to be had here**: {listed}. They lie neither in git nor in DVC's cache here. Get them with "
-        f"{code(f'dvc pull --all-commits {paths}')}, those of an experiment with {code('dvc exp pull')}, where a "
-        f"remote has them; else {code('dvc repro')} in a checkout of that revision makes them again."
+        f"**Not available**: {listed}. They are neither in git nor in the local DVC cache. If a remote has them, get "
+        f"them with {code(f'dvc pull --all-commits {paths}')}, or {code('dvc exp pull')} for an experiment; otherwise "
+        f"{code('dvc repro')} in a checkout of that revision writes them again."
     )
 
 
-def changed_table(changes: Sequence[Changed]) -> str:
+def changed_table(changes: Sequence[Change]) -> str:
     rows = [[code(change.name), value(change.before), value(change.after)] for change in changes]
     return table(["name", "before", "after"], rows) if rows else ""
 
@@ -108,15 +110,17 @@ def value(content: Any) -> str:
 
 
 def stages_table(comparison: Comparison) -> str:
+    def listed(names: Sequence[str]) -> str:
+        return ", ".join(map(code, names)) or "none"
+
     rows = [
-        [code(stage.name), ", ".join(map(code, stage.because)), ", ".join(map(code, stage.changed)) or "the same"]
-        for stage in comparison.stages
+        [code(stage.name), listed(stage.changed_inputs), listed(stage.changed_outputs)] for stage in comparison.stages
     ]
-    return table(["stage", "because of", "outputs that changed"], rows) if rows else ""
+    return table(["stage", "changed inputs", "changed outputs"], rows) if rows else ""
 
 
-def samples_table(samples: Sequence[Changed]) -> str:
-    rows = [[text(sample.name), *marked(sample.before, sample.after)] for sample in samples]
+def samples_table(samples: Sequence[Change]) -> str:
+    rows = [[text(sample.name), *highlight_diff(sample.before, sample.after)] for sample in samples]
     return table(["prompt", "before", "after"], rows) if rows else ""
 
 
@@ -124,13 +128,13 @@ def examples_table(examples: Sequence[ExampleChange]) -> str:
     rows = [
         [
             f"{signed(example.change)} ({example.loss_before:.2f} → {example.loss_after:.2f})",
-            text(cut(example.prompt)),
-            text(cut(example.reference)),
-            *marked(cut(example.answer_before), cut(example.answer_after)),
+            text(truncate(example.prompt)),
+            text(truncate(example.reference)),
+            *highlight_diff(truncate(example.answer_before), truncate(example.answer_after)),
         ]
         for example in examples
     ]
-    header = ["loss, nats a token", "prompt", "reference", "answer before", "answer after"]
+    header = ["loss (nats/token)", "prompt", "reference", "answer before", "answer after"]
     return table(header, rows) if rows else ""
 
 
@@ -139,12 +143,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def cut(content: str) -> str:
-    return content if len(content) <= LONGEST else content[:LONGEST] + " …"
+def truncate(content: str) -> str:
+    return content if len(content) <= MAX_CELL_LENGTH else content[:MAX_CELL_LENGTH] + " …"
 
 
 def text(content: str) -> str:
-    """Foreign words as words, in a cell of a table: no markup, no mention, no link; line ends as signs."""
+    """Untrusted text for a table cell: no markup, mentions or links; line breaks become symbols."""
     return LINKS.sub("\\g<0>\N{WORD JOINER}", heading(one_line(content)))
 
 
@@ -152,8 +156,8 @@ def one_line(content: str) -> str:
     return re.sub(r"\s*\n\s*", " ⏎ ", content.strip())
 
 
-def marked(before: str | None, after: str | None) -> tuple[str, str]:
-    """Both texts, words that only one has struck through before and in bold after."""
+def highlight_diff(before: str | None, after: str | None) -> tuple[str, str]:
+    """Both texts; removed words are struck through in the first, added words are bold in the second."""
     if before is None or after is None:
         return text(before or "(no such prompt)"), text(after or "(no such prompt)")
     words = [one_line(side).split() for side in (before, after)]
@@ -168,7 +172,7 @@ def marked(before: str | None, after: str | None) -> tuple[str, str]:
 
 
 def page(content: str, title: str) -> str:
-    """`content`, Markdown, as HTML without scripts and without anything from elsewhere."""
+    """Markdown as an HTML page without scripts and external resources."""
     body = str(MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"]).render(content))
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (

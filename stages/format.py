@@ -1,12 +1,10 @@
-"""Render by the template, tokenise, mask: `data/raw.parquet` → `data/formatted.parquet`.
+"""Render the template, tokenize and mask: `data/raw.parquet` → `data/formatted.parquet`.
 
-Every row that can't be trained on goes to the ledger `data/left_out.parquet` with the reason. Rows stream in batches;
-the shards of a large table are formatted by a process for each core.
+Every row that can't be trained on goes to `data/rejected.parquet` with its reason. Rows are streamed in batches; one
+process per CPU core formats the shards of a large table.
 """
 
 import argparse
-import hashlib
-import unicodedata
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,57 +20,51 @@ import pyarrow.compute as pc
 from rich.table import Table
 from rich.text import Text
 
-from stages.shared.errors import UserError, reading
-from stages.shared.examples import FORMATTED, LEFT_OUT, NOT_SUPERVISED, BadRowError
-from stages.shared.files import (
-    parquet_writer,
-    read_batches,
-    read_json,
-    shard_writer,
-    sharded,
-    shards,
-    write_csv,
-    write_json,
-)
-from stages.shared.masking import load_tokenizer
-from stages.shared.params import FormatParams, load_params
-from stages.shared.processes import map_processes
-from stages.shared.run import run
-from stages.shared.templates import Conversation, Template, load_template
-from stages.shared.terminal import console, summary
-from stages.shared.text import printable
+from stages.data.conversations import Conversation, content_ids, parse_conversation
+from stages.data.examples import FORMATTED_SCHEMA, IGNORE_INDEX, REJECTED_SCHEMA, BadRowError
+from stages.data.masking import load_tokenizer
+from stages.data.tables import parquet_writer, read_batches, shard_writer, sharded, shards
+from stages.data.templates import SELECTED_TEMPLATE, Template, load_template, select_template
+from stages.runtime.errors import UserError, user_errors
+from stages.runtime.files import write_csv, write_json
+from stages.runtime.parallel import map_processes
+from stages.runtime.params import FormatParams, load_params
+from stages.runtime.run import run
+from stages.runtime.terminal import console, summary
+from stages.runtime.text import printable
 
-FORMATTED_FILE, LEFT_OUT_FILE = Path("data/formatted.parquet"), Path("data/left_out.parquet")
-LENGTHS = Path("metrics/lengths.csv")
-COUNTED = ("rows_in", "kept", "left_out", "truncated", "tokens", "supervised_tokens")
-LENGTH_BIN = 16  # tokens, the width of a bar in the plot of lengths
+RAW, UNREADABLE = Path("data/raw.parquet"), Path("data/unreadable.parquet")
+FORMATTED, REJECTED = Path("data/formatted.parquet"), Path("data/rejected.parquet")
+METRICS, LENGTHS = Path("metrics/format.json"), Path("metrics/lengths.csv")
+COUNT_NAMES = ("rows_in", "kept", "left_out", "truncated", "tokens", "supervised_tokens")
+LENGTH_BIN = 16  # tokens per bar in the plot of lengths
 S = TypeVar("S")
 T = TypeVar("T")
 
 
 @dataclass
 class Counts:
-    """What came of some rows.
+    """Statistics of formatted and rejected rows.
 
-    sources: of each source, by the names of `COUNTED`.
-    reasons: rows left out, by reason.
-    lengths: examples, by tokens ÷ `LENGTH_BIN`.
-    first_left_out: the first row left out, in words; empty where there is none.
+    sources: for each source, counts by the names in `COUNT_NAMES`.
+    reasons: rejected rows by reason.
+    lengths: examples by tokens ÷ `LENGTH_BIN`.
+    first_rejected: a description of the first rejected row, or an empty string.
     """
 
     sources: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     reasons: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
-    first_left_out: str = ""
+    first_rejected: str = ""
 
-    def count(self, examples: pa.Table, left_out: list[dict[str, Any]]) -> None:
-        """Add rows of `FORMATTED` and rows of `LEFT_OUT`."""
-        if left_out:
-            self.first_left_out = self.first_left_out or describe(left_out[0])
-        for entry in left_out:
-            self.sources[entry["source"]].update(rows_in=1, left_out=1)
-            self.reasons[entry["reason"]] += 1
-        counted = examples.select(["source", "labels", "truncated"])  # not the text, which `filter` would copy
+    def count(self, examples: pa.Table, rejected: list[dict[str, Any]]) -> None:
+        """Count rows of `FORMATTED_SCHEMA` and of `REJECTED_SCHEMA`."""
+        if rejected:
+            self.first_rejected = self.first_rejected or describe(rejected[0])
+        for row in rejected:
+            self.sources[row["source"]].update(rows_in=1, left_out=1)
+            self.reasons[row["reason"]] += 1
+        counted = examples.select(["source", "labels", "truncated"])  # without the texts, which `filter` would copy
         for name in pc.unique(counted["source"]).to_pylist():
             own = counted.filter(pc.equal(counted["source"], name))
             labels = own["labels"].combine_chunks()
@@ -82,181 +74,129 @@ class Counts:
                 kept=len(own),
                 truncated=int(own["truncated"].to_numpy().sum()),
                 tokens=len(tokens),
-                supervised_tokens=int(np.count_nonzero(tokens != NOT_SUPERVISED)),
+                supervised_tokens=int(np.count_nonzero(tokens != IGNORE_INDEX)),
             )
             self.lengths.update((labels.value_lengths().to_numpy() // LENGTH_BIN).tolist())
 
     def add(self, later: "Counts") -> None:
+        """Add the counts of the rows after these."""
         for name, counts in later.sources.items():
             self.sources[name].update(counts)
         self.reasons.update(later.reasons)
         self.lengths.update(later.lengths)
-        self.first_left_out = self.first_left_out or later.first_left_out
+        self.first_rejected = self.first_rejected or later.first_rejected
+
+    @property
+    def total(self) -> Counter[str]:
+        return sum(self.sources.values(), Counter())
+
+    @property
+    def listed_reasons(self) -> str:
+        return ", ".join(f"{reason}: {count:,}" for reason, count in self.reasons.most_common())
+
+    def metrics(self) -> dict[str, Any]:
+        """The content of `metrics/format.json`, by source if there are several."""
+        metrics: dict[str, Any] = {name: self.total[name] for name in COUNT_NAMES}
+        metrics["left_out_by_reason"] = dict(sorted(self.reasons.items()))
+        if len(self.sources) > 1:
+            metrics["sources"] = {
+                name: {key: counts[key] for key in COUNT_NAMES} for name, counts in sorted(self.sources.items())
+            }
+        return metrics
 
 
 def main() -> None:
     params = load_params(FormatParams)
-    raw, all_counts = shards(Path("data/raw.parquet")), Counts()
-    with sharded(FORMATTED_FILE) as formatted, parquet_writer(LEFT_OUT_FILE, LEFT_OUT) as ledger:
-        for batch in read_batches(Path("data/unreadable.parquet")):
-            ledger.write(batch)
-            all_counts.count(FORMATTED.empty_table(), batch.to_pylist())
+    select_template(params.template)
+    raw, counts = shards(RAW), Counts()
+    with sharded(FORMATTED) as formatted, parquet_writer(REJECTED, REJECTED_SCHEMA) as rejected:
+        for batch in read_batches(UNREADABLE):
+            rejected.write(batch)
+            counts.count(FORMATTED_SCHEMA.empty_table(), batch.to_pylist())
         format_one = partial(format_shard, params, formatted)
-        for counts, left_out in map_processes(format_one, range(len(raw)), raw, doing="format"):
-            ledger.write(left_out)
-            all_counts.add(counts)
-
-        source, total = read_json(Path("data/source.json")), sum(all_counts.sources.values(), Counter())
-        if source["rows"] != total["rows_in"]:
-            raise UserError(
-                f"data/source.json: says {source['rows']:,} rows, raw.parquet and unreadable.parquet have "
-                f"{total['rows_in']:,}; run `dvc repro`, which makes all of them"
-            )
+        for shard_counts, shard_rejected in map_processes(format_one, range(len(raw)), raw, desc="format"):
+            rejected.write(shard_rejected)
+            counts.add(shard_counts)
+        total = counts.total
         if total["left_out"] > total["rows_in"] / 2:
             raise UserError(
-                f"{source['source']}: {total['left_out']:,} of {total['rows_in']:,} rows can't be trained on "
-                f"({_listed(all_counts.reasons)}); more than half is no accident: mend the source. First, "
-                f"{all_counts.first_left_out}"
+                f"{', '.join(counts.sources)}: {total['left_out']:,} of {total['rows_in']:,} rows can't be trained on "
+                f"({counts.listed_reasons}); more than half were rejected; fix the source. First: "
+                f"{counts.first_rejected}"
             )
-
-    metrics: dict[str, Any] = {name: total[name] for name in COUNTED}
-    metrics["left_out_by_reason"] = dict(sorted(all_counts.reasons.items()))
-    if len(all_counts.sources) > 1:
-        by_source = sorted(all_counts.sources.items())
-        metrics["sources"] = {name: {key: counts[key] for key in COUNTED} for name, counts in by_source}
-    write_json(Path("metrics/format.json"), metrics)
-    lengths = all_counts.lengths
-    write_csv(LENGTHS, "tokens,examples", ((index * LENGTH_BIN, lengths[index]) for index in range(max(lengths) + 2)))
+    write_json(METRICS, counts.metrics())
+    bins = ((index * LENGTH_BIN, counts.lengths[index]) for index in range(max(counts.lengths) + 2))
+    write_csv(LENGTHS, "tokens,examples", bins)
     summary(
         {
-            "rows": f"{total['rows_in']:,} → {total['kept']:,} kept, {total['left_out']:,} left out "
-            f"({_listed(all_counts.reasons) or 'none'})",
+            "rows": f"{total['rows_in']:,} → {total['kept']:,} kept, {total['left_out']:,} rejected "
+            f"({counts.listed_reasons or 'none'})",
             "tokens": f"{total['tokens']:,}, of which {total['supervised_tokens']:,} supervised",
             "truncated": f"{total['truncated']:,} responses, at max_length = {params.max_length:,}",
         },
-        wrote=[FORMATTED_FILE, LEFT_OUT_FILE, "metrics/format.json", LENGTHS],
-        then="python -m stages.format --show 3" + (" --left-out" if total["left_out"] else ""),
+        wrote=[FORMATTED, REJECTED, SELECTED_TEMPLATE, METRICS, LENGTHS],
+        then="python -m stages.format --show 3" + (" --rejected" if total["left_out"] else ""),
     )
 
 
 def format_shard(params: FormatParams, formatted: Path, number: int, raw: Path) -> tuple[Counts, list[dict[str, Any]]]:
-    """Write one shard of `formatted` from its rows in raw.parquet. Its counts, and its rows of `LEFT_OUT`."""
+    """Format one shard of the raw table into the folder `formatted`; returns its counts and its rejected rows."""
     template = load_template(params.template, load_tokenizer())
-    counts, all_left_out = Counts(), []
-    with shard_writer(formatted, FORMATTED, number) as writer:
-        batches = read_batches(raw)
-        for examples, left_out in map_ahead(lambda batch: format_batch(batch, template, params.max_length), batches):
+    counts, all_rejected = Counts(), []
+    with shard_writer(formatted, FORMATTED_SCHEMA, number) as writer:
+        format_one = partial(format_batch, template=template, max_length=params.max_length)
+        for examples, rejected in prefetch_map(format_one, read_batches(raw)):
             writer.write(examples)
-            counts.count(examples, left_out)
-            all_left_out += left_out
-    return counts, all_left_out
-
-
-def describe(entry: dict[str, Any]) -> str:
-    """A row of the ledger in words."""
-    return "{source}, row {source_row:,}: {reason}: {detail}".format(**entry)
-
-
-def show(number: int, left_out: bool) -> None:
-    """Print the first formatted examples with what is masked and what is supervised, or rows of the ledger."""
-    out = console()
-    batches = read_batches(LEFT_OUT_FILE if left_out else FORMATTED_FILE)
-    rows = list(islice(chain.from_iterable(batch.to_pylist() for batch in batches), number))
-    if left_out:
-        if not rows:
-            out.print(f"{LEFT_OUT_FILE}: no row was left out")
-        for row in rows:
-            out.print(Text(printable(describe(row))))
-        return
-    tokenizer = load_tokenizer()
-    for row in rows:
-        table = Table.grid(padding=(0, 2))
-        cut = ", cut at max_length" if row["truncated"] else ""
-        out.print(Text(f"{row['source']}, row {row['source_row']:,}: {len(row['input_ids']):,} tokens{cut}", "bold"))
-        tokens = zip(row["input_ids"], row["labels"], strict=True)
-        for masked, span in groupby(tokens, key=lambda token: token[1] == NOT_SUPERVISED):
-            ids = [token_id for token_id, _ in span]
-            text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-            name, style = ("masked", "dim") if masked else ("supervised", "green")
-            table.add_row(f"  {name}, {len(ids):,}", Text(printable(text), style))
-        out.print(table)
+            counts.count(examples, rejected)
+            all_rejected += rejected
+    return counts, all_rejected
 
 
 def format_batch(batch: pa.Table, template: Template, max_length: int) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """A row of `FORMATTED` for each row that can be trained on, a row of `LEFT_OUT` for each other, in order."""
+    """The rows of `FORMATTED_SCHEMA` and of `REJECTED_SCHEMA` for a batch of raw rows, in order."""
     conversations: dict[int, Conversation] = {}
-    faults: dict[int, BadRowError] = {}
+    errors: dict[int, BadRowError] = {}
     for index, row in enumerate(batch.to_pylist()):
         try:
-            conversations[index] = read_conversation(row)
+            conversations[index] = parse_conversation(row)
         except BadRowError as error:
-            faults[index] = error
+            errors[index] = error
     indices = list(conversations)
-    with reading("models/tokenizer", "its tokenizer can't encode this text: use another model"):
+    with user_errors("models/tokenizer", "its tokenizer can't encode this text: use another model"):
         formatted = template.format(list(conversations.values()), max_length)
     encoded = formatted.encoded
-    for at, index in enumerate(indices):
-        if at in formatted.faults:
-            faults[index] = formatted.faults[at]
+    for at, index in enumerate(indices):  # at: in the conversations, index: in the batch
+        if at in formatted.errors:
+            errors[index] = formatted.errors[at]
         elif not encoded.lengths[at]:
-            detail = f"the prompt leaves no room in max_length = {max_length}"
-            faults[index] = BadRowError("prompt_too_long", detail)
+            detail = f"the prompt leaves no room for a response in max_length = {max_length}"
+            errors[index] = BadRowError("prompt_too_long", detail)
 
     ids = [content_ids(conversation) for conversation in conversations.values()]
     offsets = pa.array(np.concatenate([[0], encoded.lengths.cumsum()]), pa.int32())
-    places = batch.select(["source", "source_row"])
+    locations = batch.select(["source", "source_row"])
     columns = {
         "example_id": [example_id for _, example_id in ids],
         "prompt_id": [prompt_id for prompt_id, _ in ids],
-        **dict(zip(places.column_names, places.take(pa.array(indices, pa.int64())).columns, strict=True)),
+        **dict(zip(locations.column_names, locations.take(pa.array(indices, pa.int64())).columns, strict=True)),
         "prompt": formatted.prompts,
         "response": formatted.responses,
         "input_ids": pa.ListArray.from_arrays(offsets, pa.array(encoded.input_ids)),
         "labels": pa.ListArray.from_arrays(offsets, pa.array(encoded.labels)),
         "truncated": encoded.truncated,
     }
-    kept = pa.array([at for at, index in enumerate(indices) if index not in faults], pa.int64())
-    left_out = [
-        {**place, "reason": faults[index].reason, "detail": str(faults[index])}
-        for index, place in enumerate(places.to_pylist())
-        if index in faults
+    kept = pa.array([at for at, index in enumerate(indices) if index not in errors], pa.int64())
+    rejected = [
+        {**location, "reason": errors[index].reason, "detail": str(errors[index])}
+        for index, location in enumerate(locations.to_pylist())
+        if index in errors
     ]
-    return pa.table(columns, FORMATTED).take(kept), left_out
+    assert len(kept) + len(rejected) == len(batch), "a row vanished"  # noqa: S101
+    return pa.table(columns, FORMATTED_SCHEMA).take(kept), rejected
 
 
-def read_conversation(row: dict[str, Any]) -> Conversation:
-    """The turns up to the last response, without white space around them.
-
-    Raises:
-        BadRowError: there is no response, or an empty turn.
-    """
-    messages = [{**message, "content": message["content"].strip()} for message in row["messages"]]
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if not any(message["role"] == "user" for message in messages):
-        raise BadRowError("no_exchange", "has no user's turn with an assistant's turn after it")
-    for number, message in enumerate(messages, 1):
-        if not message["content"]:
-            reason = "empty_response" if message["role"] == "assistant" else "empty_instruction"
-            raise BadRowError(reason, f"turn {number} ({message['role']}) is empty")
-    return Conversation(messages, row["input"].strip(), f"{row['source']}, row {row['source_row']:,}")
-
-
-def content_ids(conversation: Conversation) -> tuple[str, str]:
-    """Of the prompt, by which a split is chosen, and of the example, by which duplicates are found.
-
-    Conversations that begin with the same question have the same prompt: they never lie in two splits.
-    """
-    first = next(message for message in conversation.messages if message["role"] == "user")
-    prompt_id = content_hash(normalise(first["content"]), normalise(conversation.input))
-    rest = [message for message in conversation.messages if message is not first]
-    if len(rest) == 1:
-        return prompt_id, content_hash(prompt_id, rest[0]["content"])
-    return prompt_id, content_hash(prompt_id, *(part for message in rest for part in message.values()))
-
-
-def map_ahead(function: Callable[[S], T], items: Iterator[S]) -> Iterator[T]:
-    """`map` in two threads that are at most two items ahead: one tokenises, which is not Python, while the other is."""
+def prefetch_map(function: Callable[[S], T], items: Iterator[S]) -> Iterator[T]:
+    """`map` with two threads, at most two items ahead. Tokenizing releases the GIL, so the other thread can run."""
     with ThreadPoolExecutor(2) as pool:
         pending = deque(pool.submit(function, item) for item in islice(items, 2))
         while pending:
@@ -265,27 +205,44 @@ def map_ahead(function: Callable[[S], T], items: Iterator[S]) -> Iterator[T]:
             yield result
 
 
-def normalise(text: str) -> str:
-    """Text by which prompts count as equal: whatever their case, white space and Unicode form."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+def describe(row: dict[str, Any]) -> str:
+    """One line about a rejected row."""
+    return "{source}, row {source_row:,}: {reason}: {detail}".format(**row)
 
 
-def content_hash(*parts: str) -> str:
-    """32 hexadecimal digits, from the parts alone."""
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+def show_rejected(number: int) -> None:
+    """Print the first rejected rows and their reasons."""
+    out = console()
+    rows = list(islice(chain.from_iterable(batch.to_pylist() for batch in read_batches(REJECTED)), number))
+    for row in rows:
+        out.print(Text(printable(describe(row))))
+    if not rows:
+        out.print(f"{REJECTED}: no row was rejected")
 
 
-def _listed(reasons: Counter[str]) -> str:
-    return ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common())
+def show(number: int) -> None:
+    """Print the first formatted examples: which text is masked and which is supervised."""
+    out, tokenizer = console(), load_tokenizer()
+    for row in islice(chain.from_iterable(batch.to_pylist() for batch in read_batches(FORMATTED)), number):
+        table = Table.grid(padding=(0, 2))
+        cut = ", cut at max_length" if row["truncated"] else ""
+        out.print(Text(f"{row['source']}, row {row['source_row']:,}: {len(row['input_ids']):,} tokens{cut}", "bold"))
+        tokens = zip(row["input_ids"], row["labels"], strict=True)
+        for masked, span in groupby(tokens, key=lambda token: token[1] == IGNORE_INDEX):
+            ids = [token_id for token_id, _ in span]
+            text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+            name, style = ("masked", "dim") if masked else ("supervised", "green")
+            table.add_row(f"  {name}, {len(ids):,}", Text(printable(text), style))
+        out.print(table)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--show", type=int, metavar="N", help="run nothing; print the first N formatted examples")
-    parser.add_argument("--left-out", action="store_true", help="with --show: rows that were left out, and why")
+    parser.add_argument("--show", type=int, metavar="N", help="print the first N formatted examples instead of running")
+    parser.add_argument("--rejected", action="store_true", help="with --show: print rejected rows and their reasons")
     options = parser.parse_args()
-    if options.show is None and not options.left_out:
+    if options.show is None and not options.rejected:
         run(main)
     if options.show is None or options.show < 1:
-        parser.error("--show: must be 1 or more rows, as in --show 3 --left-out")
-    run(lambda: show(options.show, options.left_out), alone=False)
+        parser.error("--show: must be 1 or more rows, as in --show 3 --rejected")
+    run(lambda: (show_rejected if options.rejected else show)(options.show), exclusive=False)

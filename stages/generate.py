@@ -1,18 +1,18 @@
-"""One model's answers to `sample_prompts` → `metrics/samples/<model>.md`.
+"""Answer `sample_prompts` with one model → `metrics/samples/<model>.md`.
 
-They lie in git, so that a pull request shows how the answers changed.
+The file is tracked in git, so that a pull request shows how the answers changed.
 """
 
 import argparse
 from pathlib import Path
 
-from stages.shared.files import write_text
-from stages.shared.masking import load_tokenizer
-from stages.shared.params import GenerateParams, load_params
-from stages.shared.run import run
-from stages.shared.templates import load_template
-from stages.shared.terminal import summary
-from stages.shared.text import block, heading
+from stages.data.masking import load_tokenizer
+from stages.data.templates import load_template
+from stages.runtime.files import write_text
+from stages.runtime.params import GenerateParams, load_params
+from stages.runtime.run import run
+from stages.runtime.terminal import summary
+from stages.runtime.text import block, heading
 
 
 def main() -> None:
@@ -23,20 +23,20 @@ def main() -> None:
 
     from transformers import set_seed
 
-    from stages.shared.decoding import generate_answers
-    from stages.shared.models import autocast, load_model, require_context
+    from stages.engine.decoding import generate_answers
+    from stages.engine.models import autocast, check_context_length, load_model
 
     model, tokenizer = load_model(Path("models") / name).eval(), load_tokenizer()
     template = load_template(params.template, tokenizer)
     prompts = template.encode_prompts(params.sample_prompts)
-    require_context(model, max(map(len, prompts)), "sample_prompts")
+    check_context_length(model, max(map(len, prompts)), "sample_prompts")
     set_seed(params.seed)
     with autocast(params.precision, model.device):
         answers = generate_answers(
             model,
             tokenizer,
             prompts,
-            template.end_token_id,
+            template.eos_token_id,
             params.max_new_tokens,
             params.temperature,
             params.top_p,
@@ -50,7 +50,7 @@ def main() -> None:
     write_text(path, "\n".join(parts))
     stopped = sum(answer.stopped for answer in answers)
     summary(
-        {"model": name, "answers": f"{len(answers):,}, of which {stopped:,} stopped by themselves; {settings}"},
+        {"model": name, "answers": f"{len(answers):,}, of which {stopped:,} ended with EOS; {settings}"},
         wrote=[path],
         then="make chat",
     )

@@ -1,4 +1,4 @@
-"""Kill the pipeline at random moments, go on, and hold what comes out against a run that nobody interrupted.
+"""Kill the pipeline at random moments, continue, and compare the results with an uninterrupted run.
 
 `make chaos` kills it a hundred times and writes `tests/chaos.json`; `make test` a few times.
 """
@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from ruamel.yaml.error import YAMLError
+from yaml import YAMLError
 
-from stages.shared.files import file_sha256
+from stages.runtime.files import file_sha256
 from tests.clone import environment, lock_hashes, make_clone, make_tiny_model, run
 
 RESULTS = Path(__file__).with_suffix(".json")
 CURVE = "metrics/curve.csv"
 DONE = "mean of the run"  # in the summary of train
-# What is run, in turn. An experiment in the workspace is the same stages under other locks and signal handlers of DVC.
+# The commands to run, alternately. An experiment runs the same stages under other locks and signal handlers of DVC.
 COMMANDS = (("dvc", "repro"), ("dvc", "exp", "run"))
-# How runs end: the signal, and who gets it. `kill -9` of dvc alone leaves its stage running.
+# How runs are killed: the signal, and which processes get it. `kill -9` of dvc alone leaves its stage running.
 WAYS = {
     "power failure (kill -9 of all)": (signal.SIGKILL, "all"),
     "kill -9 of dvc": (signal.SIGKILL, "dvc"),
@@ -39,33 +39,27 @@ WAYS = {
     "kill (SIGTERM) of all": (signal.SIGTERM, "all"),
 }
 CUT_LOCK = re.compile(r"'(?:\./)?(dvc\.lock|\.dvc/tmp/rwlock)'(?: validation failed| is invalid|\. JSON)")
-GOING_ON = "Going on from the checkpoint of step"
-# Some seconds of training with many checkpoints, so that kills fall between them.
+RESUMING = "Resuming from the checkpoint at step"
+# Several seconds of training with many checkpoints, so that kills happen between them.
 LONGER = {"num_epochs": "6", "eval_steps": "20"}
 
 
 @dataclass
 class Reference:
-    """A run that nobody interrupted: its folder, the MD5 of each output in dvc.lock, and how many seconds it took."""
+    """An uninterrupted run: its folder, the MD5 of each output in dvc.lock, and its duration in seconds."""
 
     folder: Path
     hashes: dict[str, str]
     seconds: float
 
-    @classmethod
-    def of(cls, folder: Path) -> "Reference":
-        start = time.monotonic()
-        run(folder, "dvc", "repro")
-        return cls(folder, lock_hashes((folder / "dvc.lock").read_text()), time.monotonic() - start)
-
 
 @dataclass
 class Chaos:
-    """Runs one clone after another into the ground, and says what it saw.
+    """Run clones with kills until they are done, and count what happens.
 
-    kills, stages: how often each way was taken, and what ran then.
-    seen: how often what was asked for happened: resumes, refusals, damaged checkpoints passed over, clones done.
-    problems: what must not happen, one text each.
+    kills, stages: the number of kills of each kind, and in each stage.
+    seen: the number of expected events: resumes, refusals, skipped damaged checkpoints, finished pipelines.
+    problems: descriptions of events that must not happen.
     """
 
     reference: Reference
@@ -76,18 +70,18 @@ class Chaos:
     problems: list[str] = field(default_factory=list)
 
     def run_until_done(self, folder: Path, command: tuple[str, ...], kills: int) -> None:
-        """Run `command` in a fresh clone again and again, the first `kills` times with a kill, until it succeeds."""
-        # A stage is a ninth of the run, most of it start-up. Twice that leaves a fair chance that one more is done.
+        """Run `command` in a new clone repeatedly, the first `kills` times with a kill, until it succeeds."""
+        # A stage takes a ninth of the run. Twice that gives a fair chance that another stage is completed.
         window = 2 * self.reference.seconds / 9
         while True:
-            orphaned = bool(running_stages(folder))  # and may save more checkpoints yet
+            orphaned = bool(running_stages(folder))  # which may still save checkpoints
             checkpoint = None if orphaned else self.maybe_damage(checkpoints_in(folder))
-            # A file of its own for each run: an orphan goes on writing to that of the run before.
+            # Each run has its own file, because an orphan still writes to the file of the previous run.
             with tempfile.TemporaryFile("w+") as log:
                 process = subprocess.Popen(
                     command,
                     cwd=folder,
-                    env=environment(),
+                    env=environment(FORK_SERVER=""),
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
@@ -98,10 +92,10 @@ class Chaos:
                 kills -= interrupted
                 log.seek(0)
                 output = log.read()
-            self.look_at(output)
+            self.count_events(output)
             if not orphaned:
                 self.check_resumed(output, checkpoint)
-            self.check_whole(folder)
+            self.check_outputs(folder)
             if process.returncode == 0:
                 break
             if holder := re.search(r"held by process (\d+)", output):
@@ -109,16 +103,16 @@ class Chaos:
                 with suppress(psutil.NoSuchProcess):
                     psutil.Process(int(holder[1])).wait()
             elif (cut := CUT_LOCK.search(output)) and not interrupted:
-                # DVC writes these in place. Deleted, as dvc.lock was never committed here, they cost no stage.
+                # DVC writes these files in place. dvc.lock was never committed here, so deleting it loses no result.
                 self.seen["cut locks"] += 1
                 (folder / cut[1]).unlink()
             elif not interrupted:
-                self.problems.append(f"a run that nobody interrupted failed:\n{output}")
+                self.problems.append(f"an uninterrupted run failed:\n{output}")
                 return
         self.check_done(folder)
 
     def kill(self, process: "subprocess.Popen[bytes]", folder: Path, seconds: float) -> bool:
-        """Kill the run after so many seconds. False where it was over before."""
+        """Kill the run after some seconds; False if it ended before."""
         with suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
             return False
@@ -138,7 +132,7 @@ class Chaos:
         return True
 
     def maybe_damage(self, checkpoints: list[Path]) -> int | None:
-        """Sometimes cut or change the newest checkpoint. The step that the next run must go on from, if any."""
+        """Damage the newest checkpoint at random. Returns the step from which the next run must resume, if any."""
         training = checkpoints and not (checkpoints[-1].parent / "finished").exists()
         if training and self.random.random() < 0.5:
             victim = self.random.choice(sorted(checkpoints.pop().iterdir()))
@@ -149,38 +143,38 @@ class Chaos:
             self.seen["checkpoints damaged"] += 1
         return int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else None
 
-    def look_at(self, output: str) -> None:
-        self.seen["resumes"] += output.count(GOING_ON)
+    def count_events(self, output: str) -> None:
+        self.seen["resumes"] += output.count(RESUMING)
         self.seen["damaged checkpoints refused"] += output.count("this checkpoint is damaged")
         if "Traceback" in output and "KeyboardInterrupt" not in output:
             self.problems.append(f"a traceback:\n{output}")
 
     def check_resumed(self, output: str, checkpoint: int | None) -> None:
-        """Training went on from the newest whole checkpoint: nothing of what was saved is lost."""
-        resumed = re.search(rf"{GOING_ON} ([\d,]+)", output)
+        """Training must resume from the newest intact checkpoint, so that no saved work is lost."""
+        resumed = re.search(rf"{RESUMING} ([\d,]+)", output)
         step = int(resumed[1].replace(",", "")) if resumed else None
         if (resumed or DONE in output) and step != checkpoint:
-            self.problems.append(f"training went on from step {step}, the newest whole checkpoint is {checkpoint}")
+            self.problems.append(f"training resumed from step {step}, the newest intact checkpoint is {checkpoint}")
 
-    def check_whole(self, folder: Path) -> None:
-        """Outputs and what dvc.lock describes are those of the reference or not there; two checkpoints at most."""
+    def check_outputs(self, folder: Path) -> None:
+        """Outputs and the entries of dvc.lock must equal the reference or be absent; at most two checkpoints."""
         lock, described = folder / "dvc.lock", {}
-        with suppress(FileNotFoundError, YAMLError, AttributeError, KeyError, TypeError):  # not there, or cut off
+        with suppress(FileNotFoundError, YAMLError, AttributeError, KeyError, TypeError):  # missing or truncated
             described = lock_hashes(lock.read_text())
         for path, md5 in described.items():
             if self.reference.hashes[path] != md5:
-                self.problems.append(f"dvc.lock describes another {path}")
+                self.problems.append(f"dvc.lock has another hash of {path}")
         for path, expected in files_of(self.reference).items():
             found = folder / path
-            with suppress(FileNotFoundError):  # between two looks, an orphan may replace it
+            with suppress(FileNotFoundError):  # an orphan may replace it in the meantime
                 begun = path == CURVE and expected.read_bytes().startswith(found.read_bytes())
                 if not begun and file_sha256(found) != file_sha256(expected):
-                    self.problems.append(f"{path} is another or half of it")
+                    self.problems.append(f"{path} differs or is incomplete")
         if len(checkpoints_in(folder)) > 2:
             self.problems.append("more than two checkpoints")
 
     def check_done(self, folder: Path) -> None:
-        """All is as in the reference, down to the bit, and nothing is left lying about."""
+        """All files must be bit-identical to the reference, without leftovers."""
         self.seen["pipelines done"] += 1
         if lock_hashes((folder / "dvc.lock").read_text()) != self.reference.hashes:
             self.problems.append("the finished dvc.lock differs")
@@ -188,16 +182,16 @@ class Chaos:
         left = [str(path) for path in folder.rglob("*.partial")]
         status = run(folder, "dvc", "status").stdout
         if missing or left or "up to date" not in status:
-            self.problems.append(f"missing {missing}, left behind {left}, dvc status: {status}")
+            self.problems.append(f"missing {missing}, leftovers {left}, dvc status: {status}")
 
 
 def heed_ctrl_c() -> None:
-    """A process that was started in the background ignores SIGINT, and so would all that it starts."""
+    """Handle SIGINT, which a process that was started in the background and its children ignore."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def running_stages(folder: Path) -> dict[psutil.Process, str]:
-    """The processes of stages in this folder, and the stages' names."""
+    """The processes of stages in this folder, with the names of the stages."""
     found = {}
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -212,26 +206,26 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def files_of(reference: Reference) -> dict[str, Path]:
-    """The files of all outputs: paths in a clone, and in the reference."""
+    """The files of all outputs: the path in a clone → the path in the reference."""
     outs = [reference.folder / path for path in reference.hashes]
     files = [file for out in outs for file in (out.rglob("*") if out.is_dir() else [out]) if file.is_file()]
     return {str(file.relative_to(reference.folder)): file for file in files}
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as a table in Markdown."""
-    seen = Counter(results["seen"])  # what never happened is not in the file
+    """The results as a Markdown table."""
+    seen = Counter(results["seen"])  # 0 for events that are not in the file
     kills = ", ".join(f"{count} {way}" for way, count in sorted(results["kills"].items()))
     stages = ", ".join(f"{count} {stage}" for stage, count in sorted(results["stages"].items()))
     rows = {
         f"kills (seed {results['seed']})": f"{sum(results['kills'].values())}: {kills}",
-        "what ran then": stages,
-        "pipelines that were done in the end": seen["pipelines done"],
-        "trainings that went on from a checkpoint": seen["resumes"],
-        "runs refused while an orphan still ran": seen["refusals"],
-        "damaged checkpoints passed over": seen["damaged checkpoints refused"],
-        "files of DVC (dvc.lock, .dvc/tmp/rwlock) cut off by a kill of DVC itself, and deleted": seen["cut locks"],
-        "differences, losses, tracebacks, half outputs": results["problems"],
+        "stages that were killed": stages,
+        "finished pipelines": seen["pipelines done"],
+        "trainings resumed from a checkpoint": seen["resumes"],
+        "runs refused while an orphaned stage was running": seen["refusals"],
+        "damaged checkpoints skipped": seen["damaged checkpoints refused"],
+        "DVC files (dvc.lock, .dvc/tmp/rwlock) truncated by a kill of DVC, and deleted": seen["cut locks"],
+        "diffs, lost data, tracebacks, partial outputs": results["problems"],
     }
     return "\n".join(["| what | number |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
@@ -244,7 +238,11 @@ def main() -> None:
     print(f"seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         model = make_tiny_model(Path(scratch) / "model")
-        reference = Reference.of(make_clone(Path(scratch) / "reference", model, **LONGER))
+        folder = make_clone(Path(scratch) / "reference", model, **LONGER)
+        start = time.monotonic()
+        run(folder, "dvc", "repro")
+        hashes = lock_hashes((folder / "dvc.lock").read_text())
+        reference = Reference(folder, hashes, time.monotonic() - start)
         chaos = Chaos(reference, random.Random(options.seed))
         while chaos.kills.total() < options.kills:
             number = chaos.seen["pipelines done"]

@@ -1,5 +1,6 @@
 """A clone of the project with a tiny model and little data, in which the real commands run."""
 
+import importlib
 import os
 import re
 import shutil
@@ -8,12 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
+import pytest
 
-from tests.test_params import edit
+from stages.runtime.yaml12 import parse_yaml
+from tests.fork_server import run_forked
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = ("stages/", "templates/", "data/", "models/", ".dvc", "dvc.yaml", "params.yaml", ".gitignore")
+SHIPPED = ("stages/", "tools/", "templates/", "data/", "models/", ".dvc", "dvc.yaml", "params.yaml", ".gitignore")
 NUM_ROWS = 120
 EVERY_STAGE = [
     "download_dataset",
@@ -34,10 +36,10 @@ CORPUS = [
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """With this interpreter's `dvc` and `python` on the path, and an identity for git."""
+    """Environment variables: `tests/bin/python` and this interpreter's `dvc` on the path, an identity for git."""
     env = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{ROOT}/tests/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "GIT_CONFIG_GLOBAL": "/dev/null",
     }
     env |= {f"GIT_{who}_{what}": "test@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
@@ -45,7 +47,12 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def run(folder: Path, *command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(command, cwd=folder, env=environment(**env), capture_output=True, text=True)
+    """Run a command and capture its output. `dvc` runs in a fork of the server if there is one."""
+    variables = environment(**env)
+    if command[0] == "dvc" and variables.get("FORK_SERVER"):
+        result = run_forked(folder, ["-m", *command], variables)
+    else:
+        result = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
     assert result.returncode == 0 or not check, result.stdout + result.stderr
     return result
 
@@ -54,8 +61,30 @@ def stages_run(result: subprocess.CompletedProcess[str]) -> list[str]:
     return sorted(re.findall(r"^Running stage '(.+)':", result.stdout, re.MULTILINE))
 
 
+def edit(project: Path, **changes: str | None) -> None:
+    """Replace the values of parameters in params.yaml by literal text; None removes the line."""
+    lines = []
+    for line in (project / "params.yaml").read_text().splitlines():
+        name = line.split(":")[0]
+        if name not in changes:
+            lines.append(line)
+        elif changes[name] is not None:
+            lines.append(f"{name}: {changes[name]}")
+    (project / "params.yaml").write_text("\n".join(lines) + "\n")
+
+
+def run_pipeline(folder: Path, *stages: str) -> None:
+    """Run stages in this process, all by default; `evaluate@base` is the stage evaluate with the argument base."""
+    with pytest.MonkeyPatch.context() as context:
+        context.chdir(folder)
+        for name in stages or EVERY_STAGE:
+            stage, _, argument = name.partition("@")
+            context.setattr(sys, "argv", [stage, *([argument] if argument else [])])
+            importlib.import_module(f"stages.{stage}").main()
+
+
 def make_clone(folder: Path, tiny_model: Path, **params: str) -> Path:
-    """The project's tracked files as they are here, committed in a repository of their own; tiny model, little data."""
+    """The project's files in the state of the workspace, committed in a new repository; tiny model, little data."""
     for name in run(ROOT, "git", "ls-files", "--cached", "--others", "--exclude-standard").stdout.splitlines():
         if name.startswith(SHIPPED):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -78,10 +107,10 @@ def make_clone(folder: Path, tiny_model: Path, **params: str) -> Path:
 
 
 def make_tokenizer(special_tokens: list[str], **names: str) -> Any:
-    """A byte-level tokenizer of 400 tokens, the special ones first.
+    """A byte-level tokenizer with 400 tokens, the special ones first.
 
     Args:
-        names: what it calls them, such as `eos_token`.
+        names: the roles of special tokens, such as `eos_token`.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -96,7 +125,7 @@ def make_tokenizer(special_tokens: list[str], **names: str) -> Any:
 
 
 def make_tiny_model(folder: Path) -> Path:
-    """A folder with a small random Llama and a byte-level tokenizer whose end token is also its pad token."""
+    """A folder with a small random Llama and a byte-level tokenizer whose EOS token is also its pad token."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -120,7 +149,7 @@ def make_tiny_model(folder: Path) -> Path:
 
 
 def copy_clone(source: Path, folder: Path) -> Path:
-    """A copy with its results, cache and history, at a path that is not there yet."""
+    """A copy of a clone with its results, cache and history, at a new path."""
     return Path(shutil.copytree(source, folder, symlinks=True))
 
 
@@ -130,6 +159,6 @@ def commit(folder: Path, message: str) -> None:
 
 
 def lock_hashes(text: str) -> dict[str, str]:
-    """The MD5 of each output that a `dvc.lock` of this text describes."""
-    stages = (YAML(typ="safe").load(text) or {}).get("stages", {})
+    """The MD5 of each output in the text of a `dvc.lock`."""
+    stages = (parse_yaml(text) or {}).get("stages", {})
     return {out["path"]: out["md5"] for stage in stages.values() for out in stage["outs"]}

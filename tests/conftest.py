@@ -1,63 +1,146 @@
-"""Shared fixtures: a tiny model and tokenizer made on the spot, and examples of literal token ids."""
+"""Shared fixtures: a tiny model, and projects in which stages have run."""
 
+import os
 import shutil
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
-from stages.shared.examples import Example
-from tests.clone import EVERY_STAGE, make_clone, make_tiny_model, run, stages_run
-from tests.test_params import edit
+from stages.data.alpaca import AlpacaTemplate
+from stages.data.conversations import Conversation
+from stages.data.examples import FORMATTED_SCHEMA, Example
+from stages.data.masking import load_tokenizer
+from stages.data.tables import parquet_writer
+from stages.runtime.files import write_json
+from tests.clone import ROOT, commit, copy_clone, edit, make_clone, make_tiny_model, run, run_pipeline
+from tests.fork_server import fork_server
+
+
+def shared(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], object]) -> Path:
+    """A folder that the first pytest-xdist worker builds and all workers use."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            partial = folder.with_name(f"{name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            build(partial)
+            partial.rename(folder)
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the slow tests first, so that no pytest-xdist worker is left with a slow file at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("subprocess") is None)
+
+
+@pytest.fixture(autouse=True)
+def _only_marked_tests_start_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not request.node.get_closest_marker("subprocess"):
+
+        def refuse(*_: object, **__: object) -> None:
+            pytest.fail("this test starts a program; mark it with pytest.mark.subprocess")
+
+        monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+    return shared(tmp_path_factory, "tiny_model", make_tiny_model)
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder as the working directory, with the project's params.yaml."""
-    root = Path(__file__).parent.parent
-    (tmp_path / "params.yaml").write_bytes((root / "params.yaml").read_bytes())
-    (tmp_path / "dvc.yaml").write_bytes((root / "dvc.yaml").read_bytes())
+    """A folder with params.yaml and dvc.yaml as the working directory."""
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "data").mkdir()
+    (tmp_path / "data/template.jinja").write_text("{# alpaca #}\n")
     monkeypatch.chdir(tmp_path)
     yield tmp_path
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A project in which every stage up to split has run, so that any stage can."""
+    """A project in which every stage up to split has run, for tests to copy."""
     folder = tmp_path_factory.mktemp("prepared")
-    from stages import download_dataset, download_model, format, split  # noqa: A004
-
-    root = Path(__file__).parent.parent
     for name in ("params.yaml", "dvc.yaml", "stages", "templates"):
-        copy = shutil.copytree if (root / name).is_dir() else shutil.copy
-        copy(root / name, folder / name)
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
     (folder / "data").mkdir()
-    rows = (root / "data/instructions.jsonl").read_text(encoding="utf-8").splitlines(True)[:60]
+    rows = (ROOT / "data/instructions.jsonl").read_text(encoding="utf-8").splitlines(True)[:60]
     (folder / "data/instructions.jsonl").write_text("".join(rows), encoding="utf-8")
     edit(folder, model_name=str(tiny_model), max_length="512")
-    with pytest.MonkeyPatch.context() as context:
-        context.chdir(folder)
-        for stage in (download_dataset, download_model, format, split):
-            stage.main()
+    run_pipeline(folder, "download_dataset", "download_model", "format", "split")
     return folder
+
+
+@pytest.fixture
+def training_inputs(project: Path, tiny_model: Path) -> Path:
+    """The inputs of train: 22 examples of different lengths, 5 for validation, a tiny base model; 24 steps in fp32."""
+    for name in ("stages", "templates"):
+        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("base", "tokenizer"):
+        shutil.copytree(tiny_model, project / "models" / name)
+    write_json(project / "models/base/source.json", {"model_name": "tiny", "revision": None})
+    write_json(project / "data/source.json", {"source": "a.jsonl", "revision": None, "licence": None})
+    template = AlpacaTemplate(load_tokenizer())
+    for name, numbers in (("train", range(22)), ("validation", range(22, 27))):
+        with parquet_writer(project / f"data/{name}.parquet", FORMATTED_SCHEMA) as writer:
+            for n in numbers:
+                question = {"role": "user", "content": "Name a colour." * (1 + n % 3)}
+                answer = {"role": "assistant", "content": "Red. " * (1 + n % 7)}
+                encoded = template.format([Conversation([question, answer], "x" * (n % 2))], 256).encoded
+                writer.write([{"example_id": str(n), "input_ids": encoded.input_ids, "labels": encoded.labels}])
+    edit(project, batch_size="2", gradient_accumulation_steps="2", num_epochs="4", eval_steps="6", save_steps="5")
+    edit(project, learning_rate="1e-3", lr_scheduler="cosine", warmup_steps="3", logging_steps="1", precision="fp32")
+    return project
 
 
 @pytest.fixture(scope="session")
 def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A clone in which `dvc repro` has run, nothing of it committed. For tests to copy, with `copy_clone`."""
-    folder = make_clone(tmp_path_factory.mktemp("ran") / "clone", tiny_model)
-    assert stages_run(run(folder, "dvc", "repro")) == sorted(EVERY_STAGE)
-    return folder
+    """A clone in which the pipeline has run and its results are committed, for tests to copy with `copy_clone`.
+
+    The stages run in this process, and `dvc commit` records them: a tenth of the time of `dvc repro`, whose results are
+    compared with these in test_pipeline.py.
+    """
+
+    def build(folder: Path) -> None:
+        make_clone(folder, tiny_model)
+        run_pipeline(folder)
+        run(folder, "dvc", "commit", "--force", "--quiet")
+        commit(folder, "results")
+
+    return shared(tmp_path_factory, "ran", build)
+
+
+@pytest.fixture(scope="session")
+def fast_stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let `python -m stages.NAME` and `dvc` run in forks of one process."""
+    address = tmp_path_factory.mktemp("server") / "socket"
+    with fork_server(address), pytest.MonkeyPatch.context() as context:
+        context.setenv("FORK_SERVER", str(address))
+        yield
+
+
+@pytest.fixture(scope="session")
+def with_experiment(tmp_path_factory: pytest.TempPathFactory, ran: Path, fast_stages: None) -> Path:
+    """A copy of `ran` with an experiment `slow`, which has another learning rate."""
+
+    def build(folder: Path) -> None:
+        copy_clone(ran, folder)
+        run(folder, "dvc", "exp", "run", "-n", "slow", "-S", "learning_rate=1e-5")
+        run(folder, "git", "checkout", "-q", ".")
+        run(folder, "dvc", "checkout", "--force")
+
+    return shared(tmp_path_factory, "with_experiment", build)
 
 
 def example(prompt: list[int], response: list[int], example_id: str = "x") -> Example:
-    """An example of literal token ids; the response carries its own end token."""
+    """An example with literal token ids; the response includes its EOS token."""
     ids = np.array(prompt + response, np.int32)
     return Example(example_id, ids, np.array([-100] * len(prompt) + response, np.int32))

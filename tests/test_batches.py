@@ -3,78 +3,78 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.shared.batches import FlatBatches, PaddedBatches, shuffle
+from stages.engine.batches import PackedBatches, PaddedBatches, shuffled_batches
 from tests.conftest import example
 
 FIRST = example([5, 6, 7], [8, 2])
 SECOND = example([5, 6, 9], [1, 3, 2])
 
 
-def test_a_flat_micro_batch_has_the_shared_prefix_once() -> None:
-    batch = FlatBatches(100).collate([[FIRST, SECOND]])
+def test_packed_batch_has_the_shared_prefix_once() -> None:
+    batch = PackedBatches(100).collate([[FIRST, SECOND]])
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 3]]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4]]
-    assert batch.select.tolist() == [2, 3, 4, 5, 6]
+    assert batch.target_positions.tolist() == [2, 3, 4, 5, 6]
     assert batch.targets.tolist() == [8, 2, 1, 3, 2]
 
 
-def test_without_sharing_examples_lie_end_to_end() -> None:
-    batch = FlatBatches(100, share_prefix=False).collate([[FIRST, SECOND]])
+def test_packed_batch_without_sharing_concatenates_the_examples() -> None:
+    batch = PackedBatches(100, share_prefix=False).collate([[FIRST, SECOND]])
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 5, 6, 9, 1, 3]]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4]]
-    assert batch.select.tolist() == [2, 3, 6, 7, 8]
+    assert batch.target_positions.tolist() == [2, 3, 6, 7, 8]
 
 
-def test_the_last_prompt_token_is_never_shared_since_it_predicts_the_response() -> None:
-    batch = FlatBatches(100).collate([[example([5, 6], [8, 2]), example([5, 6], [9, 2])]])
+def test_last_prompt_token_is_not_shared_because_it_predicts_the_response() -> None:
+    batch = PackedBatches(100).collate([[example([5, 6], [8, 2]), example([5, 6], [9, 2])]])
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 8, 6, 9]]
-    assert batch.select.tolist() == [1, 2, 3, 4]
+    assert batch.target_positions.tolist() == [1, 2, 3, 4]
 
 
-def test_groups_follow_each_other_in_one_micro_batch() -> None:
-    batch = FlatBatches(100).collate([[FIRST, SECOND], [example([9, 9], [4])]])
+def test_packed_batch_concatenates_groups() -> None:
+    batch = PackedBatches(100).collate([[FIRST, SECOND], [example([9, 9], [4])]])
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 3, 9, 9]]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1]]
-    assert batch.select.tolist() == [2, 3, 4, 5, 6, 8]
+    assert batch.target_positions.tolist() == [2, 3, 4, 5, 6, 8]
     assert batch.targets.tolist() == [8, 2, 1, 3, 2, 4]
 
 
-def test_a_padded_micro_batch_selects_what_is_supervised() -> None:
+def test_padded_batch_targets_only_supervised_tokens() -> None:
     batch = PaddedBatches(100).collate([FIRST, SECOND])
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 2, 0], [5, 6, 9, 1, 3, 2]]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
-    assert batch.select.tolist() == [2, 3, 8, 9, 10]
+    assert batch.target_positions.tolist() == [2, 3, 8, 9, 10]
     assert batch.targets.tolist() == [8, 2, 1, 3, 2]
 
 
-def test_examples_that_begin_otherwise_form_a_group_of_their_own() -> None:
+def test_examples_with_different_prefixes_are_in_different_groups() -> None:
     alike = [example([1] * 20 + [i], [2]) for i in range(3)]
     other = [example([9] * 20 + [i], [2]) for i in range(3)]
     mixed = [alike[0], other[0], alike[1], other[1], alike[2], other[2]]
-    (batch,) = FlatBatches(1000).cut(mixed)
+    (batch,) = PackedBatches(1000).micro_batches(mixed)
     assert batch.inputs["input_ids"].tolist() == [[1] * 20 + [0, 1, 2] + [9] * 20 + [0, 1, 2]]
-    assert [len(batch.examples) for batch in FlatBatches(27).cut(mixed)] == [3, 3]
+    assert [len(batch.examples) for batch in PackedBatches(27).micro_batches(mixed)] == [3, 3]
 
 
-def test_a_micro_batch_stays_below_the_token_limit() -> None:
+def test_micro_batches_do_not_exceed_the_token_limit() -> None:
     examples = [example([1, i], [2, 3]) for i in range(5)]
-    assert [len(batch.examples) for batch in PaddedBatches(8).cut(examples)] == [2, 2, 1]
-    assert [len(batch.examples) for batch in FlatBatches(7).cut(examples)] == [2, 2, 1]
-    assert [len(batch.examples) for batch in PaddedBatches(1).cut(examples)] == [1, 1, 1, 1, 1]
+    assert [len(batch.examples) for batch in PaddedBatches(8).micro_batches(examples)] == [2, 2, 1]
+    assert [len(batch.examples) for batch in PackedBatches(7).micro_batches(examples)] == [2, 2, 1]
+    assert [len(batch.examples) for batch in PaddedBatches(1).micro_batches(examples)] == [1, 1, 1, 1, 1]
 
 
-def test_the_last_effective_batch_of_an_epoch_is_smaller_and_kept() -> None:
+def test_last_effective_batch_of_an_epoch_is_smaller_and_kept() -> None:
     examples = [example([i], [2], str(i)) for i in range(7)]
-    batches = shuffle(examples, 3, seed=0, epoch=0)
+    batches = shuffled_batches(examples, 3, seed=0, epoch=0)
     assert [len(batch) for batch in batches] == [3, 3, 1]
     assert sorted(e.example_id for batch in batches for e in batch) == ["0", "1", "2", "3", "4", "5", "6"]
 
 
-def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+def test_order_depends_on_seed_and_epoch_alone() -> None:
     examples = [example([i], [2], str(i)) for i in range(20)]
 
     def order(seed: int, epoch: int) -> list[str]:
-        return [e.example_id for batch in shuffle(examples, 4, seed, epoch) for e in batch]
+        return [e.example_id for batch in shuffled_batches(examples, 4, seed, epoch) for e in batch]
 
     assert order(1, 0) == order(1, 0)
     assert order(1, 0) != order(1, 1)
@@ -85,14 +85,14 @@ token_ids = st.lists(st.integers(0, 3), min_size=1, max_size=6)
 
 
 @given(pairs=st.lists(st.tuples(token_ids, token_ids), min_size=1, max_size=12), limit=st.integers(1, 40))
-def test_however_it_is_cut_each_supervised_token_is_there_once(
+def test_every_supervised_token_is_in_exactly_one_micro_batch(
     pairs: list[tuple[list[int], list[int]]], limit: int
 ) -> None:
     examples = [example(prompt, response, str(i)) for i, (prompt, response) in enumerate(pairs)]
     expected = sorted(token for _, response in pairs for token in response)
-    for batches in (FlatBatches(limit), FlatBatches(limit, share_prefix=False), PaddedBatches(limit)):
-        cut = list(batches.cut(examples))
-        assert sorted(e.example_id for batch in cut for e in batch.examples) == sorted(map(str, range(len(pairs))))
-        assert sorted(token for batch in cut for token in batch.targets.tolist()) == expected
-        for batch in cut:
-            assert len(batch.select) == len(batch.targets)
+    for batches in (PackedBatches(limit), PackedBatches(limit, share_prefix=False), PaddedBatches(limit)):
+        found = list(batches.micro_batches(examples))
+        assert sorted(e.example_id for batch in found for e in batch.examples) == sorted(map(str, range(len(pairs))))
+        assert sorted(token for batch in found for token in batch.targets.tolist()) == expected
+        for batch in found:
+            assert len(batch.target_positions) == len(batch.targets)

@@ -1,13 +1,13 @@
-"""The benchmarks measure what they say: every engine does the same work, one step for each word from outside."""
+"""All engines of the benchmarks do the same work, one step at a time; the results are summarized correctly."""
 
 from pathlib import Path
 
 import pytest
 
 from benchmarks import report, training
-from stages.shared.params import TrainParams, load_params
+from stages.runtime.params import TrainParams, load_params
+from tests.clone import edit
 from tests.conftest import example
-from tests.test_params import edit
 
 LOSSES = [5.95613, 5.93574, 5.9469]  # of the textbook loop
 EXAMPLES = [example([5, 6, 7 + n], [*range(20, 22 + n), 0], str(n)) for n in range(12)]
@@ -15,21 +15,22 @@ EXAMPLES = [example([5, 6, 7 + n], [*range(20, 22 + n), 0], str(n)) for n in ran
 
 @pytest.mark.parametrize(
     ("engine", "expected"),
-    # Adapters begin as 0, and the rate of the first step is 0: at the third, small matrices have moved a little.
+    # The adapters are 0 at first and the learning rate of the first step is 0, so LoRA differs from the third loss on.
     [("textbook", LOSSES), ("this project", LOSSES), ("this project, LoRA", [*LOSSES[:2], 5.95248])],
 )
-def test_an_engine_waits_before_each_step_and_after_the_last(
-    engine: str, expected: list[float], project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+def test_engine_waits_before_each_step_and_after_the_last_one(
+    engine: str, expected: list[float], project: Path, tiny_model: Path
 ) -> None:
     edit(project, batch_size="2", gradient_accumulation_steps="2", precision="fp32", max_length="32")
-    gates: list[None] = []
+    waits: list[None] = []
     work = training.Work(EXAMPLES, load_params(TrainParams), tiny_model)
-    losses = training.ENGINES[engine](work, lambda: gates.append(None))
-    assert len(gates) == 4
+    losses = training.ENGINES[engine](work, lambda: waits.append(None))
+    assert len(waits) == 4
     assert losses == pytest.approx(expected, rel=1e-4)
 
 
-def test_engines_in_processes_of_their_own_do_the_same_steps(
+@pytest.mark.subprocess
+def test_engines_in_separate_processes_do_the_same_steps(
     project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "STEPS", 3)
@@ -49,7 +50,7 @@ def test_engines_in_processes_of_their_own_do_the_same_steps(
         assert run["peak_memory_bytes"] > 100_000_000
 
 
-def test_steps_are_compared_pairwise_and_the_first_warms_up() -> None:
+def test_table_compares_steps_pairwise_without_the_warm_up_step() -> None:
     def run(seconds: list[float], loss: float) -> dict[str, object]:
         return {"seconds": seconds, "losses": [3.0, 2.5, loss], "peak_memory_bytes": 4_500_000_000}
 
@@ -77,15 +78,16 @@ def test_steps_are_compared_pairwise_and_the_first_warms_up() -> None:
     }
     lines = report.table(results).splitlines()
     assert lines[2:9] == [
-        "Short examples: 1,100 tokens a step, of which 800 are distinct and 400 supervised.",
+        "Short examples: 1,100 tokens/step, of which 800 are distinct and 400 supervised.",
         "",
-        "| engine | s a step | time ÷ ours | supervised tokens/s | tokens/s | of the peak | peak GB | last loss |",
+        "| engine | s/step | time ÷ ours | supervised tokens/s | tokens/s "
+        "| share of peak | peak memory (GB) | last loss |",
         "|---|---|---|---|---|---|---|---|",
         "| TRL, bf16 | 10.0 | 3.5 (3.0–4.0) | 40 | 110 | 16% | 4.5 | 2.2500 |",
         "| this project, bf16 | 3.0 | 1.0 (1.0–1.0) | 133 | 367 | 56% | 4.5 | 2.2400 |",
         "",
     ]
     assert lines[9] == (
-        "Format, 52,000 long rows: 8.0 s, of which 2.0 s are start-up. The bare tokenizer: 5.0 s. "
-        "That is 1.60 times, 1.20 without start-up."
+        "Format, 52,000 long rows: 8.0 s, of which 2.0 s are start-up. The bare tokenizer takes 5.0 s. "
+        "The ratio is 1.60, or 1.20 without start-up."
     )

@@ -1,4 +1,4 @@
-"""Checkpoints: found again by the same run, never by another."""
+"""Checkpoints: a run resumes from its own, never from those of another run."""
 
 import subprocess
 import sys
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.shared import checkpoints as checkpoints_module
-from stages.shared.checkpoints import Checkpoints, fingerprint, load
-from stages.shared.errors import UserError
-from stages.shared.locks import held
+from stages.engine import checkpoints as checkpoints_module
+from stages.engine.checkpoints import Checkpoints, fingerprint, load
+from stages.runtime.errors import UserError
+from stages.runtime.locks import file_lock
 
 DVC_YAML = "stages:\n  train:\n    deps: [data/train.parquet, models/base]\n"
 
@@ -26,22 +26,22 @@ def inputs(project: Path) -> Path:
     return project
 
 
-def test_the_fingerprint_changes_with_parameters_inputs_and_versions(inputs: Path) -> None:
+def test_the_fingerprint_depends_on_parameters_inputs_and_versions(inputs: Path) -> None:
     first = fingerprint("train", {"seed": 1}, {"torch": "2"})
     assert fingerprint("train", {"seed": 1}, {"torch": "2"}) == first
     assert fingerprint("train", {"seed": 2}, {"torch": "2"}) != first
     assert fingerprint("train", {"seed": 1}, {"torch": "3"}) != first
-    (inputs / "models/base/weights").write_bytes(b"others")
+    (inputs / "models/base/weights").write_bytes(b"other weights")
     assert fingerprint("train", {"seed": 1}, {"torch": "2"}) != first
 
 
-def opened(seed: int = 1) -> AbstractContextManager[Checkpoints]:
-    return Checkpoints.opened("train", {"seed": seed}, {})
+def open_run(seed: int = 1) -> AbstractContextManager[Checkpoints]:
+    return Checkpoints.open_run("train", {"seed": seed}, {})
 
 
 def interrupted_run(*steps: int, seed: int = 1) -> Path:
-    """A run that saved checkpoints of these steps, and its best weights before each, and was then interrupted."""
-    with suppress(KeyboardInterrupt), opened(seed) as checkpoints:
+    """Save best weights and a checkpoint at each of these steps, then interrupt the run; returns its folder."""
+    with suppress(KeyboardInterrupt), open_run(seed) as checkpoints:
         for step in steps:
             checkpoints.save_best({"w": torch.full((1,), step + 0.5)})
             checkpoints.save(step, {"w": torch.full((2,), step)}, {"step": step})
@@ -49,10 +49,10 @@ def interrupted_run(*steps: int, seed: int = 1) -> Path:
     return checkpoints.folder
 
 
-def step_loaded(seed: int = 1) -> int | None:
-    """The step that the next run goes on from, if any. That run is interrupted, too."""
-    with suppress(KeyboardInterrupt), opened(seed) as checkpoints:
-        folder = checkpoints.newest()
+def resumed_step(seed: int = 1) -> int | None:
+    """The step from which the next run resumes, if any. That run is interrupted, too."""
+    with suppress(KeyboardInterrupt), open_run(seed) as checkpoints:
+        folder = checkpoints.restore_newest()
         loaded = load(folder) if folder else None
         if loaded:
             assert loaded[0]["w"].tolist() == [loaded[1]["step"]] * 2
@@ -65,14 +65,14 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_run_goes_on_from_its_newest_checkpoint_and_keeps_two(inputs: Path) -> None:
+def test_a_run_resumes_from_its_newest_checkpoint_and_keeps_two(inputs: Path) -> None:
     folder = interrupted_run(1, 2, 3)
     assert names(folder) == ["best.safetensors", "step-00000002", "step-00000003"]
-    assert step_loaded() == 3
-    assert step_loaded(seed=2) is None
+    assert resumed_step() == 3
+    assert resumed_step(seed=2) is None
 
 
-def test_there_are_never_more_than_two_not_even_while_one_is_saved(
+def test_there_are_at_most_two_checkpoints_even_while_one_is_saved(
     inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
@@ -99,35 +99,37 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "best.safetensors", "sha256.json"])
 @pytest.mark.parametrize("damage", [Path.unlink, cut, flip])
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(
+def test_a_damaged_checkpoint_is_deleted_and_the_one_before_it_is_used(
     inputs: Path, capsys: pytest.CaptureFixture[str], name: str, damage: Callable[[Path], None]
 ) -> None:
     folder = interrupted_run(1, 2)
     damage(folder / "step-00000002" / name)
-    assert step_loaded() == 1
-    said = "is missing" if damage is Path.unlink else "is not what was written"
-    if name == "sha256.json" and damage is flip:  # one hexadecimal digit of a checksum, or a file's name
-        assert "this checkpoint is damaged (" in capsys.readouterr().out
+    assert resumed_step() == 1
+    problem = "is missing" if damage is Path.unlink else "has another checksum"
+    if name == "sha256.json" and damage is cut:
+        problem = "is not valid"
+    if name == "sha256.json" and damage is flip:  # one hexadecimal digit of a checksum, or the name of a file
+        assert f"{folder}/step-00000002: this checkpoint is damaged (" in capsys.readouterr().out
     else:
-        expected = f"{folder}/step-00000002: this checkpoint is damaged ({name} {said}): trying the one before it\n"
+        expected = f"{folder}/step-00000002: this checkpoint is damaged ({name} {problem}); trying the one before it\n"
         assert capsys.readouterr().out == expected
     assert names(folder) == ["best.safetensors", "step-00000001"]
 
 
-def test_where_all_are_damaged_the_run_starts_anew(inputs: Path) -> None:
+def test_a_run_starts_from_the_beginning_if_all_checkpoints_are_damaged(inputs: Path) -> None:
     folder = interrupted_run(1, 2)
     for path in folder.glob("*/tensors.safetensors"):
         cut(path)
-    assert step_loaded() is None
+    assert resumed_step() is None
     assert not list(folder.glob("step-*"))
 
 
-def test_a_half_written_checkpoint_is_not_one(inputs: Path) -> None:
+def test_a_partially_written_checkpoint_is_ignored(inputs: Path) -> None:
     folder = interrupted_run(1)
     (folder / ".step-00000002.partial").mkdir()
-    (folder / ".step-00000002.partial/tensors.safetensors").write_bytes(b"half")
-    assert step_loaded() == 1
-    with suppress(KeyboardInterrupt), opened() as checkpoints:
+    (folder / ".step-00000002.partial/tensors.safetensors").write_bytes(b"partial")
+    assert resumed_step() == 1
+    with suppress(KeyboardInterrupt), open_run() as checkpoints:
         checkpoints.save(2, {"w": torch.full((2,), 2)}, {"step": 2})
         raise KeyboardInterrupt
     assert names(folder) == ["best.safetensors", "step-00000001", "step-00000002"]
@@ -135,49 +137,53 @@ def test_a_half_written_checkpoint_is_not_one(inputs: Path) -> None:
 
 def test_a_finished_run_keeps_its_newest_checkpoint_until_another_starts(inputs: Path) -> None:
     folder = interrupted_run(1, 2)
-    with opened():
+    with open_run():
         pass
     assert names(folder) == ["finished", "step-00000002"]
-    assert step_loaded() == 2
-    assert step_loaded(seed=2) is None
-    assert folder.exists()  # it was taken up again and interrupted: it is not finished
-    with opened():
+    assert resumed_step() == 2
+    assert resumed_step(seed=2) is None
+    assert folder.exists()  # the run was resumed and interrupted, so it is not finished
+    with open_run():
         pass
-    assert step_loaded(seed=2) is None
+    assert resumed_step(seed=2) is None
     assert not folder.exists()
 
 
-def test_a_finished_run_that_another_process_holds_is_left_to_it(inputs: Path) -> None:
+def test_a_finished_run_that_another_process_has_locked_is_not_deleted(inputs: Path) -> None:
     folder = interrupted_run(1)
     (folder / "finished").touch()
-    with held(folder.with_suffix(".lock"), "runs it"):
-        assert step_loaded(seed=2) is None
+    with file_lock(folder.with_suffix(".lock"), "runs the same training"):
+        assert resumed_step(seed=2) is None
     assert names(folder) == ["best.safetensors", "finished", "step-00000001"]
 
 
-def test_checkpoints_lie_in_dvcs_root(
+def test_checkpoints_are_in_the_folder_that_dvc_root_names(
     inputs: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path_factory.mktemp("root")
     monkeypatch.setenv("DVC_ROOT", str(root))
-    with Checkpoints.opened("train", {}, {}) as checkpoints:
+    with Checkpoints.open_run("train", {}, {}) as checkpoints:
         assert checkpoints.folder.parent == root / ".scratch/train"
 
 
-def test_a_second_process_is_refused_and_told_who_runs(inputs: Path) -> None:
+@pytest.mark.subprocess
+def test_a_second_process_is_rejected_with_the_id_of_the_first(inputs: Path) -> None:
     code = (
-        "import sys; from stages.shared.checkpoints import Checkpoints\n"
-        "with Checkpoints.opened('train', {}, {}): print('held', flush=True); sys.stdin.read()"
+        "import sys; from stages.engine.checkpoints import Checkpoints\n"
+        "with Checkpoints.open_run('train', {}, {}): print('locked', flush=True); sys.stdin.read()"
     )
     root = str(Path(__file__).parent.parent)
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": root}
     ) as holder:
         assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        message = rf"held by process {holder.pid}, which runs this very training; wait for it"
-        with pytest.raises(UserError, match=message), Checkpoints.opened("train", {}, {}):
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(UserError) as error, Checkpoints.open_run("train", {}, {}):
             pass
+        (lock,) = Path(".scratch/train").glob("*.lock")
+        assert str(error.value) == (
+            f"{lock}: held by process {holder.pid}, which runs the same training; wait for it, or end it with `kill`"
+        )
         holder.communicate("")
-    with Checkpoints.opened("train", {}, {}):
+    with Checkpoints.open_run("train", {}, {}):
         pass

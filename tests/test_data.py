@@ -1,4 +1,4 @@
-"""The data that ships: enough, varied, no row twice, and right where a computation can tell."""
+"""The bundled data: enough rows, varied, without duplicates, and correct if a computation can check it."""
 
 import ast
 import collections
@@ -20,8 +20,8 @@ CHECKED = [row for row in ROWS if "check" in row]
 NAMES = {"ast": ast, "datetime": datetime, "json": json, "math": math, "re": re, "string": string}
 
 
-def holds(row: dict[str, Any], output: str) -> bool:
-    """Whether a row's `check` accepts an output. A check that raises does not."""
+def passes_check(row: dict[str, Any], output: str) -> bool:
+    """Whether the `check` of a row accepts an output. A check that raises rejects it."""
     scope = {**NAMES, "instruction": row["instruction"], "input": row["input"], "output": output}
     try:
         return bool(eval(row["check"], scope))
@@ -37,7 +37,7 @@ def test_there_are_enough_rows_of_enough_kinds() -> None:
     assert 0.28 <= sum(bool(row["input"]) for row in ROWS) / len(ROWS) <= 0.40
 
 
-def test_no_prompt_stands_twice() -> None:
+def test_no_prompt_occurs_twice() -> None:
     prompts = [" ".join((row["instruction"] + "\n" + row["input"]).casefold().split()) for row in ROWS]
     assert [prompt for prompt, count in collections.Counter(prompts).items() if count > 1] == []
 
@@ -61,7 +61,7 @@ def test_the_sample_prompts_are_not_in_the_data() -> None:
     assert [row for row in ROWS if row["instruction"] in samples] == []
 
 
-def test_at_least_a_quarter_of_the_rows_is_checked_by_computation() -> None:
+def test_at_least_a_quarter_of_the_rows_has_a_computed_check() -> None:
     assert len(CHECKED) >= 0.25 * len(ROWS)
     computed = {
         "arithmetic",
@@ -76,17 +76,17 @@ def test_at_least_a_quarter_of_the_rows_is_checked_by_computation() -> None:
 
 
 @pytest.mark.parametrize("row", CHECKED, ids=lambda row: row["instruction"][:40])
-def test_what_can_be_computed_is_right(row: dict[str, Any]) -> None:
-    assert holds(row, row["output"])
+def test_a_checked_answer_is_correct(row: dict[str, Any]) -> None:
+    assert passes_check(row, row["output"])
 
 
 @pytest.mark.parametrize("row", CHECKED, ids=lambda row: row["instruction"][:40])
-def test_a_check_refuses_no_answer(row: dict[str, Any]) -> None:
-    assert not holds(row, "")
-    assert not holds(row, "I do not know.")
+def test_a_check_rejects_an_empty_or_evasive_answer(row: dict[str, Any]) -> None:
+    assert not passes_check(row, "")
+    assert not passes_check(row, "I do not know.")
 
 
-def test_checks_refuse_another_number() -> None:
+def test_checks_reject_another_number() -> None:
     kinds = {"arithmetic", "word_problems", "percentages", "unit_conversion", "number_sequences_and_bases"}
     accepted = []
     rows = [row for row in CHECKED if row["kind"] in kinds and re.search(r"\d", row["output"])]
@@ -94,7 +94,7 @@ def test_checks_refuse_another_number() -> None:
         numbers = list(re.finditer(r"\d+", row["output"]))
         last = numbers[-1]
         wrong = row["output"][: last.start()] + str(int(last[0]) + 3) + row["output"][last.end() :]
-        if holds(row, wrong):
+        if passes_check(row, wrong):
             accepted.append(row["instruction"])
-    # In some answers the last number is not the result, and is read by no check.
+    # In some answers the last number is not the result, so their checks ignore it.
     assert len(accepted) <= 0.1 * len(rows), accepted

@@ -1,4 +1,4 @@
-"""Several processes train as one does, with weights replicated or sharded. Here they are two, on processors (gloo)."""
+"""Training with several processes equals training with one. The tests use two CPU processes (gloo)."""
 
 import csv
 import json
@@ -17,15 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages import train
-from stages.shared.batches import FlatBatches, PaddedBatches, deal, shuffle
-from stages.shared.distributed import Processes
-from stages.shared.examples import read_split
-from stages.shared.models import load_model
-from tests.clone import environment, make_clone
+from stages.data.examples import read_split
+from stages.engine.batches import PackedBatches, PaddedBatches, partition_by_cost, shuffled_batches
+from stages.engine.distributed import DistributedContext
+from stages.engine.models import load_model
+from tests.clone import copy_clone, edit, environment
 from tests.clone import run as run_in
 from tests.conftest import example
-from tests.test_params import edit
-from tests.test_train import inputs  # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.subprocess
 
 TORCHRUN = "torchrun --standalone --nproc-per-node 2"
 ACCELERATE = "accelerate launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
@@ -34,21 +34,26 @@ SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 def launch(launcher: str, **env: str) -> subprocess.Popen[str]:
     command = [*launcher.split(), "-m", "stages.train"]
-    log = Path("log").open("w")  # noqa: SIM115 (the process has it)
+    log = Path("log").open("w")  # noqa: SIM115 (the process writes it)
     return subprocess.Popen(
-        command, env=environment(OMP_NUM_THREADS="1", **env), stdout=log, stderr=log, text=True, start_new_session=True
+        command,
+        env=environment(FORK_SERVER="", OMP_NUM_THREADS="1", **env),
+        stdout=log,
+        stderr=log,
+        text=True,
+        start_new_session=True,
     )
 
 
 def finish(launcher: str, **env: str) -> tuple[int, str]:
-    """Exit code, and what was said."""
+    """Exit code and log."""
     with launch(launcher, **env) as process:
         process.wait(timeout=600)
     return process.returncode, Path("log").read_text()
 
 
 def kill_after_a_checkpoint(launcher: str, **env: str) -> None:
-    """`kill -9` of launcher and processes at once."""
+    """Kill the launcher and all its processes with `kill -9`."""
     with launch(launcher, **env) as process:
         while process.poll() is None and not list(Path(".scratch").glob("train/*/step-*")):
             time.sleep(0.01)
@@ -58,7 +63,7 @@ def kill_after_a_checkpoint(launcher: str, **env: str) -> None:
 
 
 def workers() -> list[int]:
-    """Processes that run in this folder: a launcher gives each a session of its own."""
+    """The processes in this folder; a launcher starts each in its own session."""
     here, found = Path.cwd(), []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -74,23 +79,23 @@ def curve(column: str) -> list[float]:
         return [float(row[column]) for row in csv.DictReader(file) if row[column]]
 
 
-@pytest.mark.usefixtures("inputs")
+@pytest.mark.usefixtures("training_inputs")
 @pytest.mark.parametrize(
-    ("launcher", "env", "finetuning", "said"),
+    ("launcher", "env", "finetuning", "is_killed", "processes"),
     [
-        (TORCHRUN, {}, "full", "2 processes, weights replicated"),
-        (TORCHRUN, SHARDED, "full", "2 processes, weights sharded (FSDP2)"),
-        (f"{ACCELERATE} --use_fsdp --fsdp_version 2", {}, "lora", "2 processes, weights sharded (FSDP2)"),
+        (TORCHRUN, {}, "full", True, "2 processes, weights replicated"),
+        (TORCHRUN, SHARDED, "full", False, "2 processes, weights sharded (FSDP2)"),
+        (f"{ACCELERATE} --use_fsdp --fsdp_version 2", {}, "lora", True, "2 processes, weights sharded (FSDP2)"),
     ],
 )
-def test_two_processes_killed_and_resumed_train_as_one_does(
-    launcher: str, env: dict[str, str], finetuning: str, said: str
+def test_two_processes_train_like_one_also_after_a_kill(
+    launcher: str, env: dict[str, str], finetuning: str, is_killed: bool, processes: str
 ) -> None:
-    # Batches of 7 examples, the last of an epoch of one: it leaves the second process without. Micro-batches of 140
+    # Batches of 7 examples, of which the last of an epoch has one: the second process has none. Micro-batches of 140
     # tokens: the processes differ in their number.
     edit(Path.cwd(), batch_size="7", gradient_accumulation_steps="1", max_length="20", eval_steps="4")
     edit(Path.cwd(), num_epochs="6", save_steps="5", finetuning=finetuning, learning_rate="5e-3", launcher=launcher)
-    load_model(Path("models/base")).save_pretrained("models/base")  # in fp32: what is written is not rounded
+    load_model(Path("models/base")).save_pretrained("models/base")  # in fp32, so that the results are not rounded
     train.main()
     columns = ("loss", "validation_loss", "gradient_norm")
     expected, weights = {name: curve(name) for name in columns}, load_file("models/tuned/model.safetensors")
@@ -98,11 +103,12 @@ def test_two_processes_killed_and_resumed_train_as_one_does(
     for folder in (".scratch", "models/tuned", "metrics"):
         shutil.rmtree(folder)
 
-    kill_after_a_checkpoint(launcher, **env)
+    if is_killed:
+        kill_after_a_checkpoint(launcher, **env)
     status, log = finish(launcher, **env)
     assert status == 0, log
-    assert f"{launcher}: {said}\n" in log
-    assert log.count("Going on from the checkpoint of step ") == 1  # only the first process speaks
+    assert f"Launcher: {launcher}: {processes}\n" in log
+    assert log.count("Resuming from the checkpoint at step ") == is_killed  # only the main process prints
     for name in columns:
         assert curve(name) == pytest.approx(expected[name], rel=1e-5), name
     found = load_file("models/tuned/model.safetensors")
@@ -110,12 +116,12 @@ def test_two_processes_killed_and_resumed_train_as_one_does(
     for name, weight in weights.items():
         assert (found[name] - weight).norm() <= 1e-5 * weight.norm(), name
     metrics = json.loads(Path("metrics/train.json").read_text())
-    assert metrics["environment"]["processes"] == said
+    assert metrics["environment"]["processes"] == processes
 
 
-@pytest.mark.usefixtures("inputs")
-def test_a_mistake_in_one_process_ends_all() -> None:
-    # One token's embedding is not a number, and one example of the first step has it: in one of the processes.
+@pytest.mark.usefixtures("training_inputs")
+def test_an_error_in_one_process_ends_all() -> None:
+    # The embedding of one token is NaN, and one example of the first step has it, so one of the processes fails.
     config = json.loads(Path("models/base/config.json").read_text())
     Path("models/base/config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
     weights = load_file("models/base/model.safetensors")
@@ -123,7 +129,7 @@ def test_a_mistake_in_one_process_ends_all() -> None:
     weights["model.embed_tokens.weight"][399] = float("nan")
     save_file(weights, "models/base/model.safetensors", metadata={"format": "pt"})
     table = pq.read_table("data/train.parquet")
-    first_batch = shuffle(read_split(Path("data/train.parquet")), 4, 42, 0)[0]
+    first_batch = shuffled_batches(read_split(Path("data/train.parquet")), 4, 42, 0)[0]
     bad = next(example.example_id for example in first_batch if example.example_id != "0")
     rows = table.to_pylist()
     rows[int(bad)]["input_ids"][20] = 399
@@ -133,41 +139,41 @@ def test_a_mistake_in_one_process_ends_all() -> None:
     status, log = finish(TORCHRUN)
     assert status == 1
     assert re.search(
-        rf"^error: (process 1: )?step 1: loss is nan; .* rows of data/train.parquet: .*\b{bad}\b", log, re.M
+        rf"^error: (process 1: )?step 1: loss is nan; .* examples of data/train.parquet: .*\b{bad}\b", log, re.M
     )
     assert workers() == []
     assert not Path("models/tuned").exists()
 
 
-def test_examples_are_dealt_by_what_they_cost() -> None:
-    assert deal([3, 9, 4, 1], 2) == [[1], [2, 0, 3]]
-    assert deal([5], 3) == [[0], [], []]
-    assert deal([1, 1, 1, 1], 2) == [[0, 2], [1, 3]]
-    # A prefix that all share costs nothing: it is computed once.
+def test_examples_are_partitioned_by_cost() -> None:
+    assert partition_by_cost([3, 9, 4, 1], 2) == [[1], [2, 0, 3]]
+    assert partition_by_cost([5], 3) == [[0], [], []]
+    assert partition_by_cost([1, 1, 1, 1], 2) == [[0, 2], [1, 3]]
+    # A prefix common to all costs nothing because it is computed once.
     examples = [example([5, 6, 7, 8], [9, 2]), example([5, 6, 7, 10, 11], [2])]
-    assert FlatBatches(100).costs(examples) == [3, 3]
-    assert FlatBatches(100, share_prefix=False).costs(examples) == [6, 6]
+    assert PackedBatches(100).costs(examples) == [3, 3]
+    assert PackedBatches(100, share_prefix=False).costs(examples) == [6, 6]
     assert PaddedBatches(100).costs(examples) == [6, 6]
 
 
-def test_the_shares_of_all_processes_are_the_batch() -> None:
+def test_all_ranks_together_have_the_whole_batch() -> None:
     examples = [example([5, 6 + n], [*range(20, 21 + n % 4), 2], str(n)) for n in range(11)]
-    shares = []
+    parts = []
     for rank in range(3):
-        process = Processes(torch.device("cpu"), rank=rank, count=3)
-        cut = list(process.cut(FlatBatches(12), examples))
-        assert all(counts for _, counts in cut)
-        shares.append([one.example_id for micro_batch, _ in cut for one in micro_batch.examples])
-    assert sorted((number for share in shares for number in share), key=int) == [str(n) for n in range(11)]
-    assert [len(share) for share in shares] == [4, 4, 3]
+        context = DistributedContext(torch.device("cpu"), rank=rank, world_size=3)
+        micro_batches = list(context.micro_batches(PackedBatches(12), examples))
+        assert not any(is_padding_step for _, is_padding_step in micro_batches)
+        parts.append([one.example_id for micro_batch, _ in micro_batches for one in micro_batch.examples])
+    assert sorted((number for part in parts for number in part), key=int) == [str(n) for n in range(11)]
+    assert [len(part) for part in parts] == [4, 4, 3]
 
 
-def test_the_pipeline_trains_with_a_launcher(tmp_path: Path, tiny_model: Path) -> None:
-    clone = make_clone(tmp_path / "clone", tiny_model, launcher=TORCHRUN)
-    said = run_in(clone, "dvc", "repro", "train", OMP_NUM_THREADS="1").stdout
-    assert f"> {TORCHRUN} -m stages.train\n" in said
+def test_the_pipeline_trains_with_a_launcher(tmp_path: Path, ran: Path) -> None:
+    clone = copy_clone(ran, tmp_path / "clone")
+    edit(clone, launcher=TORCHRUN)
+    output = run_in(clone, "dvc", "repro", "train", OMP_NUM_THREADS="1").stdout
+    assert f"> {TORCHRUN} -m stages.train\n" in output
     metrics = json.loads((clone / "metrics/train.json").read_text())
     assert metrics["environment"]["processes"] == "2 processes, weights replicated"
     assert metrics["best_step"] > 0
-    run_in(clone, "dvc", "repro", "--dry", "train")
     assert (clone / "models/tuned/model.safetensors").exists()

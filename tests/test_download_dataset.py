@@ -1,4 +1,4 @@
-"""Reading files: what is kept, what goes to the ledger, what stops the run."""
+"""Reading datasets: which rows are kept, which are unreadable, and which errors stop the stage."""
 
 import csv
 import json
@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages import download_dataset
-from stages.shared.errors import UserError
-from stages.shared.files import shards
-from tests.test_params import edit
+from stages.data import sources
+from stages.data.tables import shards
+from stages.runtime.errors import UserError
+from tests.clone import edit
 
 ALLOWED = (
     "every row needs 'instruction' and 'output' (and may have 'input'), or 'prompt' and 'completion', all text, "
@@ -23,7 +24,7 @@ ALLOWED = (
 
 
 def read(name: str, content: bytes | str) -> list[dict[str, Any]]:
-    """Run the stage on a file of this content; the rows of raw.parquet."""
+    """Run the stage on a file with this content; returns the rows of `raw.parquet`."""
     path = Path("data") / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     edit(Path.cwd(), dataset_file=str(path))
@@ -32,15 +33,17 @@ def read(name: str, content: bytes | str) -> list[dict[str, Any]]:
 
 
 def raw() -> list[dict[str, Any]]:
-    """The rows of raw.parquet, without their source."""
+    """The rows of `raw.parquet` without the column `source`."""
     return [{key: row[key] for key in row if key != "source"} for row in pq.read_table("data/raw.parquet").to_pylist()]
 
 
 def unreadable() -> list[tuple[int, str, str]]:
+    """Row number, reason and detail of each unreadable row."""
     return [tuple(row.values())[1:] for row in pq.read_table("data/unreadable.parquet").to_pylist()]
 
 
 def row(instruction: str, output: str, source_row: int, input_text: str = "") -> dict[str, Any]:
+    """A row of `raw.parquet` with one question and one answer."""
     messages = [{"role": "user", "content": instruction}, {"role": "assistant", "content": output}]
     return {"messages": messages, "input": input_text, "source_row": source_row}
 
@@ -66,12 +69,12 @@ CSV = 'instruction,input,output,other\n"Say ""hi"".",,"Hi,\nthere.",1\nAdd.,"2, 
         ("a.CSV", "\ufeffoutput,instruction,input\r\nÉ.,Name é.,\r\nc,B,b\r\n"),
     ],
 )
-def test_the_same_rows_come_from_each_format(project: Path, name: str, content: str) -> None:
+def test_each_file_format_gives_the_same_rows(project: Path, name: str, content: str) -> None:
     assert read(name, content) == [row("Name é.", "É.", 1), row("B", "c", 2, "b")]
     assert unreadable() == []
 
 
-def test_rows_come_from_parquet_with_other_columns_ignored(project: Path) -> None:
+def test_other_columns_of_a_parquet_file_are_ignored(project: Path) -> None:
     table = pa.table({"id": [1, 2], "output": ["x", "y"], "instruction": ["A", "B"], "input": [None, "b"]})
     pq.write_table(table, "data/a.parquet")
     edit(project, dataset_file="data/a.parquet")
@@ -79,17 +82,16 @@ def test_rows_come_from_parquet_with_other_columns_ignored(project: Path) -> Non
     assert raw() == [row("A", "x", 1), row("B", "y", 2, "b")]
 
 
-def test_csv_fields_may_hold_quotes_commas_and_line_ends(project: Path) -> None:
+def test_csv_fields_may_contain_quotes_commas_and_line_breaks(project: Path) -> None:
     assert read("a.csv", CSV) == [row('Say "hi".', "Hi,\nthere.", 1), row("Add.", "5.", 2, "2, 3")]
 
 
-def test_where_the_rows_came_from_is_written_beside_them(project: Path) -> None:
+def test_the_origin_of_the_rows_is_written_to_source_json(project: Path) -> None:
     read("a.jsonl", '{"instruction": "A", "output": "b"}\n{"instruction": "A"}\n')
     assert json.loads(Path("data/source.json").read_text()) == {
         "source": "data/a.jsonl",
-        "revision": "sha256:c861f2e8b1d7bc7b7ac6a36c6c2d71a055f40ff3bbec79b59713dc6a00b3fc4d",
+        "revision": None,
         "licence": None,
-        "rows": 2,
     }
 
 
@@ -113,7 +115,7 @@ def test_max_examples_takes_the_first_rows(project: Path) -> None:
         (
             '{"instruction": "A", "output": "b\\ud800"}',
             "not_unicode",
-            "'output' has half a surrogate pair at character 1",
+            "'output' has a lone surrogate at character 1",
         ),
         (
             '{"instruction": "A", "output": "b"',
@@ -122,13 +124,15 @@ def test_max_examples_takes_the_first_rows(project: Path) -> None:
         ),
     ],
 )
-def test_a_bad_row_goes_to_the_ledger_and_the_others_go_on(project: Path, line: str, reason: str, detail: str) -> None:
+def test_an_unreadable_row_is_recorded_with_its_reason_and_the_others_are_kept(
+    project: Path, line: str, reason: str, detail: str
+) -> None:
     good = '{"instruction": "A", "output": "b"}'
     assert [row["source_row"] for row in read("a.jsonl", f"{good}\n\n{line}\n{good}\n")] == [1, 4]
     assert unreadable() == [(3, reason, detail)]
 
 
-def test_a_csv_row_with_too_many_or_too_few_fields_goes_to_the_ledger(project: Path) -> None:
+def test_a_csv_row_with_too_many_or_too_few_fields_is_unreadable(project: Path) -> None:
     assert read("a.csv", "instruction,output\nA,b\nA,b,c\nA\nB,c\n") == [row("A", "b", 1), row("B", "c", 4)]
     assert unreadable() == [
         (2, "extra_fields", "line 3: more than the header's 2 fields"),
@@ -136,33 +140,33 @@ def test_a_csv_row_with_too_many_or_too_few_fields_goes_to_the_ledger(project: P
     ]
 
 
-def test_a_file_that_can_not_be_read_leaves_no_output(project: Path) -> None:
+def test_a_file_that_cannot_be_read_leaves_no_output(project: Path) -> None:
     with pytest.raises(UserError, match="not valid CSV"):
         read("a.csv", 'instruction,output\nA,b\nA,"b')
-    assert sorted(path.name for path in Path("data").iterdir()) == ["a.csv"]
+    assert sorted(path.name for path in Path("data").iterdir()) == ["a.csv", "template.jinja"]
 
 
-def test_what_json_can_hold_beside_the_text_is_no_matter(project: Path) -> None:
+def test_other_json_values_beside_the_text_are_ignored(project: Path) -> None:
     digits = "9" * 5000
     content = f'[{{"instruction": "A", "output": "b", "id": {digits}, "x": [1e999, NaN, {{"y": null}}]}}]'
     assert read("a.json", content) == [row("A", "b", 1)]
     assert read("a.jsonl", content[1:-1]) == [row("A", "b", 1)]
 
 
-def test_half_a_surrogate_pair_is_no_text_in_an_array_either(project: Path) -> None:
+def test_a_lone_surrogate_in_a_json_array_makes_its_row_unreadable(project: Path) -> None:
     assert read("a.json", '[{"instruction": "A", "output": "b\\ud800"}, {"instruction": "A", "output": "b"}]') == [
         row("A", "b", 2)
     ]
-    assert unreadable() == [(1, "not_unicode", "'output' has half a surrogate pair at character 1")]
+    assert unreadable() == [(1, "not_unicode", "'output' has a lone surrogate at character 1")]
 
 
-def test_nesting_without_end_goes_to_the_ledger(project: Path) -> None:
+def test_a_line_that_is_nested_too_deeply_is_unreadable(project: Path) -> None:
     deep = "[" * 100_000
     assert read("a.jsonl", f'{{"instruction": "A", "output": "b"}}\n{{"instruction": {deep}}}\n') == [row("A", "b", 1)]
     assert [(number, reason) for number, reason, _ in unreadable()] == [(2, "bad_json")]
 
 
-NUMBERS = st.integers(-(10**17), 10**17)  # of 20 characters and more are no text of a row: they are read as floats
+NUMBERS = st.integers(-(10**17), 10**17)  # integers of 20 and more characters are read as floats
 
 
 @settings(max_examples=60, deadline=None)
@@ -182,20 +186,20 @@ NUMBERS = st.integers(-(10**17), 10**17)  # of 20 characters and more are no tex
     ascii_only=st.booleans(),
     characters=st.integers(1, 40),
 )
-def test_an_array_is_read_as_json_reads_it_wherever_it_is_cut(
+def test_an_array_has_the_elements_that_json_reads_with_any_read_size(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Any], indent: int | None, ascii_only: bool, characters: int
 ) -> None:
     path = tmp_path_factory.mktemp("json") / "a.json"
     path.write_text(json.dumps(rows, indent=indent, ensure_ascii=ascii_only), encoding="utf-8", errors="replace")
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(download_dataset, "CHARACTERS_AT_ONCE", characters)
-        found = list(download_dataset.read_json(path))
+        context.setattr(sources, "CHARACTERS_PER_READ", characters)
+        found = list(sources.read_json(path))
     assert found == list(enumerate(json.loads(path.read_text(encoding="utf-8")), 1))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.parquet"])
 @pytest.mark.parametrize("text", ["a" * 3_000_000, "🐎" * 800_000, " <|im_end|>" * 300_000, "\n" * 3_000_000 + "."])
-def test_a_row_of_megabytes_comes_through(project: Path, name: str, text: str) -> None:
+def test_a_row_of_several_megabytes_is_read_unchanged(project: Path, name: str, text: str) -> None:
     edit(project, dataset_file=f"data/{name}")
     path = project / "data" / name
     if name == "a.csv":
@@ -211,7 +215,8 @@ def test_a_row_of_megabytes_comes_through(project: Path, name: str, text: str) -
     assert found["messages"][1]["content"] == text
 
 
-def test_a_million_rows_stream_through(project: Path) -> None:
+@pytest.mark.subprocess
+def test_a_million_rows_are_streamed(project: Path) -> None:
     import subprocess
     import sys
 
@@ -237,57 +242,69 @@ def test_a_million_rows_stream_through(project: Path) -> None:
     assert int(peak_kib) < 250 * 1024
 
 
-TURNS = [
+MESSAGES = [
     {"role": "system", "content": "Be short."},
-    {"role": "user", "content": "Name a colour."},
+    {"role": "user", "content": "Name a color."},
     {"role": "assistant", "content": "Red."},
 ]
 
 
-def test_conversations_and_completions_are_found_by_their_columns(project: Path) -> None:
+def test_conversations_and_completions_are_recognized_by_their_columns(project: Path) -> None:
     lines = [
-        {"messages": [{**TURNS[0], "name": "x"}, *TURNS[1:]], "prompt": "of the first turn", "id": 1},
+        {"messages": [{**MESSAGES[0], "name": "x"}, *MESSAGES[1:]], "prompt": "of the first message", "id": 1},
         {"prompt": "Add.", "completion": "5."},
         {"instruction": "A", "output": "b", "messages": None, "prompt": "c"},
     ]
     assert read("a.jsonl", "\n".join(map(json.dumps, lines))) == [
-        {"messages": TURNS, "input": "", "source_row": 1},
+        {"messages": MESSAGES, "input": "", "source_row": 1},
         row("Add.", "5.", 2),
         row("A", "b", 3),
     ]
     assert read("a.csv", "completion,prompt\nx,A\n") == [row("A", "x", 1)]
-    pq.write_table(pa.Table.from_pylist([{"id": 1, "messages": TURNS}]), "data/a.parquet")
+    pq.write_table(pa.Table.from_pylist([{"id": 1, "messages": MESSAGES}]), "data/a.parquet")
     edit(project, dataset_file="data/a.parquet")
     download_dataset.main()
-    assert raw() == [{"messages": TURNS, "input": "", "source_row": 1}]
+    assert raw() == [{"messages": MESSAGES, "input": "", "source_row": 1}]
 
 
-MESSAGES = "must be a list of objects with 'role' (system, user, assistant, tool) and 'content', both text"
+MESSAGES_ALLOWED = "must be a list of objects with 'role' (system, user, assistant, tool) and 'content', both text"
 
 
 @pytest.mark.parametrize(
     ("messages", "reason", "detail"),
     [
-        ("Hi.", "not_text", f"'messages' is str 'Hi.'; {MESSAGES}"),
-        (["Hi."], "not_text", f"message 1 is str 'Hi.'; {MESSAGES}"),
-        ([TURNS[1], {"role": "assistant"}], "missing_field", f"'content' of message 2 is missing; {MESSAGES}"),
-        ([{"role": "user", "content": ["Hi."]}], "not_text", f"'content' of message 1 is list ['Hi.']; {MESSAGES}"),
-        ([{"role": "human", "content": "Hi."}], "unknown_role", f"'role' of message 1 is str 'human'; {MESSAGES}"),
+        ("Hi.", "not_text", f"'messages' is str 'Hi.'; {MESSAGES_ALLOWED}"),
+        (["Hi."], "not_text", f"message 1 is str 'Hi.'; {MESSAGES_ALLOWED}"),
+        (
+            [MESSAGES[1], {"role": "assistant"}],
+            "missing_field",
+            f"'content' of message 2 is missing; {MESSAGES_ALLOWED}",
+        ),
+        (
+            [{"role": "user", "content": ["Hi."]}],
+            "not_text",
+            f"'content' of message 1 is list ['Hi.']; {MESSAGES_ALLOWED}",
+        ),
+        (
+            [{"role": "human", "content": "Hi."}],
+            "unknown_role",
+            f"'role' of message 1 is str 'human'; {MESSAGES_ALLOWED}",
+        ),
     ],
 )
-def test_a_bad_conversation_goes_to_the_ledger(project: Path, messages: Any, reason: str, detail: str) -> None:
-    assert len(read("a.jsonl", "\n".join(json.dumps({"messages": each}) for each in (TURNS, messages)))) == 1
+def test_an_invalid_conversation_is_unreadable(project: Path, messages: Any, reason: str, detail: str) -> None:
+    assert len(read("a.jsonl", "\n".join(json.dumps({"messages": each}) for each in (MESSAGES, messages)))) == 1
     assert unreadable() == [(2, reason, detail)]
 
 
-def test_a_file_of_no_known_form_is_an_error(project: Path) -> None:
+def test_a_file_with_an_unknown_schema_is_an_error(project: Path) -> None:
     with pytest.raises(UserError) as error:
         read("a.csv", "prompt,answer\nA,b\n")
     assert str(error.value) == f"data/a.csv: column 'completion' is missing; found prompt, answer; {ALLOWED}"
 
 
 def mixture(project: Path, datasets: str, **sizes: int) -> list[tuple[str, int]]:
-    """Run the stage on files of so many rows; source and row of each row of the mixture."""
+    """Run the stage on files with these numbers of rows; returns source and row number of each row of the mixture."""
     (project / "data/mine").mkdir(exist_ok=True)
     for name, size in sizes.items():
         lines = [f'{{"instruction": "{name} {number}", "output": "x"}}\n' for number in range(1, size + 1)]
@@ -298,17 +315,16 @@ def mixture(project: Path, datasets: str, **sizes: int) -> list[tuple[str, int]]
     return [(row["source"].removeprefix("data/mine/").removesuffix(".jsonl"), row["source_row"]) for row in rows]
 
 
-def test_weights_are_shares_of_the_largest_mixture_that_has_no_row_twice(project: Path) -> None:
+def test_weights_give_the_largest_mixture_without_repeated_rows(project: Path) -> None:
     rows = mixture(project, "[{file: a.jsonl, weight: 3.0}, {file: b.jsonl, weight: 1.0}]", a=6, b=10)
     assert rows == [("a", 1), ("a", 2), ("b", 5), ("a", 3), ("a", 4), ("a", 5), ("b", 10), ("a", 6)]
     source = json.loads(Path("data/source.json").read_text())
     assert source["source"] == "data/mine/a.jsonl, data/mine/b.jsonl"
     assert source["licence"] == "not stated, not stated"
     assert source["rows_taken"] == {"data/mine/a.jsonl": 6, "data/mine/b.jsonl": 2}
-    assert source["rows"] == 8
 
 
-def test_a_count_takes_rows_from_all_of_a_dataset_and_nothing_takes_all(project: Path) -> None:
+def test_a_count_takes_evenly_spaced_rows_and_without_one_all_rows_are_taken(project: Path) -> None:
     rows = mixture(project, "[{file: a.jsonl, count: 3}, {file: b.jsonl}]", a=9, b=2)
     assert rows == [("a", 3), ("b", 1), ("a", 6), ("b", 2), ("a", 9)]
 
@@ -319,14 +335,16 @@ def test_the_first_rows_of_a_mixture_have_its_proportions(project: Path) -> None
     assert [name for name, _ in rows].count("a") == 15
 
 
-def test_a_dataset_that_is_too_small_for_its_count_is_an_error(project: Path) -> None:
+def test_a_dataset_with_fewer_rows_than_its_count_is_an_error(project: Path) -> None:
     with pytest.raises(UserError) as error:
         mixture(project, "[{file: a.jsonl, count: 3}, {file: b.jsonl}]", a=2, b=2)
-    assert str(error.value) == "datasets: data/mine/a.jsonl has 2 rows; must have 3: lower its count"
+    assert str(error.value) == "datasets: data/mine/a.jsonl has 2 rows; must have 3; lower its count"
 
 
-def test_files_of_a_mixture_lie_in_a_folder(project: Path) -> None:
+def test_the_files_of_a_mixture_must_be_in_a_folder(project: Path) -> None:
     (project / "data/a.jsonl").write_text('{"instruction": "A", "output": "b"}\n')
     edit(project, dataset_file="data/a.jsonl", datasets="[{file: a.jsonl}]")
-    with pytest.raises(UserError, match=r"^dataset_file: found 'data/a\.jsonl'; must be the folder of the files in"):
+    with pytest.raises(
+        UserError, match=r"^dataset_file: found 'data/a\.jsonl'; must be the folder of the files in `datasets`, so"
+    ):
         download_dataset.main()

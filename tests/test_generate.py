@@ -1,4 +1,4 @@
-"""Samples as Markdown that shows text as it is."""
+"""Sample answers as Markdown, with the text unchanged."""
 
 import sys
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from stages import download_model, generate
-from tests.test_params import edit
+from tests.clone import edit
 
 
-def test_each_prompt_is_answered_under_its_heading(
+def test_each_prompt_is_a_heading_with_its_answer_below_and_the_seed_determines_the_answers(
     project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edit(project, model_name=str(tiny_model), max_new_tokens="5")
@@ -27,7 +27,7 @@ def test_each_prompt_is_answered_under_its_heading(
     assert Path("metrics/samples/base.md").read_text() != first
 
 
-def test_a_model_that_is_neither_is_refused(monkeypatch: pytest.MonkeyPatch, project: Path) -> None:
+def test_a_model_other_than_base_and_tuned_is_rejected(monkeypatch: pytest.MonkeyPatch, project: Path) -> None:
     monkeypatch.setattr(sys, "argv", ["generate", "other"])
     with pytest.raises(SystemExit) as error:
         generate.main()

@@ -1,4 +1,4 @@
-"""Data and models that mean harm: they stay data, and a model is only numbers."""
+"""Malicious data and models: text stays text, and nothing from a model is executed."""
 
 import json
 import pickle
@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from stages import download_dataset, download_model, evaluate, format, generate, split, train  # noqa: A004
-from stages.shared.files import write_json
-from stages.shared.params import TrainParams, load_params
-from tests.test_params import edit
+from stages.engine.model_card import model_card
+from stages.runtime.files import write_json
+from stages.runtime.params import TrainParams, load_params
+from tests.clone import edit, run_pipeline
 
 HOSTILE = [
     "<|end|>",
@@ -44,34 +45,36 @@ text = st.lists(st.sampled_from(HOSTILE) | st.text(st.characters(), max_size=8),
 rows = st.lists(st.fixed_dictionaries({"instruction": text, "input": text, "output": text}), min_size=1, max_size=12)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
+    """A project whose dataset is `data/hostile.jsonl`."""
+    folder = tmp_path_factory.mktemp("hostile") / "project"
+    shutil.copytree(prepared, folder)
+    edit(folder, dataset_file="data/hostile.jsonl", max_length="4096")
+    return folder
+
+
 @settings(max_examples=60, deadline=None)
 @given(rows=rows)
-def test_any_text_passes_from_the_file_to_the_splits_or_into_the_ledger(prepared: Path, rows: list[Any]) -> None:
+def test_any_text_reaches_the_splits_unchanged_or_its_row_is_rejected(folder: Path, rows: list[Any]) -> None:
     from transformers import AutoTokenizer
 
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    # Without a good majority the run would stop, and without enough rows a split would be empty.
+    # With a majority of rejected rows the stage would stop, and with too few rows a split would be empty.
     good = "".join(json.dumps({"instruction": f"Count to {n}.", "output": "1"}) + "\n" for n in range(60))
-    (prepared / "data/hostile.jsonl").write_text(lines + good)
-    before = (prepared / "params.yaml").read_text()
-    edit(prepared, dataset_file="data/hostile.jsonl", max_length="4096")
-    with pytest.MonkeyPatch.context() as context:
-        context.chdir(prepared)
-        download_dataset.main()
-        format.main()
-        split.main()
-        tokenizer = AutoTokenizer.from_pretrained("models/tokenizer")
-        formatted = pq.read_table("data/formatted.parquet").to_pylist()
-        left_out = pq.read_table("data/left_out.parquet").to_pylist()
-        splits = [row for name in split.SPLITS for row in pq.read_table(f"data/{name}.parquet").to_pylist()]
-    (prepared / "params.yaml").write_text(before)
+    (folder / "data/hostile.jsonl").write_text(lines + good)
+    run_pipeline(folder, "download_dataset", "format", "split")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "models/tokenizer")
+    formatted = pq.read_table(folder / "data/formatted.parquet").to_pylist()
+    rejected = pq.read_table(folder / "data/rejected.parquet").to_pylist()
+    splits = [row for path in split.SPLITS.values() for row in pq.read_table(folder / path).to_pylist()]
 
-    assert sorted(row["source_row"] for row in formatted + left_out) == list(range(1, len(rows) + 61))
+    assert sorted(row["source_row"] for row in formatted + rejected) == list(range(1, len(rows) + 61))
     ids = {row["example_id"] for row in formatted}
     assert sorted(row["example_id"] for row in splits) == sorted(ids)
     for row in formatted:
         masked = row["labels"].count(-100)
-        assert row["input_ids"].count(tokenizer.eos_token_id) == 1  # ours, at the end
+        assert row["input_ids"].count(tokenizer.eos_token_id) == 1  # the EOS token at the end
         assert tokenizer.decode(row["input_ids"][:masked]) == row["prompt"]
         assert tokenizer.decode(row["input_ids"][masked:-1]) == row["response"]
         if row["source_row"] <= len(rows):
@@ -84,7 +87,7 @@ def test_any_text_passes_from_the_file_to_the_splits_or_into_the_ledger(prepared
 
 def test_no_stage_unpickles_anything(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("something was unpickled")
+        raise AssertionError("a stage unpickled a file")
 
     shutil.copytree(prepared, tmp_path / "project")
     monkeypatch.chdir(tmp_path / "project")
@@ -100,21 +103,21 @@ def test_no_stage_unpickles_anything(prepared: Path, tmp_path: Path, monkeypatch
 CARD = MarkdownIt("commonmark", {"html": True}).enable(["table"])
 
 
-@given(name=text, revision=text, licence=text)
-def test_nothing_from_the_hub_or_a_path_breaks_out_of_the_model_card(
-    tmp_path_factory: pytest.TempPathFactory, prepared: Path, name: str, revision: str, licence: str
+@given(name=text, revision=text, license_id=text)
+def test_text_from_the_hub_or_a_path_cannot_add_markup_to_the_model_card(
+    tmp_path_factory: pytest.TempPathFactory, prepared: Path, name: str, revision: str, license_id: str
 ) -> None:
     folder = tmp_path_factory.mktemp("card")
     (folder / "models/base").mkdir(parents=True)
     (folder / "data").mkdir()
     (folder / "data/train.parquet").touch()
-    name, revision, licence = (value.encode("utf-8", "replace").decode() for value in (name, revision, licence))
+    name, revision, license_id = (value.encode("utf-8", "replace").decode() for value in (name, revision, license_id))
     write_json(folder / "models/base/source.json", {"model_name": name, "revision": revision})
-    write_json(folder / "data/source.json", {"source": name, "revision": revision, "licence": licence, "rows": 1})
+    write_json(folder / "data/source.json", {"source": name, "revision": revision, "licence": license_id})
     metrics = {"examples": 1, "loss": 1.0, "validation_loss": 1.0, "best_step": 1, "steps": 1}
     with pytest.MonkeyPatch.context() as context:
         context.chdir(folder)
-        card = train.model_card(load_params(TrainParams, prepared / "params.yaml"), metrics)
+        card = model_card(load_params(TrainParams, prepared / "params.yaml"), metrics)
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# ")
     tokens = CARD.parse(card.split("---\n", 2)[2])
     kinds = {token.type for token in tokens} | {child.type for token in tokens for child in token.children or []}

@@ -1,8 +1,7 @@
-"""LoRA: held against plain `peft` with a textbook loop, on a tiny model."""
+"""LoRA: compared with plain `peft` in a textbook loop, on a tiny model."""
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,19 +12,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
 from stages import train
-from stages.shared.batches import shuffle
-from stages.shared.errors import UserError
-from stages.shared.examples import read_split
-from stages.shared.lora import add_adapters, merge, save_adapter, store_frozen_in_bf16
-from stages.shared.loss import choose_batches
-from stages.shared.models import load_model
-from stages.shared.params import TrainParams, load_params
+from stages.data.examples import read_split
+from stages.engine.batches import shuffled_batches
+from stages.engine.lora import add_adapters, merge, save_adapter, store_frozen_in_bf16
+from stages.engine.loss import choose_batches
+from stages.engine.models import load_model
+from stages.engine.optimizer import trainable_parameters
+from stages.runtime.errors import UserError
+from stages.runtime.params import TrainParams, load_params
+from tests.clone import edit
 from tests.test_loss import CONFIGS, make
-from tests.test_params import edit
-from tests.test_train import curve, inputs, interrupt_at  # noqa: F401 (a fixture)
+from tests.test_train import curve, interrupt_at
 from tests.textbook import textbook_steps
 
-pytestmark = pytest.mark.usefixtures("inputs")
+pytestmark = pytest.mark.usefixtures("training_inputs")
 BASE, TUNED = Path("models/base"), Path("models/tuned")
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -36,17 +36,17 @@ def edit_lora(**changes: str) -> TrainParams:
 
 
 def base_in_fp32() -> None:
-    """Let the base checkpoint be fp32, so that what is written is not rounded."""
+    """Save the base checkpoint in fp32, so that the tuned weights are not rounded."""
     load_model(BASE).save_pretrained(BASE)
 
 
-def test_losses_are_those_of_plain_peft_in_the_textbook_loop() -> None:
+def test_losses_equal_those_of_plain_peft_in_the_textbook_loop() -> None:
     params = edit_lora(eval_steps="1000")
     set_seed(params.seed)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(load_model(BASE), config).train()
     examples = read_split(Path("data/train.parquet"))
-    batches = [batch for epoch in range(4) for batch in shuffle(examples, 4, params.seed, epoch)]
+    batches = [batch for epoch in range(4) for batch in shuffled_batches(examples, 4, params.seed, epoch)]
     losses = list(textbook_steps(model, batches, params, num_warmup_steps=3))
     train.main()
     assert [found for _, found in curve("loss")] == pytest.approx(losses, rel=1e-5)
@@ -71,7 +71,7 @@ def test_the_tuned_model_is_the_base_with_its_adapter_merged() -> None:
     assert load_file(TUNED / "model.safetensors").keys() == load_file(BASE / "model.safetensors").keys()
 
 
-def test_the_tuned_model_says_how_to_load_the_adapter() -> None:
+def test_the_model_card_has_a_snippet_that_loads_the_adapter() -> None:
     edit_lora()
     train.main()
     assert {path.name for path in (TUNED / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
@@ -80,7 +80,7 @@ def test_the_tuned_model_says_how_to_load_the_adapter() -> None:
     assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert json.loads((TUNED / "config.json").read_text())["dtype"] == "bfloat16"
     card = (TUNED / "README.md").read_text()
-    assert "| fine-tuned | LoRA of rank 4; the weights are merged |" in card
+    assert "| fine-tuned | LoRA of rank 4, weights merged |" in card
     _, *snippets = card.split("```python\n")
     exec(snippets[-1].split("```")[0] + "assert type(model).__name__ == 'PeftModelForCausalLM'", {})
 
@@ -88,7 +88,7 @@ def test_the_tuned_model_says_how_to_load_the_adapter() -> None:
 def test_the_adapter_of_a_model_from_the_hub_names_it_and_its_commit(tmp_path: Path) -> None:
     (BASE / "source.json").write_text(json.dumps({"model_name": "gpt2", "revision": "607a30d7"}))
     model = load_model(BASE)
-    add_adapters(model, 4, 8, 0.0, "all-linear")
+    add_adapters(model, edit_lora())
     save_adapter(model, BASE, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("gpt2", "607a30d7")
@@ -96,20 +96,19 @@ def test_the_adapter_of_a_model_from_the_hub_names_it_and_its_commit(tmp_path: P
 
 def test_only_adapters_are_trained_and_kept() -> None:
     model = load_model(BASE)
-    said = add_adapters(model, 4, 8, 0.0, ["q_proj", "v_proj"])
-    # 2 layers, of each q: 4 × (32 + 32), v: 4 × (32 + 16).
-    assert said == "LoRA of rank 4 beside q_proj, v_proj: 896 of 32,288 parameters are trained"
-    assert sorted(train.trained_parameters(model)) == [
+    message = add_adapters(model, edit_lora(lora_target_modules="[q_proj, v_proj]"))
+    # 2 layers, each with 4 × (32 + 32) parameters for q and 4 × (32 + 16) for v.
+    assert message == "LoRA of rank 4 on q_proj, v_proj: 896 of 32,288 parameters are trained"
+    assert sorted(trainable_parameters(model)) == [
         f"model.layers.{layer}.self_attn.{name}.lora_{letter}.default.weight"
         for layer in (0, 1)
         for name in ("q_proj", "v_proj")
         for letter in "AB"
     ]
-    edit_lora(lora_target_modules="[q_proj, v_proj]")
     train.main()
     (checkpoint,) = Path(".scratch/train").glob("*/step-00000020")
     tensors = load_file(checkpoint / "tensors.safetensors")
-    moments = 2 * 896 + 8  # and a count for each of 8 matrices
+    moments = 2 * 896 + 8  # and a step count for each of 8 matrices
     assert sum(tensor.numel() for name, tensor in tensors.items() if not name.startswith("rng")) == 896 + moments
     assert sum(tensor.numel() for tensor in load_file(checkpoint / "best.safetensors").values()) == 896
 
@@ -120,7 +119,7 @@ def outcome() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("dropout", "precision"), [("0.0", "fp32"), ("0.3", "bf16")])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(
+def test_an_interrupted_run_resumes_to_the_same_bytes(
     dropout: str, precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit_lora(lora_dropout=dropout, precision=precision)
@@ -134,13 +133,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     undo()
     capsys.readouterr()
     train.main()
-    assert "Going on from the checkpoint of step 10" in capsys.readouterr().out
+    assert "Resuming from the checkpoint at step 10" in capsys.readouterr().out
     assert outcome() == expected
     assert "models/tuned/adapter/adapter_config.json" in expected
 
 
 @pytest.mark.parametrize("name", ["c_attn", "lm_head", "norm", "proj"])
-def test_a_name_that_no_linear_layer_has_is_refused_with_those_there_are(name: str) -> None:
+def test_an_unknown_target_module_is_an_error_that_lists_the_linear_layers(name: str) -> None:
     edit_lora(lora_target_modules=f"[q_proj, {name}]")
     with pytest.raises(UserError) as error:
         train.main()
@@ -151,50 +150,49 @@ def test_a_name_that_no_linear_layer_has_is_refused_with_those_there_are(name: s
 
 
 @pytest.mark.parametrize(("dropout", "shared"), [(0.0, True), (0.1, False)])
-def test_dropout_of_the_adapters_does_not_share_the_prefix(dropout: float, shared: bool) -> None:
+def test_prefixes_are_not_shared_if_adapters_have_dropout(dropout: float, shared: bool) -> None:
     model = load_model(BASE).train()
-    add_adapters(model, 4, 8, dropout, "all-linear")
+    add_adapters(model, edit_lora(lora_dropout=str(dropout)))
     batches, _ = choose_batches(model, read_split(Path("data/train.parquet")), 1000)
     assert batches.share_prefix is shared  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_frozen_matrices_in_bf16_change_no_bit(architecture: str) -> None:
+def test_frozen_matrices_in_bf16_give_the_same_bits(architecture: str) -> None:
     found = []
     for rounded in (False, True):
         model = make(CONFIGS[architecture]).train()
-        add_adapters(model, 4, 8, 0.0, "all-linear")
+        add_adapters(model, edit_lora())
         if rounded:
             store_frozen_in_bf16(model)
-        for name, parameter in train.trained_parameters(model).items():
+        for name, parameter in trainable_parameters(model).items():
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=IDS, labels=IDS).loss
         loss.backward()
-        found.append([loss, *(parameter.grad for parameter in train.trained_parameters(model).values())])
+        found.append([loss, *(parameter.grad for parameter in trainable_parameters(model).values())])
         num_bytes = sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
     for before, after in zip(*found, strict=True):
         assert torch.equal(before, after)
-    tied = 50 * 32 * 4  # the embeddings stay fp32
+    tied = 50 * 32 * 4  # the embeddings stay in fp32
     assert num_bytes < 0.6 * (sum(p.nbytes for p in make(CONFIGS[architecture]).parameters()) - tied) + 3 * tied
 
 
-def test_transposed_matrices_are_merged_too(tmp_path: Path) -> None:
+def test_transposed_matrices_are_merged(tmp_path: Path) -> None:
     base = make(CONFIGS["gpt2"]).eval()
     base.save_pretrained(tmp_path / "base")
     (tmp_path / "base/source.json").write_text(json.dumps({"model_name": "tiny", "revision": None}))
-    add_adapters(base, 4, 8, 0.0, "all-linear")
-    for parameter in train.trained_parameters(base).values():
+    add_adapters(base, edit_lora())
+    for parameter in trainable_parameters(base).values():
         torch.nn.init.normal_(parameter, std=0.1)
     save_adapter(base, tmp_path / "base", tmp_path / "adapter")
     merged = merge(tmp_path / "base", tmp_path / "adapter")
     torch.testing.assert_close(merged(IDS).logits, base.eval()(IDS).logits, rtol=0, atol=1e-5)
 
 
-def test_a_full_fine_tuning_does_not_import_adapters() -> None:
-    # Nor peft itself, for our part: transformers 5 imports it with its schedulers, wherever it is installed.
-    code = "import sys; from stages import train; train.main(); print('stages.shared.lora' in sys.modules)"
+def test_full_fine_tuning_does_not_import_lora(monkeypatch: pytest.MonkeyPatch) -> None:
+    # peft itself is imported by the schedulers of transformers 5 wherever it is installed.
     edit(Path.cwd(), num_epochs="1")
-    root = str(Path(__file__).parent.parent)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": root})
-    assert result.stdout.splitlines()[-1] == "False", result.stdout + result.stderr
+    monkeypatch.setitem(sys.modules, "stages.engine.lora", None)  # importing it would fail
+    train.main()
+    assert TUNED.exists()

@@ -1,4 +1,4 @@
-"""One loss, whatever path computes it: the flat stream, padded micro-batches, a textbook loop."""
+"""Packed batches, padded batches and a textbook loop give the same losses and gradients."""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from stages.shared import loss
-from stages.shared.batches import FlatBatches, PaddedBatches
-from stages.shared.examples import Example
-from stages.shared.loss import accumulate_gradient, choose_batches, token_losses
-from stages.shared.models import autocast
+from stages.data.examples import Example
+from stages.engine import loss
+from stages.engine.batches import PackedBatches, PaddedBatches
+from stages.engine.loss import accumulate_gradient, choose_batches, token_losses
+from stages.engine.models import autocast
 from tests.conftest import example
 
 SMALL: dict[str, Any] = {
@@ -47,7 +47,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 SLIDING_WINDOW = Gemma3TextConfig(
     **SMALL, sliding_window=4, query_pre_attn_scalar=8, layer_types=["sliding_attention"] * 2
 )
-# Uneven lengths; the first three begin alike.
+# Uneven lengths; the first three have a common prefix.
 EXAMPLES = [
     example([5, 6, 7, 8], [9, 10, 2], "a"),
     example([5, 6, 7, 11, 12, 13], [14, 2], "b"),
@@ -63,7 +63,7 @@ def make(config: PreTrainedConfig) -> Any:
 
 
 def textbook_losses(model: Any, examples: list[Example]) -> dict[str, list[float]]:
-    """One example at a time, all logits, cross entropy with its own -100: no trick at all."""
+    """One example at a time, all logits, plain cross entropy with `ignore_index` -100."""
     losses = {}
     for item in examples:
         logits = model(input_ids=torch.tensor(item.input_ids[None].astype(int))).logits[0, :-1]
@@ -75,86 +75,87 @@ def textbook_losses(model: Any, examples: list[Example]) -> dict[str, list[float
 
 def losses_by_example(model: Any, batches: Any) -> dict[str, list[float]]:
     found = {}
-    for batch in batches.cut(EXAMPLES):
+    for batch in batches.micro_batches(EXAMPLES):
         parts = token_losses(model, batch).losses.split([item.num_supervised for item in batch.examples])
         found |= {item.example_id: part.tolist() for item, part in zip(batch.examples, parts, strict=True)}
     return found
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_path_gives_the_textbook_losses(name: str) -> None:
+def test_every_code_path_gives_the_textbook_losses(name: str) -> None:
     model = make(CONFIGS[name]).eval()
     expected = textbook_losses(model, EXAMPLES)
     assert list(map(len, expected.values())) == [3, 2, 6, 2, 1]
     padded = losses_by_example(model, PaddedBatches(30))
     batches, reason = choose_batches(model, EXAMPLES, 30)
-    assert reason == "flat stream with a shared prefix"
-    flat = losses_by_example(model, batches)
-    unshared = losses_by_example(model, FlatBatches(30, share_prefix=False))
+    assert reason == "packed batches with shared prefixes"
+    packed = losses_by_example(model, batches)
+    unshared = losses_by_example(model, PackedBatches(30, share_prefix=False))
     for key in expected:
         assert padded[key] == pytest.approx(expected[key], rel=1e-5)
-        assert flat[key] == pytest.approx(expected[key], rel=1e-5)
+        assert packed[key] == pytest.approx(expected[key], rel=1e-5)
         assert unshared[key] == pytest.approx(expected[key], rel=1e-5)
 
 
 def gradient(model: Any, batches: Any, precision: str = "fp32") -> torch.Tensor:
     model.zero_grad()
-    for batch in batches.cut(EXAMPLES):
+    for batch in batches.micro_batches(EXAMPLES):
         with autocast(precision, model.device):
             accumulate_gradient(model, batch, 14)
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("batches", [FlatBatches, PaddedBatches])
-def test_eight_by_one_four_by_two_and_one_by_eight_have_the_same_gradient(name: str, batches: Any) -> None:
+@pytest.mark.parametrize("batches", [PackedBatches, PaddedBatches])
+def test_gradient_does_not_depend_on_the_size_of_micro_batches(name: str, batches: Any) -> None:
     model = make(CONFIGS[name])
-    one, two, all_at_once = (gradient(model, batches(max_tokens)) for max_tokens in (1, 12, 1000))
-    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(all_at_once, one, rtol=1e-5, atol=1e-6)
+    one, some, all_examples = (gradient(model, batches(max_tokens)) for max_tokens in (1, 12, 1000))
+    torch.testing.assert_close(some, one, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(all_examples, one, rtol=1e-5, atol=1e-6)
 
 
-def test_logits_exist_only_where_supervised_and_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_computed_in_chunks_and_only_at_supervised_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(CONFIGS["llama"])
     shapes: list[tuple[int, ...]] = []
     model.lm_head.register_forward_hook(lambda _, inputs, logits: shapes.append(tuple(logits.shape)))
-    whole = gradient(model, FlatBatches(1000))
+    expected = gradient(model, PackedBatches(1000))
     assert shapes == [(1, 14, 50)]
     shapes.clear()
     monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", 50 * 6 + 49)
-    torch.testing.assert_close(gradient(model, FlatBatches(1000)), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient(model, PackedBatches(1000)), expected, rtol=1e-5, atol=1e-6)
     assert shapes == [(1, 6, 50), (1, 6, 50), (1, 2, 50)]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_bf16_has_the_gradient_of_fp32_to_its_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_gradient_equals_fp32_up_to_rounding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(CONFIGS[name])
-    expected = gradient(model, FlatBatches(1000))
+    expected = gradient(model, PackedBatches(1000))
     monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", 50 * 6)
-    found = gradient(model, FlatBatches(1000), "bf16")
+    found = gradient(model, PackedBatches(1000), "bf16")
     assert found.dtype == torch.float32
     assert 1e-5 < (found - expected).norm() / expected.norm() < 2e-2
 
 
-def test_a_window_shorter_than_an_example_takes_the_padded_path() -> None:
+def test_window_shorter_than_an_example_uses_padded_batches() -> None:
     model = make(SLIDING_WINDOW).eval()
     expected = textbook_losses(model, EXAMPLES)
     batches, reason = choose_batches(model, EXAMPLES, 30)
-    assert reason.startswith("padded micro-batches: a flat stream differs by up to ")
+    assert reason.startswith("padded batches: packed batches differ by up to ")
+    assert reason.endswith(" nats/token")
     found = losses_by_example(model, batches)
     for key in expected:
         assert found[key] == pytest.approx(expected[key], rel=1e-5)
 
 
-def test_dropout_keeps_the_prefix_from_being_shared_in_training_only() -> None:
+def test_dropout_prevents_shared_prefixes_in_training_only() -> None:
     model = make(GPT2Config(**GPT2))
-    assert choose_batches(model.train(), EXAMPLES, 30)[1] == "flat stream, prefix not shared: dropout is on"
-    assert choose_batches(model.eval(), EXAMPLES, 30)[1] == "flat stream with a shared prefix"
+    assert choose_batches(model.train(), EXAMPLES, 30)[1] == "packed batches; no shared prefixes because of dropout"
+    assert choose_batches(model.eval(), EXAMPLES, 30)[1] == "packed batches with shared prefixes"
 
 
-def test_a_token_is_correct_where_the_likeliest_is_the_target() -> None:
+def test_token_is_correct_if_the_most_likely_one_is_the_target() -> None:
     model = make(CONFIGS["llama"]).eval()
-    (batch,) = PaddedBatches(1000).cut(EXAMPLES[:1])
+    (batch,) = PaddedBatches(1000).micro_batches(EXAMPLES[:1])
     logits = model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10]])).logits[0, 3:]
     expected = (logits.argmax(-1) == torch.tensor([9, 10, 2])).tolist()
     assert token_losses(model, batch).correct.tolist() == expected

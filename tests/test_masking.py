@@ -1,4 +1,4 @@
-"""Masks: what is trained, to the token."""
+"""Labels: exactly which tokens are supervised."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.shared.masking import mask, tokenize
-from stages.shared.templates import AlpacaTemplate
+from stages.data.alpaca import AlpacaTemplate
+from stages.data.masking import mask_spans, tokenize
 
 
 @dataclass
@@ -22,7 +22,7 @@ class One:
 
 
 class Words:
-    """A tokenizer of white-space-separated numbers, so that the ids stand in the text."""
+    """A tokenizer of whitespace-separated numbers, so that the text shows the token ids."""
 
     is_fast = False
     eos_token_id = 2
@@ -40,43 +40,44 @@ class WordsWithBos(Words):
 
 
 def encode(tokenizer: Any, prompt: str, response: str, max_length: int = 99) -> One | None:
-    encoded = mask(AlpacaTemplate(tokenizer).encode([prompt], [response]), max_length)
+    """Encode one example with the Alpaca template; None if no supervised token fits."""
+    encoded = mask_spans(AlpacaTemplate(tokenizer).encode([prompt], [response]), max_length)
     assert encoded.lengths.tolist() == [len(encoded.input_ids)] == [len(encoded.labels)]
     if not encoded.lengths[0]:
         return None
     return One(encoded.input_ids.tolist(), encoded.labels.tolist(), encoded.truncated.item())
 
 
-def test_prompt_tokens_are_not_trained_and_the_end_token_is() -> None:
+def test_prompt_tokens_are_not_trained_and_the_eos_token_is() -> None:
     assert encode(Words(), "5 6 7", "8 9") == One([5, 6, 7, 8, 9, 2], [-100, -100, -100, 8, 9, 2], truncated=False)
 
 
-def test_labels_come_from_spans_not_from_ids() -> None:
-    # The end token's id inside the prompt is masked, inside the response it is trained.
+def test_labels_depend_on_spans_and_not_on_token_ids() -> None:
+    # The EOS token is masked inside the prompt and trained inside the response.
     assert encode(Words(), "2 5", "2 8") == One([2, 5, 2, 8, 2], [-100, -100, 2, 8, 2], truncated=False)
 
 
-def test_one_bos_stands_before_the_prompt_and_is_not_trained() -> None:
+def test_there_is_one_bos_token_before_the_prompt_and_it_is_not_trained() -> None:
     assert encode(WordsWithBos(), "5", "8") == One([1, 5, 8, 2], [-100, -100, 8, 2], truncated=False)
 
 
-def test_truncation_cuts_the_responses_end() -> None:
+def test_truncation_cuts_the_end_of_the_response() -> None:
     assert encode(Words(), "5 6", "7 8 9", 4) == One([5, 6, 7, 8], [-100, -100, 7, 8], truncated=True)
 
 
-def test_losing_only_the_end_token_is_a_truncation() -> None:
+def test_losing_only_the_eos_token_counts_as_truncation() -> None:
     assert encode(Words(), "5 6", "7 8", 4) == One([5, 6, 7, 8], [-100, -100, 7, 8], truncated=True)
     assert encode(Words(), "5 6", "7 8", 5) == One([5, 6, 7, 8, 2], [-100, -100, 7, 8, 2], truncated=False)
 
 
-def test_at_least_one_token_is_supervised_or_the_example_is_left_out() -> None:
+def test_an_example_without_room_for_a_supervised_token_is_empty() -> None:
     assert encode(Words(), "5 6 7", "8 9", 4) == One([5, 6, 7, 8], [-100, -100, -100, 8], truncated=True)
     assert encode(Words(), "5 6 7", "8 9", 3) is None
     assert encode(Words(), "5 6 7", "8 9", 2) is None
 
 
-def test_examples_lie_end_to_end() -> None:
-    encoded = mask([[[5, 6], [7, 2]], [[5, 6, 7, 8], [9, 2]], [[5], [8, 9, 3, 2]]], 4)
+def test_examples_are_concatenated() -> None:
+    encoded = mask_spans([[[5, 6], [7, 2]], [[5, 6, 7, 8], [9, 2]], [[5], [8, 9, 3, 2]]], 4)
     assert encoded.input_ids.tolist() == [5, 6, 7, 2, 5, 8, 9, 3]
     assert encoded.labels.tolist() == [-100, -100, 7, 2, -100, 8, 9, 3]
     assert encoded.lengths.tolist() == [4, 0, 4]
@@ -84,7 +85,7 @@ def test_examples_lie_end_to_end() -> None:
     assert encoded.truncated.tolist() == [False, True, True]
 
 
-def test_each_response_of_a_conversation_is_supervised_and_what_follows_the_last_goes() -> None:
+def test_each_response_of_a_conversation_is_supervised_and_tokens_after_the_last_one_are_dropped() -> None:
     conversation = [[5, 6], [7, 2], [5, 8], [9, 2]]
     for max_length, labels in [
         (9, [-100, -100, 7, 2, -100, -100, 9, 2]),
@@ -93,7 +94,7 @@ def test_each_response_of_a_conversation_is_supervised_and_what_follows_the_last
         (3, [-100, -100, 7]),
         (2, []),
     ]:
-        encoded = mask([conversation], max_length)
+        encoded = mask_spans([conversation], max_length)
         assert encoded.labels.tolist() == labels
         assert encoded.input_ids.tolist() == [5, 6, 7, 2, 5, 8, 9, 2][: len(labels)]
         assert encoded.truncated.tolist() == [max_length < 8]
@@ -107,20 +108,21 @@ def tokenizer(tiny_model: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny_model)
 
 
-def test_text_can_not_become_a_special_token(tokenizer: Any) -> None:
+def test_text_cannot_become_a_special_token(tokenizer: Any) -> None:
     encoded = encode(tokenizer, "Say <|end|>", "No <|end|>")
     assert encoded is not None
-    assert encoded.input_ids.count(0) == 1  # the end token that we put
+    assert encoded.input_ids.count(0) == 1  # the EOS token that the template adds
     assert encoded.input_ids[-1] == 0
     assert tokenizer.decode(encoded.input_ids[:-1]) == "Say <|end|>No <|end|>"
 
 
-def test_ids_are_those_of_a_call_of_the_tokenizer(tokenizer: Any) -> None:
-    text = "Name a colour. <|end|> 🐎\u202e\x00 ### Response:"
-    tokenizer(["a", "a longer text"], padding=True, truncation=True, max_length=2)  # leaves its settings behind
+def test_token_ids_equal_those_of_calling_the_tokenizer(tokenizer: Any) -> None:
+    text = "Name a color. <|end|> 🐎\u202e\x00 ### Response:"
+    # These settings stay in the tokenizer, and must not affect later calls.
+    tokenizer(["a", "a longer text"], padding=True, truncation=True, max_length=2)
     expected = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert len(expected) > 10
-    assert tokenize(tokenizer, [text, "a"], special=False)[0] == expected
+    assert tokenize(tokenizer, [text, "a"], allow_special_tokens=False)[0] == expected
 
 
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -128,12 +130,14 @@ unicode_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 @settings(max_examples=200, deadline=None)
 @given(prompt=unicode_text, response=unicode_text, max_length=st.integers(2, 80))
-def test_any_text_keeps_its_boundary(tokenizer: Any, prompt: str, response: str, max_length: int) -> None:
-    whole = encode(tokenizer, prompt, response, 100_000)
-    assert whole is not None
-    (prompt_ids,) = tokenize(tokenizer, [prompt], special=False)
-    supervised = [label for label in whole.labels if label != -100]
-    assert whole.input_ids == prompt_ids + supervised
+def test_any_text_has_an_exact_boundary_between_prompt_and_response(
+    tokenizer: Any, prompt: str, response: str, max_length: int
+) -> None:
+    full = encode(tokenizer, prompt, response, 100_000)
+    assert full is not None
+    (prompt_ids,) = tokenize(tokenizer, [prompt], allow_special_tokens=False)
+    supervised = [label for label in full.labels if label != -100]
+    assert full.input_ids == prompt_ids + supervised
     assert supervised[-1] == 0
     assert tokenizer.decode(prompt_ids) == prompt
     assert tokenizer.decode(supervised[:-1]) == response
@@ -142,6 +146,6 @@ def test_any_text_keeps_its_boundary(tokenizer: Any, prompt: str, response: str,
         assert cut is None
     else:
         assert cut is not None
-        assert cut.input_ids == whole.input_ids[:max_length]
-        assert cut.labels == whole.labels[:max_length]
-        assert cut.truncated == (len(whole.input_ids) > max_length)
+        assert cut.input_ids == full.input_ids[:max_length]
+        assert cut.labels == full.labels[:max_length]
+        assert cut.truncated == (len(full.input_ids) > max_length)

@@ -1,4 +1,4 @@
-"""Prompts that are nearly those of a list: other words make another prompt, other punctuation does not."""
+"""Near-duplicate prompts: a few changed words and other punctuation match, other questions do not."""
 
 import subprocess
 import sys
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.shared.near_duplicates import NearDuplicates, jaccard, shingles
-from stages.shared.templates import render_alpaca
+from stages.data.alpaca import render_alpaca
+from stages.data.near_duplicates import NearDuplicates, jaccard, shingles
 
 LONG = (
     "Write a short letter to the people who live next door and tell them kindly that their dog has been digging holes "
@@ -20,12 +20,13 @@ LONG = (
 
 
 def build(prompts: list[str]) -> NearDuplicates:
+    """Index the prompts, in two tables."""
     tables = [pa.table({"prompt": pa.array(part, pa.string())}) for part in (prompts[:2], prompts[2:])]
-    with TemporaryDirectory() as folder:  # what is mapped into memory stays there
+    with TemporaryDirectory() as folder:  # mapped files stay readable after they are deleted
         return NearDuplicates.build(Path(folder), tables, tables[0].schema)
 
 
-def near(prompt: str, other: str) -> bool:
+def is_near_duplicate(prompt: str, other: str) -> bool:
     return build([other]).find([prompt]) != [None]
 
 
@@ -35,12 +36,12 @@ def test_shingles_are_pairs_of_words_without_case_and_punctuation() -> None:
     assert shingles("?!") == set()
 
 
-def test_signs_that_tell_and_characters_of_languages_without_spaces_count_as_words() -> None:
+def test_operators_and_characters_of_languages_without_spaces_are_words() -> None:
     assert shingles("5 + 3") == {" 5", "5 +", "+ 3", "3 "}
     assert shingles("写一首诗。") == {" 写", "写 一", "一 首", "首 诗", "诗 "}
 
 
-def test_jaccard_similarity_is_shared_by_all() -> None:
+def test_jaccard_similarity_is_intersection_over_union() -> None:
     assert jaccard({"a", "b", "c"}, {"b", "c", "d"}) == 0.5
 
 
@@ -54,14 +55,14 @@ def test_the_nearest_prompt_is_found_with_its_similarity() -> None:
     [LONG.lower(), LONG + ".", "Please " + LONG, LONG.replace("kindly", "politely"), LONG.replace("short ", "")],
 )
 def test_a_small_change_of_a_long_prompt_is_a_near_duplicate(changed: str) -> None:
-    assert near(changed, LONG)
+    assert is_near_duplicate(changed, LONG)
 
 
-def test_one_other_word_is_allowed_in_seventeen() -> None:
+def test_one_replaced_word_in_seventeen_is_still_a_near_duplicate() -> None:
     words = "a b c d e f g h i j k l m n o p q"
     for other in (words.replace("a", "x"), words.replace("h", "x"), words.replace("q", "x")):
         assert build([words]).find([other]) == [(0.8, 0)]
-        assert not near(other.replace("b ", ""), words.replace("b ", ""))
+        assert not is_near_duplicate(other.replace("b ", ""), words.replace("b ", ""))
 
 
 @pytest.mark.parametrize(
@@ -76,26 +77,26 @@ def test_one_other_word_is_allowed_in_seventeen() -> None:
         ),
     ],
 )
-def test_the_same_task_with_another_question_is_none(prompt: str, other: str) -> None:
-    assert not near(prompt, other)
+def test_the_same_task_with_another_question_is_not_a_near_duplicate(prompt: str, other: str) -> None:
+    assert not is_near_duplicate(prompt, other)
 
 
 CHAT = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize("render", [CHAT.format, lambda text: render_alpaca(text)], ids=["chat", "alpaca"])
-def test_the_text_of_the_template_makes_nothing_similar(render: object) -> None:
+def test_the_text_of_the_template_does_not_make_prompts_similar(render: object) -> None:
     assert callable(render)
     index = build([render(text) for text in ("Name a lake.", "Spell Oslo.", "Add 2 to 7.", LONG)])
     assert index.find([render("Name a tree."), render("Greet me."), render(LONG + "!")]) == [None, None, (1.0, 3)]
 
 
-def test_prompts_of_nothing_but_the_template_are_never_near() -> None:
+def test_prompts_with_only_common_shingles_have_no_near_duplicates() -> None:
     assert build(["Go on."] * 20).find(["Go on!"]) == [None]
     assert build([]).find(["Go on.", ""]) == [None, None]
 
 
-def test_what_most_prompts_have_is_counted_in_a_sample_of_a_long_list() -> None:
+def test_common_shingles_of_a_long_list_are_found_in_a_sample() -> None:
     index = build([f"Do this at once: number {i}" for i in range(5000)])
     assert index.find(["Do this at once: number x", "do this at once, number 4321"]) == [None, (1.0, 4321)]
 
@@ -103,24 +104,27 @@ def test_what_most_prompts_have_is_counted_in_a_sample_of_a_long_list() -> None:
 WORDS = st.lists(st.sampled_from(["oak", "elm", "fir", "ash", "bay", "yew", "box"]), max_size=12).map(" ".join)
 
 
-@given(prompts=st.lists(WORDS, max_size=2), asked=st.lists(WORDS, max_size=4))
-def test_what_is_found_is_what_a_comparison_with_all_would_find(prompts: list[str], asked: list[str]) -> None:
-    for prompt, match in zip(asked, build(prompts).find(asked), strict=True):
-        similar = [jaccard(shingles(prompt), shingles(p)) if prompt and p else 0.0 for p in prompts]
+@given(prompts=st.lists(WORDS, max_size=2), queries=st.lists(WORDS, max_size=4))
+def test_the_best_similarity_equals_that_of_a_comparison_with_all_prompts(
+    prompts: list[str], queries: list[str]
+) -> None:
+    for query, match in zip(queries, build(prompts).find(queries), strict=True):
+        similar = [jaccard(shingles(query), shingles(p)) if query and p else 0.0 for p in prompts]
         assert (match[0] if match else 0.0) == max((s for s in similar if s >= 0.8), default=0.0)
 
 
-def test_it_finds_the_same_in_every_process() -> None:
+@pytest.mark.subprocess
+def test_every_process_finds_the_same_matches() -> None:
     code = (
         "from tests.test_near_duplicates import build;"
         "prompts = [' '.join(str(i * j % 23) for j in range(12)) for i in range(200)];"
         "print(build(prompts[::2]).find(prompts[1::2]))"
     )
-    runs = {
+    outputs = {
         subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, check=True, capture_output=True
         ).stdout
         for seed in ("0", "1")
     }
-    assert len(runs) == 1
-    assert b"(1.0, " in runs.pop()
+    assert len(outputs) == 1
+    assert b"(1.0, " in outputs.pop()

@@ -1,4 +1,4 @@
-"""The Python of `docs/notebook.md`, run as the page has it, in a clone with results and an experiment."""
+"""The Python code of `docs/notebook.md` runs in a clone with results and an experiment."""
 
 import json
 import re
@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.clone import ROOT, commit, copy_clone, run
+from tests.clone import ROOT, run
 
+pytestmark = pytest.mark.subprocess
 PAGE = (ROOT / "docs/notebook.md").read_text(encoding="utf-8")
 PREDICTIONS = [
     "loss",
@@ -23,19 +24,14 @@ PREDICTIONS = [
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory, ran: Path) -> Path:
-    """Results, committed on `main`, and the experiment `slow` on top of them."""
-    folder = copy_clone(ran, tmp_path_factory.mktemp("notebook") / "clone")
-    commit(folder, "results")
-    run(folder, "dvc", "exp", "run", "-n", "slow", "-S", "learning_rate=1e-5", "evaluate@tuned")
-    run(folder, "git", "checkout", "-q", ".")
-    run(folder, "dvc", "checkout", "--force")
-    return folder
+def clone(with_experiment: Path) -> Path:
+    """A clone with results on `main` and the experiment `slow`, which is based on them."""
+    return with_experiment
 
 
 @pytest.fixture(scope="module")
 def names(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the blocks of the page leave, run in order in one namespace."""
+    """The variables of the page's code blocks, run in order in one namespace."""
     import datasets
 
     result: dict[str, Any] = {}
@@ -43,7 +39,7 @@ def names(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
         context.chdir(clone)
         context.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         for block in re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE):
-            exec(block, result)  # the page's own code
+            exec(block, result)
     return result
 
 
@@ -51,7 +47,7 @@ def metric(clone: Path, path: str, name: str) -> float:
     return float(json.loads((clone / path).read_text())[name])
 
 
-def test_parameters_and_metrics_are_those_of_the_files(names: dict[str, Any], clone: Path) -> None:
+def test_parameters_and_metrics_equal_those_in_the_files(names: dict[str, Any], clone: Path) -> None:
     assert names["params"]["learning_rate"] == 0.001
     assert names["params"]["eval_steps"] == 10
     base, tuned = (metric(clone, f"metrics/evaluate/{model}.json", "loss") for model in ("base", "tuned"))
@@ -60,7 +56,7 @@ def test_parameters_and_metrics_are_those_of_the_files(names: dict[str, Any], cl
     assert names["perplexity"] == metric(clone, "metrics/evaluate/tuned.json", "perplexity")
 
 
-def test_experiments_are_rows_with_parameters_and_metrics(names: dict[str, Any], clone: Path) -> None:
+def test_table_of_experiments_has_parameters_and_metrics(names: dict[str, Any], clone: Path) -> None:
     table = names["table"]
     assert list(table.columns) == ["name", "learning_rate", "metrics/evaluate/tuned.json:loss"]
     assert list(table["name"]) == ["workspace", "main", "slow"]
@@ -78,13 +74,13 @@ def test_predictions_of_two_revisions_are_joined_by_example(names: dict[str, Any
         "change",
     ]
     assert (len(both), both["example_id"].nunique(), len(most)) == (8, 8, 5)
-    # The slow experiment learned nearly nothing: each example was better before.
+    # The slow experiment learned almost nothing, so each example got worse.
     assert (both["change"] > 0.1).all()
     assert most["change"].iloc[0] == both["change"].max()
     assert most["change"].is_monotonic_decreasing
 
 
-def test_base_and_tuned_stand_beside_prompt_and_reference(names: dict[str, Any]) -> None:
+def test_predictions_of_base_and_tuned_are_joined_with_prompts_and_references(names: dict[str, Any]) -> None:
     models = names["models"]
     assert list(models.columns) == [
         "example_id",
@@ -98,14 +94,14 @@ def test_base_and_tuned_stand_beside_prompt_and_reference(names: dict[str, Any])
     assert (len(names["worse"]), (models["loss_tuned"] < models["loss_base"]).all()) == (0, True)
 
 
-def test_a_revision_is_a_file_system(names: dict[str, Any]) -> None:
+def test_revision_is_read_as_a_file_system(names: dict[str, Any]) -> None:
     assert sorted(names["names"]) == ["data/predictions/base.parquet", "data/predictions/tuned.parquet"]
     assert list(names["losses"].columns) == ["example_id", "loss"]
     slow = names["both"][["example_id", "loss_after"]]
     assert names["losses"].to_numpy().tolist() == slow.to_numpy().tolist()
 
 
-def test_what_is_supervised_is_the_response_and_the_end_token(names: dict[str, Any], clone: Path) -> None:
+def test_supervised_tokens_are_the_response_and_the_eos_token(names: dict[str, Any], clone: Path) -> None:
     assert list(names["formatted"].columns) == [
         "example_id",
         "prompt_id",
@@ -123,13 +119,13 @@ def test_what_is_supervised_is_the_response_and_the_end_token(names: dict[str, A
     assert names["tokenizer"].decode(names["supervised"]) == first["output"] + "<|end|>"
 
 
-def test_the_train_split_is_a_dataset(names: dict[str, Any]) -> None:
+def test_train_split_is_read_as_a_dataset(names: dict[str, Any]) -> None:
     assert names["dataset"].num_rows == len(names["lengths"]) == 98
     assert {"prompt", "response", "input_ids", "labels"} <= set(names["dataset"].column_names)
     assert min(names["lengths"]) > 50
 
 
-def test_the_curve_has_a_row_for_each_step_and_validation_at_some(names: dict[str, Any]) -> None:
+def test_curve_has_every_step_and_the_validation_loss_of_some(names: dict[str, Any]) -> None:
     curve = names["curve"]
     assert list(curve.columns) == ["loss", "validation_loss", "learning_rate", "gradient_norm"]
     assert list(curve.index) == list(range(1, 26))
@@ -137,12 +133,12 @@ def test_the_curve_has_a_row_for_each_step_and_validation_at_some(names: dict[st
     assert names["best_step"] == 25
 
 
-def test_what_the_extension_of_vs_code_asks_for_is_there(clone: Path) -> None:
+def test_dvc_commands_of_the_vs_code_extension_work(clone: Path) -> None:
     shown = json.loads(run(clone, "dvc", "exp", "show", "--num", "2", "--json").stdout)
     assert shown[0]["rev"] == "workspace"
     assert [experiment["name"] for experiment in shown[1]["experiments"]] == ["slow"]
     plots = ("dvc", "plots", "diff", "main", "slow", "--out", ".dvc/tmp/plots", "--split", "--json")
     drawn = json.loads(run(clone, *plots).stdout)
-    assert set(drawn) == {"data"}  # and no "errors"
+    assert set(drawn) == {"data"}  # without the key "errors"
     assert {"loss", "learning_rate", "metrics/lengths.csv"} <= set(drawn["data"])
     assert all(plot["revisions"] == ["main", "slow"] for group in drawn["data"].values() for plot in group)

@@ -1,4 +1,4 @@
-"""Parameters: validated all at once, before anything heavy is imported. Each bad value is in `test_bad_input.py`."""
+"""Parameters are validated together, before heavy imports. Single bad values are in `test_bad_input.py`."""
 
 import subprocess
 import sys
@@ -6,20 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.shared.errors import UserError
-from stages.shared.params import DownloadDatasetParams, SplitParams, TrainParams, load_params
-
-
-def edit(project: Path, **changes: str | None) -> None:
-    """Replace the values of parameters in params.yaml by literal text; None takes the line out."""
-    lines = []
-    for line in (project / "params.yaml").read_text().splitlines():
-        name = line.split(":")[0]
-        if name not in changes:
-            lines.append(line)
-        elif changes[name] is not None:
-            lines.append(f"{name}: {changes[name]}")
-    (project / "params.yaml").write_text("\n".join(lines) + "\n")
+from stages.runtime.errors import UserError
+from stages.runtime.params import DownloadDatasetParams, SplitParams, TrainParams, load_params
+from tests.clone import edit
 
 
 def problems(project: Path) -> list[str]:
@@ -28,7 +17,7 @@ def problems(project: Path) -> list[str]:
     return str(error.value).splitlines()
 
 
-def test_a_stage_gets_its_own_parameters_and_no_other(project: Path) -> None:
+def test_a_stage_sees_only_its_own_parameters(project: Path) -> None:
     edit(project, seed="7", validation_fraction="0.25", test_fraction="0.125")
     params = load_params(SplitParams)
     assert params.model_dump() == {
@@ -41,30 +30,31 @@ def test_a_stage_gets_its_own_parameters_and_no_other(project: Path) -> None:
         params.learning_rate  # type: ignore[attr-defined] # noqa: B018
 
 
-def test_a_number_in_exponent_form_is_a_number(project: Path) -> None:
+def test_a_number_with_an_exponent_is_a_number(project: Path) -> None:
     edit(project, learning_rate="1e-05")
     assert load_params(TrainParams).learning_rate == 0.00001
 
 
-def test_every_error_of_the_file_stands_in_one_message(project: Path) -> None:
+def test_all_errors_of_the_file_are_in_one_message(project: Path) -> None:
     edit(project, learning_rate="-1", template="chatml", seed="yes", num_epochs=None, test_fraction="0.95")
     with (project / "params.yaml").open("a") as file:
         file.write("num_epohs: 3\n")
     assert problems(project) == [
         "params.yaml:",
         "  num_epohs: not a parameter; did you mean num_epochs?",
-        "  template: found 'chatml'; must be alpaca, chat (the tokenizer's own template) or a file "
+        "  template: found 'chatml'; must be alpaca, chat (the template of the tokenizer) or a file "
         "templates/NAME.jinja",
-        "  test_fraction: found 0.95; with validation_fraction 0.1 must be below 1, "
-        "so that examples to train on remain",
+        "  test_fraction: found 0.95; its sum with validation_fraction 0.1 must be below 1, "
+        "so that training examples remain",
         "  seed: found 'yes'; must be a valid integer",
         "  learning_rate: found -1; must be greater than 0",
         "  num_epochs: missing; every parameter needs a value",
     ]
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("stage", ["train", "evaluate", "generate", "format", "split", "download_model"])
-def test_a_parameter_error_comes_before_torch_is_imported(project: Path, stage: str) -> None:
+def test_a_parameter_error_is_reported_before_torch_is_imported(project: Path, stage: str) -> None:
     edit(project, learning_rate="-1")
     code = (
         "import runpy, sys\n"
@@ -83,15 +73,18 @@ def test_a_parameter_error_comes_before_torch_is_imported(project: Path, stage: 
     ("datasets", "message"),
     [
         ("[]", "  datasets: found []; must have at least 1 item"),
-        ("[{count: 5}]", "must have either `file`, in the folder dataset_file, or `name`, a Hub id"),
-        ("[{file: a.jsonl, name: b/c}]", "must have either `file`, in the folder dataset_file, or `name`, a Hub id"),
+        ("[{count: 5}]", "must have either `file`, inside the folder dataset_file, or `name`, a Hub id"),
+        (
+            "[{file: a.jsonl, name: b/c}]",
+            "must have either `file`, inside the folder dataset_file, or `name`, a Hub id",
+        ),
         ("[{file: a.jsonl, count: 5, weight: 0.5}]", "must have `count` or `weight`, not both"),
-        ("[{file: a.jsonl}, {file: a.jsonl, count: 5}]", "must name each dataset once"),
+        ("[{file: a.jsonl}, {file: a.jsonl, count: 5}]", "must list each dataset once"),
         ("[{file: a.jsonl, weight: 0.0}]", "datasets.0.weight: found 0.0; must be greater than 0"),
-        ("[{file: ../a.jsonl}]", "datasets.0.file: found '../a.jsonl'; must be a path in the folder dataset_file"),
+        ("[{file: ../a.jsonl}]", "datasets.0.file: found '../a.jsonl'; must be a path inside the folder dataset_file"),
     ],
 )
-def test_a_mixture_that_is_none_is_an_error(project: Path, datasets: str, message: str) -> None:
+def test_an_invalid_mixture_is_an_error(project: Path, datasets: str, message: str) -> None:
     edit(project, datasets=datasets)
     with pytest.raises(UserError) as error:
         load_params(DownloadDatasetParams)

@@ -1,42 +1,66 @@
-"""The pipeline end to end, through DVC, in a temporary clone with a tiny model."""
+"""The pipeline through the real `dvc`, in a temporary clone with a tiny model."""
 
 import hashlib
 import json
 import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.chaos import running_stages
-from tests.clone import commit, copy_clone, environment, lock_hashes, make_clone, run, stages_run
-from tests.test_params import edit
+from tests.clone import (
+    EVERY_STAGE,
+    copy_clone,
+    edit,
+    environment,
+    lock_hashes,
+    make_clone,
+    run,
+    run_pipeline,
+    stages_run,
+)
+
+pytestmark = pytest.mark.subprocess
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory, ran: Path) -> Path:
-    """A clone in which `dvc repro` has run once, and its result is committed."""
-    folder = copy_clone(ran, tmp_path_factory.mktemp("pipeline") / "clone")
-    commit(folder, "results")
-    return folder
+def clone(tmp_path_factory: pytest.TempPathFactory, ran: Path, fast_stages: None) -> Path:
+    """A clone in which the pipeline has run and its results are committed; tests leave it as they find it."""
+    return copy_clone(ran, tmp_path_factory.mktemp("pipeline") / "clone")
 
 
 def results(folder: Path) -> dict[str, str]:
     return lock_hashes((folder / "dvc.lock").read_text())
 
 
-def test_all_outputs_are_there_and_git_holds_only_the_small_ones(clone: Path) -> None:
-    assert set(results(clone)) == {
+def restore(clone: Path) -> None:
+    run(clone, "git", "checkout", "-q", "HEAD", ".")  # also what DVC has staged
+    run(clone, "dvc", "checkout", "--force", "--quiet")
+
+
+def test_a_run_elsewhere_writes_all_outputs_with_the_same_hashes(
+    clone: Path, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
+) -> None:
+    """Another folder, home, user, locale, time zone and hash seed; through `dvc repro`, from nothing."""
+    other = make_clone(tmp_path_factory.mktemp("an other földer"), tiny_model)
+    home = str(tmp_path_factory.mktemp("home"))
+    changes = {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C", "HOME": home, "FORK_SERVER": ""}
+    result = run(other, "dvc", "repro", **changes, USER="somebody", LOGNAME="somebody")
+    assert stages_run(result) == sorted(EVERY_STAGE)
+    assert "WARNING" not in result.stdout + result.stderr
+    assert results(other) == results(clone)
+    assert set(results(other)) == {
         "data/raw.parquet",
         "data/unreadable.parquet",
         "data/source.json",
         "models/base",
         "models/tokenizer",
         "data/formatted.parquet",
-        "data/left_out.parquet",
+        "data/rejected.parquet",
+        "data/template.jinja",
         "metrics/format.json",
         "metrics/lengths.csv",
         "data/train.parquet",
@@ -55,6 +79,9 @@ def test_all_outputs_are_there_and_git_holds_only_the_small_ones(clone: Path) ->
         "metrics/samples/base.md",
         "metrics/samples/tuned.md",
     }
+
+
+def test_git_tracks_only_small_outputs(clone: Path) -> None:
     tracked = run(clone, "git", "ls-files").stdout.split()
     assert [name for name in tracked if name.endswith((".parquet", ".safetensors"))] == []
     assert {"dvc.lock", "metrics/train.json", "metrics/samples/tuned.md"} <= set(tracked)
@@ -66,7 +93,7 @@ def test_a_second_run_does_nothing(clone: Path) -> None:
     assert run(clone, "dvc", "status").stdout == "Data and pipelines are up to date.\n"
 
 
-def test_every_example_of_the_test_split_has_a_prediction(clone: Path) -> None:
+def test_every_test_example_has_a_prediction(clone: Path) -> None:
     import pyarrow.parquet as pq
 
     expected = pq.read_table(clone / "data/test.parquet").column("example_id").to_pylist()
@@ -78,17 +105,35 @@ def test_every_example_of_the_test_split_has_a_prediction(clone: Path) -> None:
         assert metrics["loss"] == pytest.approx(sum(loss * n for loss, n in losses) / metrics["supervised_tokens"])
 
 
-def test_another_folder_user_locale_time_zone_and_hash_seed_give_the_same_hashes(
-    clone: Path, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
-) -> None:
-    other = make_clone(tmp_path_factory.mktemp("an other földer"), tiny_model)
-    home = str(tmp_path_factory.mktemp("home"))
-    changes = {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C", "HOME": home}
-    run(other, "dvc", "repro", **changes, USER="somebody", LOGNAME="somebody")
-    assert results(other) == results(clone)
+def test_a_message_edited_in_runtime_reruns_nothing(clone: Path) -> None:
+    terminal = clone / "stages/runtime/terminal.py"
+    terminal.write_text(terminal.read_text().replace('"wrote": files', '"written": files'))
+    assert run(clone, "git", "status", "--porcelain").stdout == " M stages/runtime/terminal.py\n"
+    assert stages_run(run(clone, "dvc", "repro", "--dry")) == []
+    restore(clone)
 
 
-def test_an_experiment_runs_what_the_parameter_affects_and_going_back_trains_nothing(clone: Path) -> None:
+def test_an_answer_edited_in_the_test_split_does_not_train(clone: Path) -> None:
+    import pyarrow.parquet as pq
+
+    line = pq.read_table(clone / "data/test.parquet").column("source_row")[0].as_py()
+    data = clone / "data/instructions.jsonl"
+    lines = data.read_text(encoding="utf-8").splitlines()
+    lines[line - 1] = json.dumps({**json.loads(lines[line - 1]), "output": "A corrected answer."})
+    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    result = run(clone, "dvc", "repro")
+    assert stages_run(result) == ["download_dataset", "evaluate@base", "evaluate@tuned", "format", "split"]
+    restore(clone)
+
+
+def test_a_template_that_is_not_selected_does_not_train(clone: Path) -> None:
+    with (clone / "templates/plain.jinja").open("a") as file:
+        file.write("{# edited #}\n")
+    assert stages_run(run(clone, "dvc", "repro")) == ["format"]
+    restore(clone)
+
+
+def test_an_experiment_runs_only_affected_stages_and_going_back_trains_nothing(clone: Path) -> None:
     before = results(clone)
     result = run(clone, "dvc", "exp", "run", "-S", "learning_rate=1e-05")
     assert stages_run(result) == ["evaluate@tuned", "generate@tuned", "train"]
@@ -100,15 +145,20 @@ def test_an_experiment_runs_what_the_parameter_affects_and_going_back_trains_not
     params = json.loads(run(clone, "dvc", "params", "diff", "HEAD", "--json").stdout)
     assert params["params.yaml"] == {"learning_rate": {"old": 0.001, "new": 1e-05, "diff": -0.00099}}
 
-    back = run(clone, "dvc", "exp", "run", "-S", "learning_rate=0.001")
-    # The samples lie in git, not in the cache: generate writes them anew, from the restored model.
-    assert stages_run(back) == ["generate@tuned"]
+    # A value that has run before comes from the run cache, here that of the experiment.
+    restore(clone)
+    assert stages_run(run(clone, "dvc", "repro")) == []
+    edit(clone, learning_rate="1e-05")
+    result = run(clone, "dvc", "repro", "evaluate@tuned")
+    assert stages_run(result) == []
+    assert "Stage 'train' is cached - skipping run, checking out outputs" in result.stdout
+    restore(clone)
     assert results(clone) == before
-    assert run(clone, "git", "status", "--porcelain", "dvc.lock", "metrics").stdout == ""
+    assert run(clone, "git", "status", "--porcelain").stdout == ""
 
 
 def kill_training(clone: Path) -> None:
-    """Kill the training stage of an experiment that runs in a copy, once it has saved two checkpoints."""
+    """Kill the training stage of an experiment that runs in a copy, when it has saved two checkpoints."""
     deadline = time.monotonic() + 120
     while len(list(clone.glob(".scratch/train/*/step-*"))) < 2:
         assert time.monotonic() < deadline, "no checkpoint"
@@ -126,46 +176,37 @@ def tuned_hash(clone: Path, name: str) -> str:
     return str(next(file["md5"] for file in files if file["relpath"] == "model.safetensors"))
 
 
-@pytest.mark.parametrize("kind", ["--temp", "--queue"])
-def test_an_experiment_in_a_copy_goes_on_after_a_kill_to_the_same_bytes(clone: Path, kind: str) -> None:
-    learning_rate = {"--temp": "0.002", "--queue": "0.003"}[kind]
-    changes = ("-S", f"learning_rate={learning_rate}", "-S", "num_epochs=6", "train")
-    shutil.rmtree(clone / ".scratch")
-
-    def start(name: str) -> subprocess.Popen[bytes]:
-        command = ["dvc", "exp", "run", kind, "-n", name, *changes]
-        if kind == "--queue":
-            run(clone, *command)
-            command = ["dvc", "queue", "start"]
-        quiet = subprocess.DEVNULL
-        return subprocess.Popen(command, cwd=clone, env=environment(), stdout=quiet, stderr=quiet)
-
-    def wait(process: subprocess.Popen[bytes], name: str) -> str:
-        process.wait()
-        while re.search(rf"{name} .*(Queued|Running)", run(clone, "dvc", "queue", "status").stdout):
-            time.sleep(0.5)
-        return run(clone, "dvc", "exp", "list").stdout
-
-    first = start("killed")
+def test_a_killed_experiment_in_the_queue_resumes_in_a_copy_to_the_same_bytes(clone: Path) -> None:
+    """Experiments of `--queue` and `--temp` run in copies of the project and share its checkpoints."""
+    changes = ("-S", "learning_rate=0.003", "-S", "num_epochs=6", "train")
+    shutil.rmtree(clone / ".scratch", ignore_errors=True)
+    run(clone, "dvc", "exp", "run", "--queue", "-n", "killed", *changes)
+    quiet = subprocess.DEVNULL
+    env = environment(FORK_SERVER="")
+    worker = subprocess.Popen(["dvc", "queue", "start"], cwd=clone, env=env, stdout=quiet, stderr=quiet)
     kill_training(clone)
-    assert "killed" not in wait(first, "killed")
+    worker.wait()
+    while re.search(r"killed .*(Queued|Running)", run(clone, "dvc", "queue", "status").stdout):
+        time.sleep(0.5)
+    assert "killed" not in run(clone, "dvc", "exp", "list").stdout
     checkpoints = sorted(clone.glob(".scratch/train/*/step-*"))
-    assert "resumed" in wait(start("resumed"), "resumed")
+
+    run(clone, "dvc", "exp", "run", "--temp", "-n", "resumed", *changes)
+    assert "resumed" in run(clone, "dvc", "exp", "list").stdout
     (finished,) = clone.glob(".scratch/train/*/finished")
     assert finished.parent == checkpoints[0].parent
 
-    # The same without an interruption, in the workspace and past DVC, which would find it in its cache.
+    # The same without an interruption, in this process.
     shutil.rmtree(clone / ".scratch")
-    edit(clone, learning_rate=learning_rate, num_epochs="6")
-    run(clone, sys.executable, "-m", "stages.train", PYTHONPATH=str(clone))
+    edit(clone, learning_rate="0.003", num_epochs="6")
+    run_pipeline(clone, "train")
     weights = (clone / "models/tuned/model.safetensors").read_bytes()
     assert tuned_hash(clone, "resumed") == hashlib.md5(weights).hexdigest()
-    run(clone, "git", "checkout", "-q", ".")
-    run(clone, "dvc", "checkout", "--force")
     run(clone, "dvc", "exp", "remove", "resumed")
+    restore(clone)
 
 
-def test_a_failing_stage_leaves_its_message_and_the_last_results(clone: Path) -> None:
+def test_a_failing_stage_reports_its_message_and_keeps_the_last_results(clone: Path) -> None:
     before = (clone / "dvc.lock").read_bytes()
     data = clone / "data/instructions.jsonl"
     good = data.read_bytes()
@@ -181,20 +222,22 @@ def test_a_failing_stage_leaves_its_message_and_the_last_results(clone: Path) ->
     assert run(clone, "dvc", "status").stdout == "Data and pipelines are up to date.\n"
 
 
-def test_what_lies_in_git_can_be_checked_without_cache(clone: Path, tmp_path: Path) -> None:
+def test_a_clone_without_cache_can_check_what_git_tracks(clone: Path, tmp_path: Path) -> None:
     run(clone, "git", "clone", "-q", str(clone), str(tmp_path / "review"))
     result = run(tmp_path / "review", "dvc", "repro", "--dry", "--allow-missing")
     assert stages_run(result) == []
 
 
-def test_cleaning_and_collecting_garbage_lose_no_committed_result(clone: Path) -> None:
+def test_cleaning_and_garbage_collection_lose_no_committed_result(clone: Path) -> None:
     before = results(clone)
-    run(clone, "dvc", "exp", "run", "-S", "max_new_tokens=3", "evaluate@base")
-    run(clone, "git", "checkout", "-q", ".")
-    run(clone, "dvc", "checkout", "--force")
+    run(clone, "dvc", "exp", "run", "-S", "validation_fraction=0.2", "split")
+    restore(clone)
     (clone / "data/.raw.parquet.partial").write_bytes(b"half")
+    (clone / ".scratch/train/0123").mkdir(parents=True)
+    (clone / ".scratch/train/0123/step-00000001").write_bytes(b"x" * 100_000)
+    (clone / ".scratch/train/0123.lock").touch()
     size = sum(path.stat().st_size for path in (clone / ".dvc/cache/files").rglob("*"))
-    cleaned = run(clone, sys.executable, "-m", "stages.clean", PYTHONPATH=str(clone)).stdout
+    cleaned = run(clone, "python", "-m", "tools.clean", PYTHONPATH=str(clone)).stdout
     assert "data/.raw.parquet.partial: deleted" in cleaned
     assert "kB of checkpoints deleted" in cleaned
     assert [path.name for path in (clone / ".scratch/train").iterdir() if path.is_dir()] == []

@@ -1,21 +1,30 @@
-"""What the README says is what the files say."""
+"""The README and the other pages agree with the files that they describe."""
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from benchmarks import report
 from tests import chaos
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAX_README_LINES = 250
 
 
-def section(name: str) -> str:
-    match = re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", README, re.DOTALL)
+def read_page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def block(name: str, page: str = README) -> str:
+    """The text between the markers of a generated block."""
+    match = re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", page, re.DOTALL)
     assert match
     return match[1]
 
@@ -25,7 +34,11 @@ def metrics(path: str) -> dict[str, Any]:
     return result
 
 
-def test_the_table_of_results_is_that_of_the_metrics() -> None:
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) < MAX_README_LINES
+
+
+def test_the_results_table_matches_the_metrics() -> None:
     base, tuned = metrics("evaluate/base.json"), metrics("evaluate/tuned.json")
 
     def row(name: str, key: str, digits: int) -> str:
@@ -35,65 +48,117 @@ def test_the_table_of_results_is_that_of_the_metrics() -> None:
             cells.append(f"{model[key]:.{digits}f}{error}")
         return f"| {name} | {cells[0]} | {cells[1]} |"
 
-    assert section("results").splitlines() == [
+    assert block("results").splitlines() == [
         "| metric | base | tuned |",
         "|---|---|---|",
-        row("loss, nats a token", "loss", 3),
+        row("loss (nats/token)", "loss", 3),
         row("perplexity", "perplexity", 2),
         row("token accuracy", "token_accuracy", 3),
         row("exact match", "exact_match", 3),
         row("ROUGE-L", "rouge_l", 3),
         row("stop rate", "stop_rate", 3),
-        row("mean response, tokens", "mean_response_tokens", 1),
+        row("mean response (tokens)", "mean_response_tokens", 1),
         row("distinct-2", "distinct_2", 3),
     ]
 
 
-def test_the_table_of_speed_is_that_of_the_benchmarks() -> None:
+def test_the_benchmark_tables_match_the_results() -> None:
     results = json.loads(report.RESULTS.read_text(encoding="utf-8"))
-    assert section("bench") == report.table(results)
-    assert f"]({report.PICTURE.relative_to(ROOT)})" in README
+    picture = report.PICTURE.relative_to(ROOT)
+    assert block("bench", read_page("docs/benchmarks.md")) == report.table(results)
+    assert f"](../{picture})" in read_page("docs/benchmarks.md")
+    assert f"]({picture})" in README
 
 
-def test_the_table_of_chaos_is_that_of_its_results() -> None:
-    assert section("chaos") == chaos.table(json.loads(chaos.RESULTS.read_text(encoding="utf-8")))
+def test_the_benchmark_summary_matches_the_results() -> None:
+    training = json.loads(report.RESULTS.read_text(encoding="utf-8"))["training"]
+
+    def ratio(engine: str, examples: str) -> str:
+        engines = training[examples]["engines"]
+        pairs = zip(engines[f"{engine}, bf16"]["seconds"], engines["this project, bf16"]["seconds"], strict=True)
+        return f"{statistics.median([theirs / ours for theirs, ours in pairs][report.WARM_UP :]):.1f}"
+
+    summary = " ".join(README.split("## Benchmarks\n")[1].split("\n\n")[0].split())
+    trl, textbook = ([ratio(engine, examples) for examples in ("short", "long")] for engine in ("TRL", "textbook"))
+    assert f"takes {trl[0]} times as long as here on short examples and {trl[1]} times on long ones" in summary
+    assert f"A textbook loop takes {textbook[0]} and {textbook[1]} times as long" in summary
 
 
-def test_the_answers_shown_are_in_the_samples() -> None:
-    lines = section("answer").splitlines()
+def test_the_chaos_table_matches_the_results() -> None:
+    results = json.loads(chaos.RESULTS.read_text(encoding="utf-8"))
+    assert block("chaos", read_page("docs/reliability.md")) == chaos.table(results)
+
+
+def test_the_example_answers_are_in_the_samples() -> None:
+    lines = block("answer").splitlines()
     prompt = lines[0].removeprefix("> **").removesuffix("**")
     for model in ("base", "tuned"):
         shown = [line for line in lines if line.startswith(f"> *{model}:* ")]
         assert len(shown) == 1
-        answer = (ROOT / f"metrics/samples/{model}.md").read_text(encoding="utf-8").split(f"## {prompt}\n")[1]
+        answer = read_page(f"metrics/samples/{model}.md").split(f"## {prompt}\n")[1]
         words = " ".join(answer.split("\n## ")[0].split())
         assert words.startswith(shown[0].removeprefix(f"> *{model}:* ").removesuffix(" …"))
 
 
-def test_the_graph_is_the_pipelines() -> None:
+@pytest.mark.subprocess
+def test_the_graph_matches_dvc_yaml() -> None:
     dvc = Path(sys.executable).with_name("dvc")
     graph = subprocess.run([dvc, "dag", "--md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert section("dag").split() == graph.split()
+    assert block("dag").split() == graph.split()
 
 
-def test_every_file_of_the_pipeline_is_in_the_file_tree() -> None:
-    tree = section_of_files()
-    files = [str(path.relative_to(ROOT)) for path in (ROOT / "stages").rglob("*.py") if path.name != "__init__.py"]
-    assert sorted(line.split()[0] for line in tree if line.startswith("stages/")) == sorted(files)
+def test_the_stages_of_the_table_are_those_of_dvc_yaml() -> None:
+    from stages.runtime.yaml12 import parse_yaml
+
+    table = README.split("## How it works\n")[1].split("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(parse_yaml(read_page("dvc.yaml"))["stages"])
 
 
-def test_links_lead_to_files_that_are_there() -> None:
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
-        links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
-        assert [link for link in links if not (page.parent / link).exists()] == [], page
+def test_the_code_layout_lists_every_module() -> None:
+    tree = read_page("CONTRIBUTING.md").split("## Code layout\n```\n")[1].split("\n```")[0]
+    listed, folder = set(), ""
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if line.startswith(" "):
+            listed.add(folder + name)
+        else:
+            folder = name
+    modules = {
+        str(path.relative_to(ROOT))
+        for package in ("stages", "tools", "review")
+        for path in (ROOT / package).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert listed == modules
 
 
-def section_of_files() -> list[str]:
-    return README.split("## Files\n```\n")[1].split("\n```")[0].splitlines()
+def test_every_page_is_in_the_index() -> None:
+    index = read_page("docs/README.md")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert set(re.findall(r"^\| \[[^]]+\]\((.+?)\) \|", index, re.MULTILINE)) == pages
 
 
+def test_relative_links_lead_to_files_and_headings() -> None:
+    names = ("README.md", "CONTRIBUTING.md", "LICENSES.md", "data/README.md")
+    for page in (*(ROOT / name for name in names), *(ROOT / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        links = [*re.findall(r"\]\(([^):]+)\)", text), *re.findall(r'<img src="([^":]+)"', text)]
+        assert [link for link in links if not leads_somewhere(page, link)] == [], page
+
+
+def leads_somewhere(page: Path, link: str) -> bool:
+    """Whether a relative link names a file, and a heading of it if it has an anchor."""
+    name, _, anchor = link.partition("#")
+    target = page.parent / name if name else page
+    if not target.exists() or not anchor:
+        return target.exists()
+    headings = re.findall(r"^#+ (.+)", target.read_text(encoding="utf-8"), re.MULTILINE)
+    return anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.subprocess
 def test_make_help_lists_every_target() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    makefile = read_page("Makefile")
     targets = re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)
     shown = subprocess.run(
         ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -103,18 +168,26 @@ def test_make_help_lists_every_target() -> None:
     assert sorted(phony[0].split()) == sorted(targets)
 
 
-def test_every_parameter_is_in_the_table() -> None:
-    from stages.shared.params import STAGES
+def test_the_documentation_names_only_existing_make_targets() -> None:
+    targets = {*re.findall(r"^([a-z-]+):", read_page("Makefile"), re.MULTILINE), ".venv/installed"}
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    named = set(re.findall(r"(?:^|`)make ([a-z./-]+)", text, re.MULTILINE))
+    assert named <= targets
+    assert {"repro", "chat", "review", "test", "help"} <= named
 
-    table = README.split("## Parameters")[1].split("## The pipeline")[0]
+
+def test_every_parameter_is_in_the_table() -> None:
+    from stages.runtime.params import STAGES
+
+    table = README.split("## Parameters\n")[1].split("\n## ")[0]
     named = set(re.findall(r"`([a-z_]+)`", table.split("|---|---|")[1].split("\n\n")[0]))
     assert named == {name for model in STAGES for name in model.model_fields}
 
 
-def test_the_data_card_counts_right() -> None:
-    card = (ROOT / "data/README.md").read_text()
-    lines = (ROOT / "data/instructions.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+def test_the_numbers_of_the_data_card_are_right() -> None:
+    card = " ".join(read_page("data/README.md").split())
+    rows = [json.loads(line) for line in read_page("data/instructions.jsonl").splitlines()]
     assert f"`instructions.jsonl`: {len(rows):,} instruction–response pairs" in card
     assert f"{sum(bool(row['input']) for row in rows)} rows have an input" in card
     assert f"in {sum('check' in row for row in rows)} rows: a Python expression" in card

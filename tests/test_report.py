@@ -1,9 +1,10 @@
-"""The review as Markdown and as a page: foreign words stay words, changed ones are marked, all is in the page."""
+"""The review as Markdown and as a page: untrusted text stays text, changed words are marked; also plots and gates."""
 
 import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from markdown_it import MarkdownIt
 
 from review import plots, report
 from review.gates import Gate, read_gates
-from stages.shared.errors import UserError
+from stages.runtime.errors import UserError
 
 
 def rendered(cell: str) -> str:
@@ -22,28 +23,30 @@ def rendered(cell: str) -> str:
     return str(cells[0])
 
 
-def test_changed_words_are_marked_and_equal_ones_are_not() -> None:
-    before, after = report.marked("The capital is Sydney, of course.", "The capital is now Canberra, of course.")
+def test_only_changed_words_are_highlighted() -> None:
+    before, after = report.highlight_diff(
+        "The capital is Sydney, of course.", "The capital is now Canberra, of course."
+    )
     assert before == "The capital is ~~Sydney,~~ of course."
     assert after == "The capital is **now Canberra,** of course."
     assert rendered(before) == "The capital is <s>Sydney,</s> of course."
     assert rendered(after) == "The capital is <strong>now Canberra,</strong> of course."
 
 
-def test_an_answer_that_only_one_revision_has_is_said() -> None:
-    assert report.marked(None, "Red.") == ("(no such prompt)", "Red.")
-    assert report.marked("", "Red.") == ("", "**Red.**")
+def test_missing_answer_is_reported() -> None:
+    assert report.highlight_diff(None, "Red.") == ("(no such prompt)", "Red.")
+    assert report.highlight_diff("", "Red.") == ("", "**Red.**")
 
 
-def test_line_ends_stay_visible_in_a_cell() -> None:
+def test_line_breaks_become_symbols_in_a_cell() -> None:
     assert report.text("one\n\n two\n") == "one ⏎ two"
 
 
 @pytest.mark.parametrize(
-    ("words", "seen"),
+    ("content", "shown"),
     [
-        ("@octocat", "@\u2060octocat"),  # GitHub would send a mail
-        ("fixes #12", "fixes #\u206012"),  # GitHub would link, and close, an issue
+        ("@octocat", "@\u2060octocat"),  # on GitHub a mention, which sends an email
+        ("fixes #12", "fixes #\u206012"),  # on GitHub a reference, which closes an issue
         ("https://example.com", "https:\u2060//example.com"),
         ("www.example.com", "www\u2060.example.com"),
         ("| a | b |", "| a | b |"),
@@ -53,18 +56,17 @@ def test_line_ends_stay_visible_in_a_cell() -> None:
         ("\x1b[31m", "\\x1b[31m"),
     ],
 )
-def test_foreign_words_are_no_markup_no_mention_and_no_link(words: str, seen: str) -> None:
-    assert rendered(report.text(words)) == seen
+def test_untrusted_text_is_not_markup_mention_or_link(content: str, shown: str) -> None:
+    assert rendered(report.text(content)) == shown
 
 
 @given(st.text(max_size=40), st.text(max_size=40))
-def test_no_text_breaks_out_of_its_cell(before: str, after: str) -> None:
-    for cell in report.marked(before, after):
-        inside = rendered(cell)
-        assert re.findall("<(?!/?(?:s|strong)>)", inside) == []
+def test_no_text_escapes_from_its_cell(before: str, after: str) -> None:
+    for cell in report.highlight_diff(before, after):
+        assert re.findall("<(?!/?(?:s|strong)>)", rendered(cell)) == []
 
 
-def test_the_page_has_no_script_and_nothing_from_elsewhere() -> None:
+def test_page_has_no_scripts_and_no_external_resources() -> None:
     image = plots.as_images([("Loss", b"\x89PNG")])
     page = report.page(f"# Review\n\n<script>alert(1)</script>\n\n{image}\n", "a </title><script>")
     assert "<script" not in page
@@ -73,29 +75,29 @@ def test_the_page_has_no_script_and_nothing_from_elsewhere() -> None:
     assert "default-src 'none'; img-src data:" in page
 
 
-def test_a_curve_is_resampled_to_the_same_share_of_the_run() -> None:
-    assert plots.resample([(10, 4.0), (20, 2.0), (30, 1.0)], 5) == [4.0, 3.0, 2.0, 1.5, 1.0]
+def test_curves_are_resampled_at_equal_fractions_of_the_run() -> None:
+    assert plots.resample(pd.Series([4.0, 2.0, 1.0], [10, 20, 30]), 5) == [4.0, 3.0, 2.0, 1.5, 1.0]
 
 
-def test_the_page_of_dvc_plots_brings_vega_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_of_dvc_plots_includes_vega(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     plots.write_page()
     page = plots.PAGE.read_text()
     assert page.count("{plot_divs}") == page.count("{refresh_tag}") == 1
-    assert "{scripts}" not in page  # where DVC would put what comes from the network
+    assert "{scripts}" not in page  # DVC would put links to external scripts here
     assert "window.vegaEmbed" in page
     assert re.findall(r"<script[^>]+src|<link", page) == []
 
 
 @pytest.mark.parametrize("template", sorted(Path(".dvc/plots").glob("*.json")), ids=lambda path: path.stem)
-def test_a_template_of_plots_is_drawn(template: Path) -> None:
+def test_plot_template_is_drawn(template: Path) -> None:
     anchors = {
         "DATA": [{"rev": "a", "x": 1, "y": 2.5}, {"rev": "a", "x": 2, "y": ""}, {"rev": "b", "x": 3, "y": 1.5}],
         "TITLE": "Loss",
         "X": "x",
         "Y": "y",
         "X_LABEL": "optimizer step",
-        "Y_LABEL": "nats a token",
+        "Y_LABEL": "nats/token",
         "PLOT_WIDTH": 300,
         "PLOT_HEIGHT": 300,
         "COLOR": {"field": "rev"},
@@ -108,10 +110,10 @@ def test_a_template_of_plots_is_drawn(template: Path) -> None:
     assert "DVC_METRIC" not in text
     svg = plots.vl_convert.vegalite_to_svg(text)
     assert "optimizer step" in svg
-    assert "nats a token" in svg
+    assert "nats/token" in svg
 
 
-def test_gates_are_read() -> None:
+def test_gates_of_this_project_are_read() -> None:
     assert read_gates() == {
         "loss": Gate(not_worse=True),
         "token_accuracy": Gate(not_worse=True),
@@ -131,12 +133,12 @@ def test_gates_are_read() -> None:
         ("mean_response_tokens: {not_worse: true}", "mean_response_tokens: not_worse; must be one of loss, token_acc"),
     ],
 )
-def test_a_file_that_is_no_gates_is_said(tmp_path: Path, content: str, expected: str) -> None:
+def test_invalid_gates_are_reported(tmp_path: Path, content: str, expected: str) -> None:
     path = tmp_path / "gates.yaml"
     path.write_text(content)
     with pytest.raises(UserError, match=re.escape(expected)):
         read_gates(path)
 
 
-def test_no_file_is_no_gates(tmp_path: Path) -> None:
+def test_missing_gates_file_means_no_gates(tmp_path: Path) -> None:
     assert read_gates(tmp_path / "gates.yaml") == {}

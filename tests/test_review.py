@@ -1,4 +1,4 @@
-"""`make review` on a repository of five commits whose differences are known."""
+"""`make review` in a repository of six commits with known differences."""
 
 import json
 import shutil
@@ -11,13 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from review.comparison import PREDICTIONS, Comparison, compare_revisions
+from review.comparison import Comparison, compare_revisions
 from review.revisions import Revision
-from stages.evaluate import PREDICTIONS as SCHEMA
-from stages.evaluate import summarise
-from stages.shared.templates import render_alpaca
+from review.verdicts import PREDICTIONS
+from stages.data.alpaca import render_alpaca
+from stages.evaluate import PREDICTIONS_SCHEMA, compute_metrics
 from tests.clone import ROOT, commit, run
 
+pytestmark = pytest.mark.subprocess
 NUM = 100
 LOSSES = np.linspace(1, 3, NUM)
 ALTERNATING = np.tile([0.5, -0.5], NUM // 2)
@@ -30,13 +31,17 @@ stages:
     metrics:
       - metrics/evaluate/tuned.json: {cache: false}
     plots:
-      - metrics/curve.csv: {cache: false, x: step, y: loss, title: Loss, x_label: step, y_label: nats a token}
+      - metrics/curve.csv: {cache: false, x: step, y: loss, title: Loss, x_label: step, y_label: nats/token}
 """
-SAMPLES = "# Answers of the tuned model\n\nAt most 64 tokens.\n\n## Name \\*two\\* colours.\n\n    {answer}\n"
+SAMPLES = "# Answers of the tuned model\n\nAt most 64 tokens.\n\n## Name \\*two\\* colors.\n\n    {answer}\n"
 
 
 def write_revision(folder: Path, losses: Any, learning_rate: str, answer: str, **changes: Any) -> None:
-    """Files as the stages leave them. changes: columns of the predictions, as lists."""
+    """Write the files that the stages would write.
+
+    Args:
+        changes: other values of columns of the predictions, as lists.
+    """
     rows: list[dict[str, Any]] = [
         {
             "example_id": f"id{n}",
@@ -64,9 +69,9 @@ def write_revision(folder: Path, losses: Any, learning_rate: str, answer: str, *
     ]
     for path in ("data/predictions", "metrics/evaluate", "metrics/samples"):
         (folder / path).mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / PREDICTIONS)
+    pq.write_table(pa.Table.from_pylist(rows, PREDICTIONS_SCHEMA), folder / PREDICTIONS)
     pq.write_table(pa.Table.from_pylist(texts), folder / "data/test.parquet")
-    (folder / "metrics/evaluate/tuned.json").write_text(json.dumps(summarise(rows)))
+    (folder / "metrics/evaluate/tuned.json").write_text(json.dumps(compute_metrics(rows)))
     (folder / "metrics/samples/tuned.md").write_text(SAMPLES.format(answer=answer))
     (folder / "metrics/curve.csv").write_text(
         "step,loss,validation_loss,learning_rate,gradient_norm\n"
@@ -119,31 +124,31 @@ def compared(before: str, after: str) -> Comparison:
 
 
 def review(folder: Path, *revisions: str, exit_code: int = 0) -> str:
-    """Run it as `make` does. What it prints; it may not be a traceback."""
+    """Run it as `make` does, and return its output, which must not contain a traceback."""
     result = run(folder, "python", "-m", "review", *revisions, check=False, PYTHONPATH=str(ROOT))
     assert "Traceback" not in result.stderr
     assert result.returncode == exit_code, result.stdout + result.stderr
     return result.stdout + result.stderr
 
 
-def test_a_better_model_is_called_better(folder: Path) -> None:
-    verdict = compared("before", "better").verdict("loss")
-    assert verdict.words == "better"
-    assert verdict.difference
-    assert verdict.difference.value == pytest.approx(-0.2)
+def test_significantly_better_model_is_better(folder: Path) -> None:
+    result = compared("before", "better").metric("loss")
+    assert result.verdict == "better"
+    assert result.difference
+    assert result.difference.value == pytest.approx(-0.2)
     # 1.96 standard errors of 100 differences with a standard deviation of 0.5.
-    assert verdict.difference.low == pytest.approx(-0.298, abs=0.01)
-    assert verdict.difference.high == pytest.approx(-0.102, abs=0.01)
+    assert result.difference.low == pytest.approx(-0.298, abs=0.01)
+    assert result.difference.high == pytest.approx(-0.102, abs=0.01)
 
 
-def test_a_difference_within_noise_is_called_so(folder: Path) -> None:
-    assert compared("before", "noise").verdict("loss").words == "within noise"
+def test_insignificant_difference_is_within_noise(folder: Path) -> None:
+    assert compared("before", "noise").metric("loss").verdict == "within noise"
 
 
-def test_a_worse_model_is_called_worse_and_breaks_the_gates(folder: Path) -> None:
+def test_significantly_worse_model_is_worse_and_fails_the_gates(folder: Path) -> None:
     comparison = compared("before", "worse")
-    words = {verdict.metric.name: verdict.words for verdict in comparison.verdicts}
-    assert words == {
+    verdicts = {result.metric.name: result.verdict for result in comparison.metrics}
+    assert verdicts == {
         "loss": "worse",
         "token_accuracy": "the same",
         "exact_match": "the same",
@@ -152,57 +157,61 @@ def test_a_worse_model_is_called_worse_and_breaks_the_gates(folder: Path) -> Non
         "mean_response_tokens": "the same",
     }
     output = review(folder, "before", "worse", exit_code=1)
-    assert "error: 2 of 3 gates broken" in output
-    assert "broken: loss not worse than in before by more than noise; found: worse" in output
-    assert "broken: stop_rate at least 0.95; found: 0.9" in output
-    assert "❌ broken" in Path("review.md").read_text()  # written all the same
+    assert "error: 2 of 3 gates failed; details are in review.md, the gates in gates.yaml" in output
+    assert "failed: loss not worse than in before by more than noise; found: worse" in output
+    assert "failed: stop_rate at least 0.95; found: 0.9" in output
+    assert "❌ failed" in Path("review.md").read_text()  # the report is written even so
 
 
-def test_what_is_better_one_way_is_worse_the_other_way(folder: Path) -> None:
-    assert compared("better", "before").verdict("loss").words == "worse"
+def test_swapping_the_revisions_swaps_better_and_worse(folder: Path) -> None:
+    assert compared("better", "before").metric("loss").verdict == "worse"
 
 
-def test_of_different_test_sets_only_common_examples_are_compared(folder: Path) -> None:
+def test_only_common_examples_of_different_test_sets_are_compared(folder: Path) -> None:
     comparison = compared("before", "fewer")
-    verdict = comparison.verdict("loss")
+    result = comparison.metric("loss")
     assert not comparison.same_test_set
-    # The sixty easier ones, of which the mean was 1.6: not 2, the loss that `before` has on all.
-    assert verdict.before == pytest.approx(LOSSES[:60].mean())
-    assert verdict.difference
-    assert verdict.difference.value == pytest.approx(0.2)
+    # The mean of the 60 common examples, which have low losses; over all examples of `before` it is 2.
+    assert result.before == pytest.approx(1.59596, abs=1e-5)
+    assert result.difference
+    assert result.difference.value == pytest.approx(0.2)
     assert comparison.notes == [
-        "The test sets differ: before has 100 examples, fewer 60. Only the 60 that both have are compared, "
-        "so the values differ from those of metrics/evaluate/tuned.json."
+        "The test sets differ: before has 100 examples, fewer 60. Only the 60 common ones are compared, so the values "
+        "differ from those in metrics/evaluate/tuned.json."
     ]
 
 
-def test_losses_over_other_tokens_are_not_compared(folder: Path) -> None:
+def test_per_token_metrics_over_different_tokens_are_not_compared(folder: Path) -> None:
     comparison = compared("before", "tokens")
-    assert comparison.verdict("loss").words == "can't be compared"
-    assert comparison.verdict("token_accuracy").words == "can't be compared"
-    assert comparison.verdict("rouge_l").words == "the same"
-    assert "40 of 100 examples have another number of supervised tokens" in comparison.notes[0]
+    assert comparison.metric("loss").verdict == "can't be compared"
+    assert comparison.metric("token_accuracy").verdict == "can't be compared"
+    assert comparison.metric("rouge_l").verdict == "the same"
+    assert "40 of 100 examples differ in their number of supervised tokens" in comparison.notes[0]
 
 
-def test_what_changed_is_named(folder: Path) -> None:
+def test_changed_parameters_stages_samples_and_metrics_are_listed(folder: Path) -> None:
     comparison = compared("before", "better")
     assert [(change.name, change.before, change.after) for change in comparison.params] == [
         ("learning_rate", 0.0001, 0.0002)
     ]
     (stage,) = comparison.stages
     assert stage.name == "evaluate"
-    assert stage.because == ["learning_rate: 0.0001 → 0.0002"]
-    assert stage.changed == ["data/predictions/tuned.parquet", "metrics/curve.csv", "metrics/evaluate/tuned.json"]
+    assert stage.changed_inputs == ["learning_rate: 0.0001 → 0.0002"]
+    assert stage.changed_outputs == [
+        "data/predictions/tuned.parquet",
+        "metrics/curve.csv",
+        "metrics/evaluate/tuned.json",
+    ]
     assert [(sample.name, sample.before, sample.after) for sample in comparison.samples] == [
-        ("Name *two* colours.", "Red and green.", "Red and @octocat.")
+        ("Name *two* colors.", "Red and green.", "Red and @octocat.")
     ]
     assert [change.name for change in comparison.other_metrics] == ["evaluate/tuned: perplexity"]
 
 
-def test_the_examples_that_changed_most_come_first(folder: Path) -> None:
+def test_most_improved_examples_are_followed_by_those_that_got_most_worse(folder: Path) -> None:
     examples = compared("before", "better").examples
     assert len(examples) == 20
-    # Every other one gained 0.7, the rest lost 0.3.
+    # Half of the examples improved by 0.7, the others got worse by 0.3.
     assert [round(example.change, 6) for example in examples] == [-0.7] * 10 + [0.3] * 10
     first = examples[0]
     number = int(first.prompt.removeprefix("Say id").removesuffix("."))
@@ -211,51 +220,65 @@ def test_the_examples_that_changed_most_come_first(folder: Path) -> None:
     assert (first.reference, first.answer_before, first.answer_after) == ("r", f"answer {number}", f"answer {number}")
 
 
-def test_the_workspace_is_compared_where_no_other_revision_is_named(folder: Path) -> None:
+def test_workspace_is_compared_by_default(folder: Path) -> None:
     write_revision(folder, LOSSES - 0.2 + ALTERNATING, "9e-4", "Red.")
     output = review(folder, "before")
     assert "better" in output
     report = Path("review.md").read_text()
     assert report.startswith("# Review: `before` → `workspace`\n\n**Test loss: ✅ better, 2.0000 → 1.8000, −0.2000 ")
     assert "| `learning_rate` | `0.0001` | `0.0009` |" in report
+    assert [line for line in report.splitlines() if line.startswith("## ")] == [
+        "## Gates",
+        "## Metrics on the test split",
+        "## Changed parameters",
+        "## Stages that ran again",
+        "## Other metrics that changed",
+        "## Curves",
+        "## Sample answers",
+        "## Most improved test examples",
+        "## Test examples that got worse the most",
+    ]
 
 
-def test_the_same_review_twice_is_the_same(folder: Path) -> None:
+def test_repeated_review_gives_the_same_bytes(folder: Path) -> None:
     review(folder, "before", "better")
     first = [Path(name).read_bytes() for name in ("review.md", "review.html")]
     review(folder, "before", "better")
     assert first == [Path(name).read_bytes() for name in ("review.md", "review.html")]
 
 
-def test_without_cache_and_remote_git_alone_is_enough_for_all_but_the_intervals(folder: Path) -> None:
+def test_without_predictions_everything_but_the_intervals_is_reported(folder: Path) -> None:
     shutil.rmtree(".dvc/cache")
     shutil.rmtree("data/predictions")
     Path("data/test.parquet").unlink()
     output = review(folder, "before", "better")
-    assert "holds: loss not worse than in before by more than noise; found: no worse at all" in output
+    assert "passed: loss not worse than in before by more than noise; found: not worse" in output
     report = Path("review.md").read_text()
     assert "| loss | 2.0000 | 1.8000 |  |  | not known: no predictions |" in report
-    assert "**Not to be had here**: `data/predictions/tuned.parquet` of `before`" in report
+    assert "**Not available**: `data/predictions/tuned.parquet` of `before`" in report
     assert "`dvc pull --all-commits data/predictions/tuned.parquet`" in report
     assert "| `learning_rate` | `0.0001` | `0.0002` |" in report
     assert "```mermaid" in report
-    # The other way round the loss rose, and whether by more than noise nobody can tell here: that is not passed over.
+    # With the revisions swapped, the loss rose. Whether this is noise can't be decided, so the gate fails.
     output = review(folder, "better", "before", exit_code=1)
-    assert "broken: loss not worse than in better by more than noise; found: can't be told from noise" in output
+    assert (
+        "failed: loss not worse than in better by more than noise; "
+        "found: can't be decided (not known: no predictions): `dvc pull`, then review again"
+    ) in output
 
 
-def test_a_file_that_is_damaged_is_named_with_its_revision(folder: Path) -> None:
+def test_damaged_file_is_named_with_its_revision(folder: Path) -> None:
     Path("metrics/evaluate/tuned.json").write_text("{")
     output = review(folder, "before", exit_code=1)
     assert "error: metrics/evaluate/tuned.json of workspace: can't be read: Expecting property name" in output
 
 
-def test_a_revision_that_is_none_is_said(folder: Path) -> None:
+def test_unknown_revision_is_reported(folder: Path) -> None:
     output = review(folder, "nonsense", exit_code=1)
     assert "error: nonsense: unknown Git revision 'nonsense'; must be a commit, branch or tag" in output
 
 
-def test_a_revision_without_results_is_said(folder: Path) -> None:
+def test_revision_without_results_is_reported(folder: Path) -> None:
     run(folder, "git", "checkout", "-q", "--orphan", "empty")
     run(folder, "git", "rm", "-q", "-r", "--cached", ".")
     run(folder, "git", "commit", "-q", "--allow-empty", "-m", "empty")

@@ -1,4 +1,4 @@
-"""The page on scaling says what was measured, and what follows from it."""
+"""`docs/scaling.md` shows the measurements and the estimates that follow from them."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from benchmarks import costs, scaling
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_page_shows_what_the_file_says() -> None:
+def test_page_shows_the_report_of_the_results_file() -> None:
     page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
     shown = re.search(r"<!-- scaling -->\n(.*)\n<!-- /scaling -->", page, re.DOTALL)
     assert shown
@@ -48,20 +48,21 @@ RESULTS = {
 }
 
 
-def test_larger_jobs_follow_from_lines_through_the_points_of_several_processes() -> None:
+def test_larger_jobs_are_estimated_from_linear_fits_to_the_parallel_points() -> None:
     lines = costs.report(RESULTS).splitlines()
-    assert lines[0] == "2026-01-31, 2 cores of Abacus (none). Rows of 200 tokens in the mean."
+    assert lines[0] == "2026-01-31, 2 cores of Abacus (none). Rows have 200 tokens on average."
     assert lines[4] == "| 100,000 | 3.5 | 0.20 | 99.0 | 9.00 | 22.0 | 0.51 |"
     assert lines[9] == (
-        "A straight line through the points between foretells the seconds of 800,000 rows: "
-        "download_dataset 21 (measured 21), format 85 (measured 85), split 162 (measured 162)."
+        "For 800,000 rows, a linear fit to the points between the first and the last predicts "
+        "download_dataset 21 s (measured: 21 s), format 85 s (measured: 85 s), split 162 s (measured: 162 s)."
     )
     assert lines[11] == (
-        "**10,000,000 rows, estimated** by a line through all points but the first: "
-        "download_dataset 4.2 min, 200 MB of memory; format 17 min, 1.5 GB of memory; split 33 min, 1.5 GB of memory. "
-        "The tables take 4 GB. Training would read its split into 10 GB of memory."
+        "**Estimate for 10,000,000 rows**, from a linear fit to all points but the first: "
+        "download_dataset 4.2 min with 200 MB of memory; format 17 min with 1.5 GB of memory; "
+        "split 33 min with 1.5 GB of memory. "
+        "The tables take 4 GB. Training would need 10 GB of memory for its split."
     )
-    assert lines[13] == "One core against all, format: 2.00 times (80 s and 40 s, 90 s and 50 s, 84 s and 40 s)."
+    assert lines[13] == "Speedup of all cores over one core: format 2.00 (80 s → 40 s, 90 s → 50 s, 84 s → 40 s)."
     assert lines[17] == (
         "| 52,000 × GPT-2 | 10 M | 25 s | 41.6 MB | 4.96 GB "
         "| 2 cores of Abacus (none) | 200 | 14 h |  | measured here |"
@@ -73,8 +74,8 @@ def test_larger_jobs_follow_from_lines_through_the_points_of_several_processes()
     ]
 
 
-def test_durations_have_two_digits_in_the_largest_unit_that_fits() -> None:
-    assert [costs.duration(seconds) for seconds in (0.04, 9.96, 119, 120, 7300, 172_800, 1e8)] == [
+def test_durations_have_two_digits_in_the_largest_unit_that_gives_at_least_two() -> None:
+    assert [costs.format_duration(seconds) for seconds in (0.04, 9.96, 119, 120, 7300, 172_800, 1e8)] == [
         "0.04 s",
         "10 s",
         "119 s",
@@ -85,15 +86,18 @@ def test_durations_have_two_digits_in_the_largest_unit_that_fits() -> None:
     ]
 
 
-def test_memory_is_that_of_all_processes(tmp_path: Path) -> None:
-    hold = "import time; block = b'x' * 100_000_000; time.sleep(1)"
-    code = f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {hold!r}]); {hold}; child.wait()"
+@pytest.mark.subprocess
+def test_peak_memory_is_summed_over_child_processes(tmp_path: Path) -> None:
+    allocate = "import time; block = b'x' * 100_000_000; time.sleep(1)"
+    child = f"subprocess.Popen([sys.executable, '-c', {allocate!r}])"
+    code = f"import subprocess, sys; child = {child}; {allocate}; child.wait()"
     measured = scaling.run([sys.executable, "-c", code], tmp_path)
     assert 200e6 < measured["peak_memory_bytes"] < 260e6
     assert measured["seconds"] > 1
 
 
-def test_the_data_stages_are_measured_from_the_shipped_rows(
+@pytest.mark.subprocess
+def test_data_stages_are_measured_on_generated_rows(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(prepared)

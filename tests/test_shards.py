@@ -1,4 +1,4 @@
-"""A large table is a folder of shards, worked on by several processes: what comes of it is what one file would give."""
+"""Large tables: shards and several processes give the same rows and metrics as one file and one process."""
 
 import json
 from pathlib import Path
@@ -9,16 +9,18 @@ import pytest
 
 from stages import download_dataset, download_model, split
 from stages import format as format_stage
-from stages.shared import files, processes
-from stages.shared.examples import read_split
-from tests.test_params import edit
+from stages.data import tables
+from stages.data.examples import read_split
+from stages.data.tables import shards
+from stages.runtime import parallel
+from tests.clone import edit
 
-TABLES = ("raw", "unreadable", "formatted", "left_out", "train", "validation", "test")
+TABLES = ("raw", "unreadable", "formatted", "rejected", "train", "validation", "test")
 SAME_QUESTION = "Name three tall trees that grow in the north of Norway, and how old they become{}"
 
 
 def rows() -> list[dict[str, Any]]:
-    """Duplicates, near-duplicates and bad rows that lie in other shards than their twins."""
+    """Rows with duplicates and near-duplicates in different shards, and with rows that are rejected."""
     plain = [{"instruction": f"Say the number {i} in words.", "output": f"This is {i}."} for i in range(600)]
     near = [{"instruction": SAME_QUESTION.format(end * (i + 1)), "output": f"{i}"} for end in "!?." for i in range(12)]
     bad: list[dict[str, Any]] = [{"instruction": "A"}, {"instruction": " ", "output": "b"}] * 4
@@ -26,34 +28,34 @@ def rows() -> list[dict[str, Any]]:
 
 
 def run_pipeline(folder: Path, tiny_model: Path) -> dict[str, Any]:
-    """All tables as lists of rows, and the metrics."""
+    """Run the stages up to split; returns all tables as lists of rows, and the metrics."""
     (folder / "data/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
     edit(folder, dataset_file="data/a.jsonl", model_name=str(tiny_model), drop_near_duplicates="true")
     for stage in (download_dataset, download_model, format_stage, split):
         stage.main()
-    tables = {
-        name: [row for path in files.shards(Path(f"data/{name}.parquet")) for row in pq.read_table(path).to_pylist()]
+    results: dict[str, Any] = {
+        name: [row for path in shards(Path(f"data/{name}.parquet")) for row in pq.read_table(path).to_pylist()]
         for name in TABLES
     }
     examples = [example.input_ids.tolist() for example in read_split(Path("data/train.parquet"))]
-    return {**tables, "examples": examples, **{path.name: path.read_text() for path in Path("metrics").iterdir()}}
+    return {**results, "examples": examples, **{path.name: path.read_text() for path in Path("metrics").iterdir()}}
 
 
-def test_shards_and_processes_change_no_row_and_no_metric(
+def test_shards_and_processes_do_not_change_rows_or_metrics(
     project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run_pipeline(project, tiny_model)
+    expected = run_pipeline(project, tiny_model)
     assert not Path("data/raw.parquet").is_dir()
-    metrics = json.loads(whole["split.json"])
+    metrics = json.loads(expected["split.json"])
     assert (metrics["rows_in"], metrics["duplicates"]) == (716, 80)
     assert metrics["near_duplicates"] > 20
 
-    monkeypatch.setattr(files, "ROWS_PER_GROUP", 8)
-    monkeypatch.setattr(files, "ROWS_PER_SHARD", 200)
-    monkeypatch.setattr(processes, "num_cores", lambda: 2)
-    assert run_pipeline(project, tiny_model) == whole
-    assert [len(files.shards(Path(f"data/{name}.parquet"))) for name in TABLES] == [4, 1, 4, 1, 4, 4, 4]
+    monkeypatch.setattr(tables, "ROWS_PER_GROUP", 8)
+    monkeypatch.setattr(tables, "ROWS_PER_SHARD", 200)
+    monkeypatch.setattr(parallel, "num_cores", lambda: 2)
+    assert run_pipeline(project, tiny_model) == expected
+    assert [len(shards(Path(f"data/{name}.parquet"))) for name in TABLES] == [4, 1, 4, 1, 4, 4, 4]
     first = {path: path.read_bytes() for path in Path("data").rglob("*.parquet") if path.is_file()}
-    assert run_pipeline(project, tiny_model) == whole
+    assert run_pipeline(project, tiny_model) == expected
     assert {path: path.read_bytes() for path in first} == first
     assert sorted(path.name for path in Path(".scratch").iterdir()) == []

@@ -1,4 +1,4 @@
-"""The commands of `docs/sharing.md`, run as the page has them: a pusher, a git remote, a DVC remote, colleagues."""
+"""The commands of docs/sharing.md, run as on the page: a pusher, a git remote, a DVC remote, colleagues."""
 
 import os
 import re
@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.clone import EVERY_STAGE, ROOT, copy_clone, run, stages_run
-from tests.test_params import edit
+from tests.clone import EVERY_STAGE, ROOT, copy_clone, edit, run, stages_run
+
+pytestmark = pytest.mark.subprocess
 
 PAGE = (ROOT / "docs/sharing.md").read_text(encoding="utf-8")
 NOT_RUN = {"pip install -c constraints.txt -e '.[s3]'"}  # it needs a package index
@@ -30,15 +31,15 @@ def block(first_line: str) -> str:
 
 @dataclass(frozen=True)
 class Team:
-    """The first clone, which ran the pipeline and an experiment and pushed both, and what it pushed to."""
+    """The first clone, which ran the pipeline and an experiment and pushed both, and its remotes."""
 
     mine: Path
     origin: Path  # the bare git repository
     store: Path  # the DVC remote
     cache: Path
     weights: bytes = field(repr=False)  # of main
-    slow: bytes = field(repr=False)  # weights of the experiment
-    s3: str = ""  # address of a server for the bucket
+    slow: bytes = field(repr=False)  # of the experiment
+    s3: str = ""  # address of the bucket's server
 
     def run_block(self, folder: Path, first_line: str, **env: str) -> subprocess.CompletedProcess[str]:
         """A block of the page as a shell script that stops at the first failure."""
@@ -53,23 +54,23 @@ class Team:
         return run(folder, "bash", "-ec", script, **env)
 
     def clone(self, folder: Path, **config: str) -> Path:
-        """A colleague's clone, without any result; config: options of the remote for this clone alone."""
+        """A colleague's clone without results. config: options of the remote for this clone."""
         run(folder, "git", "clone", "-q", str(self.origin), str(folder / "sft"))
         for name, value in config.items():
             run(folder / "sft", "dvc", "remote", "modify", "--local", "storage", name, value)
         return folder / "sft"
 
     def mirror(self, folder: Path) -> "Team":
-        """The same team with a git remote of its own, which a test may change."""
+        """The same team with another git remote, which a test may change."""
         run(folder, "git", "clone", "-q", "--mirror", str(self.origin), str(folder / "sft.git"))
         return replace(self, origin=folder / "sft.git")
 
 
 @pytest.fixture(scope="module")
-def team(tmp_path_factory: pytest.TempPathFactory, ran: Path) -> Iterator[Team]:
+def team(tmp_path_factory: pytest.TempPathFactory, with_experiment: Path) -> Iterator[Team]:
     folder = tmp_path_factory.mktemp("team")
     with pytest.MonkeyPatch.context() as context:
-        # Whoever runs the tests may have credentials, or a proxy between here and 127.0.0.1.
+        # Without the credentials and the proxy that this machine may have.
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             context.delenv(name)
         (folder / "empty").touch()
@@ -78,7 +79,9 @@ def team(tmp_path_factory: pytest.TempPathFactory, ran: Path) -> Iterator[Team]:
         context.setenv("AWS_EC2_METADATA_DISABLED", "true")
         context.setenv("NO_PROXY", "127.0.0.1")
 
-        mine = copy_clone(ran, folder / "mine")
+        mine = copy_clone(with_experiment, folder / "mine")
+        run(mine, "dvc", "exp", "remove", "slow")  # its block then restores it from the run cache
+        run(mine, "git", "reset", "-q", "HEAD~1")  # the page commits the results
         origin = folder / "sft.git"
         run(folder, "git", "init", "-q", "--bare", "-b", "main", str(origin))
         run(mine, "git", "remote", "add", "origin", str(origin))
@@ -88,7 +91,7 @@ def team(tmp_path_factory: pytest.TempPathFactory, ran: Path) -> Iterator[Team]:
         new.run_block(mine, "dvc cache dir --local /mnt/team/cache")
         shutil.copytree(mine / ".dvc/cache", folder / "cache", dirs_exist_ok=True)
         for path in [folder / "cache", *(folder / "cache").rglob("*/")]:
-            path.chmod(0o2775)  # as DVC makes them in a shared cache
+            path.chmod(0o2775)  # as DVC creates them in a shared cache
         new.run_block(mine, "dvc remote add -d storage /mnt/team/sft")
         new.run_block(mine, "git add params.yaml dvc.lock metrics")
         assert run(mine, "git", "status", "--porcelain").stdout == ""
@@ -106,8 +109,8 @@ def skipped(result: subprocess.CompletedProcess[str]) -> int:
     return result.stdout.count(" didn't change, skipping")
 
 
-def says(result: subprocess.CompletedProcess[str], message: str) -> bool:
-    """A message that the page names and the command printed."""
+def printed(result: subprocess.CompletedProcess[str], message: str) -> bool:
+    """Whether the command printed a message that is on the page."""
     assert f"`{message}`" in PAGE
     return message in result.stdout + result.stderr
 
@@ -123,11 +126,11 @@ def test_every_block_of_the_page_is_run() -> None:
     assert len(blocks("console")) == len(first_lines)
 
 
-def test_what_the_page_installs_is_pinned() -> None:
+def test_packages_that_the_page_installs_are_pinned() -> None:
     assert "pip install -c constraints.txt -e '.[s3]'" in NOT_RUN
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert extras["s3"] == ["dvc-s3"]
-    assert "dvc-s3" in extras["dev"]  # what `make` installs
+    assert "dvc-s3" in extras["dev"]  # which `make` installs
     pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert {"dvc-s3", "gto"} <= pinned
     assert "INSTALLED := .venv/installed" in (ROOT / "Makefile").read_text()
@@ -140,7 +143,7 @@ def test_a_colleague_pulls_and_every_stage_is_skipped(team: Team, tmp_path: Path
     assert run(tmp_path / "sft", "git", "status", "--porcelain").stdout == ""
 
 
-def test_what_is_not_pushed_is_listed_and_the_hook_pushes_it(team: Team, tmp_path: Path) -> None:
+def test_results_that_were_not_pushed_are_listed_and_the_hook_pushes_them(team: Team, tmp_path: Path) -> None:
     other = tmp_path / "other"
     mirror = team.mirror(tmp_path)
     clone = mirror.clone(tmp_path)
@@ -150,7 +153,7 @@ def test_what_is_not_pushed_is_listed_and_the_hook_pushes_it(team: Team, tmp_pat
     run(clone, "dvc", "install")
     run(clone, "git", "commit", "-q", "--allow-empty", "-m", "more")
     run(clone, "git", "push", "-q")
-    assert len(files(other, "files/md5/*/*")) == 21  # a file each, and a list of each model folder
+    assert len(files(other, "files/md5/*/*")) == 22  # a file per output, and a list per model folder
 
 
 def test_the_model_alone_is_enough_to_evaluate_it_again(team: Team, tmp_path: Path) -> None:
@@ -158,7 +161,7 @@ def test_the_model_alone_is_enough_to_evaluate_it_again(team: Team, tmp_path: Pa
     assert skipped(team.run_block(clone, "dvc pull models/tuned")) == len(EVERY_STAGE)
     assert files(clone, "models/*") == ["models/.gitignore", "models/tuned"]
     assert (clone / WEIGHTS).read_bytes() == team.weights
-    # The tiny model's answers have as many tokens as they may.
+    # The tiny model's answers all have the maximum length.
     assert '"mean_response_tokens": 4.0' in (clone / "metrics/evaluate/tuned.json").read_text()
     first_line = "dvc exp run --pull --allow-missing -S max_new_tokens=8 evaluate@tuned"
     assert stages_run(team.run_block(clone, first_line)) == ["evaluate@tuned"]
@@ -167,12 +170,12 @@ def test_the_model_alone_is_enough_to_evaluate_it_again(team: Team, tmp_path: Pa
     assert files(clone, "data/**/*.parquet") == ["data/predictions/tuned.parquet", "data/test.parquet"]
 
 
-def test_with_one_cache_what_one_has_run_the_others_need_not(team: Team, tmp_path: Path) -> None:
-    clone = team.clone(tmp_path, url=str(tmp_path / "empty"))  # so that nothing comes from the remote
+def test_with_a_shared_cache_results_are_computed_once(team: Team, tmp_path: Path) -> None:
+    clone = team.clone(tmp_path, url=str(tmp_path / "empty"))  # nothing comes from the remote
     team.run_block(clone, "dvc cache dir --local /mnt/team/cache")
     run(clone, "dvc", "pull")
     assert (clone / WEIGHTS).read_bytes() == team.weights
-    # To evaluate@tuned: the samples lie in git, not in the cache, so generate would write them anew.
+    # Only to evaluate@tuned: the samples are in git and not in the cache, so generate would run again.
     result = run(clone, "dvc", "exp", "run", "-S", "learning_rate=1e-5", "evaluate@tuned")
     assert stages_run(result) == []
     assert "Stage 'train' is cached - skipping run, checking out outputs" in result.stdout
@@ -182,18 +185,18 @@ def test_with_one_cache_what_one_has_run_the_others_need_not(team: Team, tmp_pat
     assert {oct(folder.stat().st_mode & 0o2070) for folder in folders} == {"0o2070"}
 
 
-def test_the_run_cache_does_not_spare_a_colleague_the_training(team: Team, tmp_path: Path) -> None:
+def test_the_run_cache_of_a_remote_does_not_avoid_training(team: Team, tmp_path: Path) -> None:
     run(team.mine, "dvc", "push", "--run-cache")
     clone = team.clone(tmp_path)
     run(clone, "dvc", "pull", "--run-cache")
-    assert len(files(clone, ".dvc/cache/runs/*/*/*")) == 9  # seven of main, two of the experiment
+    assert len(files(clone, ".dvc/cache/runs/*/*/*")) == 11  # nine of main, two of the experiment
     edit(clone, learning_rate="1e-05")
     assert "train" in stages_run(run(clone, "dvc", "repro", "--dry"))
 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """The address of a server that speaks S3's API and has the bucket `team-bucket`."""
+    """The address of a server with S3's API and the bucket `team-bucket`."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -207,15 +210,13 @@ def s3() -> Iterator[str]:
     server.stop()
 
 
-def test_a_bucket_takes_the_place_of_the_folder_and_no_secret_comes_into_git(
-    team: Team, s3: str, tmp_path: Path
-) -> None:
+def test_a_bucket_replaces_the_folder_and_no_secret_is_in_git(team: Team, s3: str, tmp_path: Path) -> None:
     in_bucket = replace(team.mirror(tmp_path), s3=s3)
     clone = in_bucket.clone(tmp_path)
     run(clone, "dvc", "pull")
     run(clone, "dvc", "remote", "remove", "storage")
     in_bucket.run_block(clone, "dvc remote add -d storage s3://team-bucket/sft")
-    assert says(run(clone, "dvc", "push", check=False), "Unable to locate credentials")
+    assert printed(run(clone, "dvc", "push", check=False), "Unable to locate credentials")
 
     first_line = 'dvc remote modify --local storage access_key_id "$KEY_ID"'
     result = in_bucket.run_block(clone, first_line, KEY_ID="me", SECRET="not-for-git")
@@ -232,7 +233,7 @@ def test_a_bucket_takes_the_place_of_the_folder_and_no_secret_comes_into_git(
     assert (tmp_path / "got" / WEIGHTS.name).read_bytes() == team.weights
 
     run(clone, "dvc", "remote", "modify", "--local", "storage", "url", "s3://nobody/sft")
-    assert says(run(clone, "dvc", "push", check=False), "The specified bucket does not exist")
+    assert printed(run(clone, "dvc", "push", check=False), "The specified bucket does not exist")
 
 
 def test_an_experiment_goes_to_a_colleague_with_its_model(team: Team, tmp_path: Path) -> None:
@@ -253,14 +254,14 @@ def test_an_experiment_goes_to_a_colleague_with_its_model(team: Team, tmp_path: 
     assert "/slow\n" not in run(clone, "git", "ls-remote", "origin").stdout
 
 
-def test_an_experiment_without_its_files_is_told_and_pushed_again(team: Team, tmp_path: Path) -> None:
+def test_an_experiment_without_its_files_is_reported_and_pushed_again(team: Team, tmp_path: Path) -> None:
     mirror = team.mirror(tmp_path)
     empty = tmp_path / "empty"
     clone = mirror.clone(tmp_path, url=str(empty))
     run(clone, "dvc", "exp", "pull", "origin", "slow")
     failed = run(clone, "dvc", "exp", "apply", "slow", check=False)
     assert failed.returncode != 0
-    assert says(failed, "Checkout failed for following targets")
+    assert printed(failed, "Checkout failed for following targets")
     run(clone, "git", "checkout", "-q", ".")
     run(team.mine, "dvc", "remote", "add", "--local", "empty", str(empty))
     run(team.mine, "dvc", "exp", "push", "-r", "empty", str(mirror.origin), "slow")
@@ -269,13 +270,13 @@ def test_an_experiment_without_its_files_is_told_and_pushed_again(team: Team, tm
     assert (clone / WEIGHTS).read_bytes() == team.slow
 
 
-def test_a_registered_version_loads_anywhere_with_plain_transformers(
+def test_a_registered_version_loads_with_plain_transformers(
     team: Team, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from safetensors.torch import load
 
     without = run(tmp_path, "dvc", "artifacts", "get", str(team.origin), "tuned", check=False)
-    assert says(without, "Unable to find artifact 'tuned'")
+    assert printed(without, "Unable to find artifact 'tuned'")
     team.run_block(team.mine, "gto register tuned --version v1.0.0")
     team.run_block(tmp_path, "dvc artifacts get git@github.com:team/sft.git tuned --rev v1.0.0")
     assert (tmp_path / "tuned" / WEIGHTS.name).read_bytes() == team.weights
@@ -292,18 +293,18 @@ def test_a_registered_version_loads_anywhere_with_plain_transformers(
     assert names["tokenizer"].decode(names["tokenizer"]("Add two.").input_ids) == "Add two."  # type: ignore
 
 
-def test_when_nobody_pushed_it_is_said_and_both_ways_out_work(team: Team, tmp_path: Path) -> None:
+def test_missing_results_are_reported_and_both_fixes_work(team: Team, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     clone = team.clone(tmp_path, url=str(empty))
     failed = run(clone, "dvc", "pull", check=False)
     assert failed.returncode == 1
-    assert says(failed, "Some of the cache files do not exist neither locally nor on remote")
-    assert says(failed, "failed to pull data from the cloud")
-    assert says(failed, "Everything is up to date.")
+    assert printed(failed, "Some of the cache files do not exist neither locally nor on remote")
+    assert printed(failed, "failed to pull data from the cloud")
+    assert printed(failed, "Everything is up to date.")
     got = run(tmp_path, "dvc", "get", str(clone), "models/tuned", check=False)
-    assert says(got, "failed to load directory ('models', 'tuned')")
+    assert printed(got, "failed to load directory ('models', 'tuned')")
 
-    # One stage, for the time it takes; the whole pipeline gives the same hashes elsewhere too: test_pipeline.py.
+    # One stage to save time; test_pipeline.py compares the hashes of all stages.
     before = (clone / "dvc.lock").read_bytes()
     assert stages_run(run(clone, "dvc", "repro", "download_dataset")) == ["download_dataset"]
     assert (clone / "dvc.lock").read_bytes() == before
@@ -314,10 +315,10 @@ def test_when_nobody_pushed_it_is_said_and_both_ways_out_work(team: Team, tmp_pa
     assert skipped(run(clone, "dvc", "repro")) == len(EVERY_STAGE)
 
 
-def test_without_a_remote_it_is_said(team: Team, tmp_path: Path) -> None:
+def test_a_missing_remote_is_reported(team: Team, tmp_path: Path) -> None:
     clone = team.clone(tmp_path)
     run(clone, "dvc", "remote", "remove", "storage")
     pulled = run(clone, "dvc", "pull", check=False)
     assert pulled.returncode == 1
-    assert says(pulled, "No remote provided and no default remote set")
-    assert says(run(clone, "dvc", "push", check=False), "no remote specified")
+    assert printed(pulled, "No remote provided and no default remote set")
+    assert printed(run(clone, "dvc", "push", check=False), "no remote specified")

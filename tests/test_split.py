@@ -1,4 +1,4 @@
-"""Splits by content: who goes where never depends on who else is there."""
+"""Splits: the split of a row depends on its prompt and the seed, never on other rows."""
 
 import json
 from pathlib import Path
@@ -11,17 +11,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stages import split
-from stages.format import content_hash
-from stages.shared.errors import UserError
-from stages.shared.examples import FORMATTED
-from stages.shared.files import parquet_writer
-from stages.shared.params import SplitParams
-from tests.test_params import edit
+from stages.data.conversations import content_hash
+from stages.data.examples import FORMATTED_SCHEMA
+from stages.data.tables import parquet_writer
+from stages.runtime.errors import UserError
+from stages.runtime.params import SplitParams
+from tests.clone import edit
 
 PARAMS = SplitParams(validation_fraction=0.1, test_fraction=0.2, drop_near_duplicates=False, seed=42)
 
 
 def formatted(name: str, prompt_id: str, prompt: str | None = None, source_row: int = 1) -> dict[str, Any]:
+    """A row of `formatted.parquet`. Equal names and prompt ids give equal examples."""
     return {
         "example_id": content_hash(prompt_id, name),
         "prompt_id": prompt_id,
@@ -36,46 +37,47 @@ def formatted(name: str, prompt_id: str, prompt: str | None = None, source_row: 
 
 
 def run_split(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
-    with parquet_writer(Path("data/formatted.parquet"), FORMATTED) as writer:
+    """Run the stage on these formatted rows; returns the responses in each split."""
+    with parquet_writer(Path("data/formatted.parquet"), FORMATTED_SCHEMA) as writer:
         writer.write(rows)
     split.main()
     names = ("train", "validation", "test")
     return {name: pq.read_table(f"data/{name}.parquet").column("response").to_pylist() for name in names}
 
 
-def test_the_place_of_a_prompt_is_fixed() -> None:
-    places = [split.choose_split(prompt, PARAMS) for prompt in ("a", "b", "f", "1", "2", "3")]
-    assert places == ["train", "train", "validation", "test", "train", "train"]
+def test_the_split_of_a_prompt_is_fixed() -> None:
+    splits = [split.choose_split(prompt, PARAMS) for prompt in ("a", "b", "f", "1", "2", "3")]
+    assert splits == ["train", "train", "validation", "test", "train", "train"]
 
 
-def test_fractions_are_kept_to_chance() -> None:
-    places = [split.choose_split(str(i), PARAMS) for i in range(20_000)]
-    assert places.count("test") == pytest.approx(4000, abs=250)
-    assert places.count("validation") == pytest.approx(2000, abs=200)
+def test_the_sizes_of_the_splits_are_random_around_their_fractions() -> None:
+    splits = [split.choose_split(str(i), PARAMS) for i in range(20_000)]
+    assert splits.count("test") == pytest.approx(4000, abs=250)
+    assert splits.count("validation") == pytest.approx(2000, abs=200)
 
 
-def test_another_seed_is_another_split() -> None:
+def test_another_seed_gives_another_split() -> None:
     other = PARAMS.model_copy(update={"seed": 43})
     prompts = [str(i) for i in range(200)]
     assert [split.choose_split(p, PARAMS) for p in prompts] != [split.choose_split(p, other) for p in prompts]
 
 
 @given(prompt=st.text(), larger=st.floats(0.2, 0.8))
-def test_a_larger_test_split_takes_from_the_others_and_gives_nothing_up(prompt: str, larger: float) -> None:
-    grown = PARAMS.model_copy(update={"test_fraction": larger})
+def test_a_larger_test_fraction_keeps_all_prompts_of_the_test_split(prompt: str, larger: float) -> None:
+    params = PARAMS.model_copy(update={"test_fraction": larger})
     if split.choose_split(prompt, PARAMS) == "test":
-        assert split.choose_split(prompt, grown) == "test"
+        assert split.choose_split(prompt, params) == "test"
 
 
-def test_added_rows_never_move_the_old_ones(project: Path) -> None:
-    old = [formatted("x", f"prompt {i}") for i in range(100)]
-    before = run_split(old)
-    after = run_split([formatted("x", f"new {i}") for i in range(50)] + old)
+def test_added_rows_never_move_existing_ones(project: Path) -> None:
+    existing = [formatted("x", f"prompt {i}") for i in range(100)]
+    before = run_split(existing)
+    after = run_split([formatted("x", f"new {i}") for i in range(50)] + existing)
     for name in before:
         assert [row for row in after[name] if row.startswith("prompt")] == before[name]
 
 
-def test_equal_prompts_lie_in_one_split_and_equal_examples_once(project: Path) -> None:
+def test_equal_prompts_are_in_one_split_and_equal_examples_are_kept_once(project: Path) -> None:
     rows = [formatted(answer, f"prompt {i}") for i in range(60) for answer in ("x", "y", "x")]
     splits = run_split(rows)
     prompts = {name: {row.rsplit("-")[0] for row in splits[name]} for name in splits}
@@ -87,18 +89,18 @@ def test_equal_prompts_lie_in_one_split_and_equal_examples_once(project: Path) -
     assert sum(map(len, splits.values())) == 120
 
 
-def test_an_empty_split_names_the_fraction_to_change(project: Path) -> None:
+def test_the_error_of_an_empty_split_names_the_fraction_to_change(project: Path) -> None:
     edit(project, validation_fraction="0.001")
     with pytest.raises(UserError) as error:
         run_split([formatted("x", f"prompt {i}") for i in range(30)])
     assert str(error.value) == (
         "the validation split is empty: found 30 examples, validation_fraction = 0.001, test_fraction = 0.1; "
-        "raise validation_fraction, or bring more rows"
+        "raise validation_fraction, or add rows to the dataset"
     )
-    assert [path.name for path in Path("data").iterdir()] == ["formatted.parquet"]
+    assert sorted(path.name for path in Path("data").iterdir()) == ["formatted.parquet", "template.jinja"]
 
 
-# By the hash of `test_the_place_of_a_prompt_is_fixed`: "1" lies in test, "f" in validation, the others in train.
+# Prompt id "1" is in test, "f" in validation and the others in train: see `test_the_split_of_a_prompt_is_fixed`.
 LEAKY = [
     formatted("x", "a", "Instruction: Name three tall trees that grow in Norway. Response:", 11),
     formatted("x", "1", "Instruction: name three tall trees, that grow in Norway! Response:", 12),
@@ -108,7 +110,7 @@ LEAKY = [
 ]
 
 
-def test_training_examples_that_are_nearly_in_test_are_counted_and_named(
+def test_training_examples_that_nearly_match_a_test_prompt_are_counted_and_the_nearest_is_named(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(project, test_fraction="0.2")
@@ -116,29 +118,33 @@ def test_training_examples_that_are_nearly_in_test_are_counted_and_named(
     counts = {"rows_in": 5, "duplicates": 1, "near_duplicates": 1, "train": 2, "validation": 1, "test": 1}
     assert json.loads(Path("metrics/split.json").read_text()) == counts
     printed = " ".join(capsys.readouterr().out.split())
-    assert "1 of train are nearly in test, kept; nearest: a.jsonl, row 11 in train to a.jsonl, row 12 in" in printed
-    assert "in test, similarity 1.00" in printed
+    assert (
+        "training examples that nearly match a test prompt: 1, kept; "
+        "nearest: a.jsonl, row 11 in train to a.jsonl, row 12 in test, similarity 1.00"
+    ) in printed
 
 
-def test_near_duplicates_are_dropped_from_train_alone(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_near_duplicates_are_dropped_from_train_only(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit(project, test_fraction="0.2", drop_near_duplicates="true")
     assert run_split(LEAKY) == {"train": ["b-x"], "validation": ["f-x"], "test": ["1-x"]}
     counts = {"rows_in": 5, "duplicates": 1, "near_duplicates": 1, "train": 1, "validation": 1, "test": 1}
     assert json.loads(Path("metrics/split.json").read_text()) == counts
-    assert "1 of train are nearly in test, dropped" in capsys.readouterr().out
+    assert "training examples that nearly match a test prompt: 1, dropped" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_train_split_of_near_duplicates_alone_says_what_emptied_it(project: Path) -> None:
+def test_the_error_of_a_train_split_with_only_near_duplicates_names_the_parameter_that_keeps_them(
+    project: Path,
+) -> None:
     edit(project, test_fraction="0.2", drop_near_duplicates="true")
     with pytest.raises(UserError) as error:
         run_split([row for row in LEAKY if row["prompt_id"] != "b"])
     assert str(error.value) == (
         "the train split is empty: found 3 examples, 1 of them dropped as near-duplicates, validation_fraction = 0.1, "
-        "test_fraction = 0.2; set drop_near_duplicates: false, or bring more rows"
+        "test_fraction = 0.2; set drop_near_duplicates: false, or add rows to the dataset"
     )
 
 
-# Texts that differ, of few words: many are near-duplicates of each other.
+# Different texts from few words, so that many are near-duplicates of each other.
 TEXTS = st.tuples(
     st.lists(st.sampled_from(["oak", "elm", "fir", "ash"]), min_size=1, max_size=4).map(" ".join),
     st.sampled_from(["", "!", "?", " ,"]),
@@ -147,17 +153,17 @@ TEXTS = st.tuples(
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompts=st.lists(TEXTS, min_size=20, max_size=40, unique=True), data=st.data())
-def test_dropping_is_of_train_alone_and_whatever_the_order_of_rows(
+def test_dropping_affects_only_train_and_does_not_depend_on_the_order_of_rows(
     project: Path, prompts: list[str], data: st.DataObject
 ) -> None:
     rows = [formatted("x", prompt, prompt) for prompt in prompts]
-    edges = [formatted("x", prompt_id, "a prompt of its own: " + prompt_id) for prompt_id in ("a", "f", "1")]
+    others = [formatted("x", prompt_id, "a separate prompt: " + prompt_id) for prompt_id in ("a", "f", "1")]
     edit(project, test_fraction="0.2", drop_near_duplicates="false")
-    kept = run_split(rows + edges)
+    kept = run_split(rows + others)
     num_near = json.loads(Path("metrics/split.json").read_text())["near_duplicates"]
     edit(project, drop_near_duplicates="true")
-    dropped = run_split(rows + edges)
-    shuffled = run_split(data.draw(st.permutations(rows)) + edges)
+    dropped = run_split(rows + others)
+    shuffled = run_split(data.draw(st.permutations(rows)) + others)
     assert (dropped["validation"], dropped["test"]) == (kept["validation"], kept["test"])
     assert set(dropped["train"]) <= set(kept["train"])
     assert len(dropped["train"]) == len(kept["train"]) - num_near
@@ -168,22 +174,22 @@ def test_dropping_is_of_train_alone_and_whatever_the_order_of_rows(
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=st.lists(st.integers(0, 6), min_size=1, max_size=4), data=st.data())
-def test_a_row_that_an_earlier_one_equals_is_found_in_whatever_shard_that_lies(
+def test_a_row_that_repeats_an_earlier_one_is_found_in_any_shard(
     project: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], data: st.DataObject
 ) -> None:
-    monkeypatch.setattr(split, "map_processes", lambda function, *arguments, doing: map(function, *arguments))
+    monkeypatch.setattr(split, "map_processes", lambda function, *arguments, desc: map(function, *arguments))
     names = data.draw(st.lists(st.sampled_from("abcd"), min_size=sum(sizes), max_size=sum(sizes)))
     paths, expected, start = [], [], 0
     for number, size in enumerate(sizes):
         rows = [formatted(name, "p") for name in names[start : start + size]]
         paths.append(project / f"{number}.parquet")
-        pq.write_table(pa.Table.from_pylist(rows, FORMATTED), paths[-1])
+        pq.write_table(pa.Table.from_pylist(rows, FORMATTED_SCHEMA), paths[-1])
         expected.append([at for at in range(size) if names[start + at] in names[: start + at]])
         start += size
-    assert [part.tolist() for part in split.look_ahead(PARAMS, paths)] == expected
+    assert [part.tolist() for part in split.scan_shards(PARAMS, paths)] == expected
 
 
-def test_ids_that_begin_or_end_alike_are_not_duplicates(project: Path) -> None:
+def test_ids_with_the_same_beginning_or_end_are_not_duplicates(project: Path) -> None:
     rows = [formatted("x", f"prompt {i}") for i in range(60)]
     for example_id in ("0" * 32, "0" * 16 + "1" * 16, "1" * 16 + "0" * 16):
         rows += [formatted("y", "a") | {"example_id": example_id}] * 2

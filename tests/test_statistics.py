@@ -1,4 +1,4 @@
-"""Is a difference real: cases with known answers."""
+"""Significance of a difference, in cases with known results."""
 
 import numpy as np
 import numpy.typing as npt
@@ -18,60 +18,60 @@ def compare_means(before: Array, after: Array) -> Difference:
     return difference
 
 
-# Losses from 0 to 10: next to their spread any difference below would drown if the examples were not paired.
+# Losses from 0 to 10: with this spread no difference below would be significant if the examples were not paired.
 LOSSES = np.linspace(0, 10, 100)
 ALTERNATING = np.tile([1.0, -1.0], 50)
 
 
-def test_the_interval_of_a_mean_is_that_of_the_normal_distribution() -> None:
+def test_interval_of_a_mean_agrees_with_the_normal_distribution() -> None:
     found = compare_means(LOSSES, LOSSES + 0.3 + ALTERNATING)
     assert (found.before, found.after) == (pytest.approx(5), pytest.approx(5.3))
     # 1.96 standard errors of 100 differences with a standard deviation of 1.
     assert (found.low, found.high) == (pytest.approx(0.3 - 0.196, abs=0.01), pytest.approx(0.3 + 0.196, abs=0.01))
-    assert found.p_value == pytest.approx(0.004, abs=0.002)  # 0.3 is 2.87 standard errors of the sum of swapped ones
-    assert found.is_real
+    assert found.p_value == pytest.approx(0.004, abs=0.002)  # 0.3 is 2.87 standard errors under random swaps
+    assert found.is_significant
 
 
-def test_a_difference_smaller_than_chance_is_within_noise() -> None:
+def test_small_difference_is_not_significant() -> None:
     found = compare_means(LOSSES, LOSSES + 0.1 + ALTERNATING)
     assert found.value == pytest.approx(0.1)
     assert found.low < 0 < found.high
     assert found.p_value == pytest.approx(0.32, abs=0.05)  # one standard error
-    assert not found.is_real
+    assert not found.is_significant
 
 
-def test_a_difference_that_every_example_has_is_real_however_small() -> None:
+def test_equal_difference_of_every_example_is_significant_however_small() -> None:
     found = compare_means(LOSSES, LOSSES - 0.001)
     assert (found.low, found.high) == (pytest.approx(-0.001), pytest.approx(-0.001))
-    assert found.is_real
+    assert found.is_significant
 
 
-def test_equal_models_do_not_differ() -> None:
+def test_equal_models_have_no_difference() -> None:
     found = compare_means(LOSSES, LOSSES)
     assert (found.value, found.low, found.high, found.p_value) == (0, 0, 0, 1)
-    assert not found.is_real
+    assert not found.is_significant
 
 
-def test_four_answers_of_a_hundred_that_turn_right_are_not_enough() -> None:
-    wrong, right = np.zeros(100), np.zeros(100)
-    right[:4] = 1
-    found = compare_means(wrong, right)
-    assert found.low > 0  # the bootstrap alone would be sure
-    assert found.p_value == pytest.approx(2 / 2**4, abs=0.02)  # four coins on the same side
-    assert not found.is_real
-    right[:8] = 1
-    assert compare_means(wrong, right).is_real  # eight coins: 0.008
+def test_four_newly_correct_answers_of_a_hundred_are_not_significant_but_eight_are() -> None:
+    before, after = np.zeros(100), np.zeros(100)
+    after[:4] = 1
+    found = compare_means(before, after)
+    assert found.low > 0  # the bootstrap alone would call it significant
+    assert found.p_value == pytest.approx(2 / 2**4, abs=0.02)  # four coin flips that agree
+    assert not found.is_significant
+    after[:8] = 1
+    assert compare_means(before, after).is_significant  # eight coin flips that agree: 0.008
 
 
-def test_loss_is_over_tokens_not_over_examples() -> None:
-    # One example of 98 tokens that did not change, two of one token that did.
+def test_loss_is_a_mean_over_tokens_not_over_examples() -> None:
+    # One unchanged example of 98 tokens, and two changed examples of one token.
     tokens = np.array([[98.0, 1, 1]])
     before, after = np.array([[98.0, 2, 2]]), np.array([[98.0, 1, 1]])
     (found,) = statistics.compare((before, tokens), (after, tokens))
     assert (found.before, found.after) == (pytest.approx(1.02), pytest.approx(1))
 
 
-def test_metrics_do_not_mix() -> None:
+def test_metrics_are_compared_independently() -> None:
     ones = np.ones((2, 100))
     before, after = np.stack([LOSSES, LOSSES]), np.stack([LOSSES, LOSSES + 0.3 + ALTERNATING])
     first, second = statistics.compare((before, ones), (after, ones))
@@ -79,14 +79,14 @@ def test_metrics_do_not_mix() -> None:
     assert second == compare_means(LOSSES, LOSSES + 0.3 + ALTERNATING)
 
 
-def test_blocks_of_resamples_give_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "CELLS_AT_ONCE", 70_000)  # blocks of 700, the last of 200
+def test_resampling_in_blocks_draws_all_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "CELLS_PER_BLOCK", 70_000)  # blocks of 700, the last of 200
     found = compare_means(LOSSES, LOSSES + 0.3 + ALTERNATING)
     assert (found.low, found.high) == (pytest.approx(0.104, abs=0.01), pytest.approx(0.496, abs=0.01))
     assert 0 < found.p_value < 0.01
 
 
-def test_models_that_differ_by_chance_alone_are_called_different_one_time_in_twenty(
+def test_chance_differences_are_called_significant_one_time_in_twenty(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(statistics, "RESAMPLES", 1000)
@@ -94,15 +94,15 @@ def test_models_that_differ_by_chance_alone_are_called_different_one_time_in_twe
     ones = np.ones((300, 60))
     before = random.gamma(2, size=(300, 60))
     after = before + random.standard_t(4, size=(300, 60)) / 3
-    # Three hundred pairs of models, as so many metrics: 15 are expected, 28 or more happen once in a thousand.
-    assert 4 <= sum(found.is_real for found in statistics.compare((before, ones), (after, ones))) <= 28
+    # 300 pairs of models, as 300 metrics: 15 are expected, 28 or more occur once in a thousand such tests.
+    assert 4 <= sum(found.is_significant for found in statistics.compare((before, ones), (after, ones))) <= 28
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 10)), min_size=2, max_size=40))
-def test_to_swap_before_and_after_turns_the_sign_and_nothing_else(pairs: list[tuple[float, float]]) -> None:
+def test_swapping_before_and_after_only_changes_the_sign(pairs: list[tuple[float, float]]) -> None:
     before, after = np.array(pairs).T
-    there, back = compare_means(before, after), compare_means(after, before)
-    assert back.value == pytest.approx(-there.value, abs=1e-12)
-    assert (back.low, back.high) == (pytest.approx(-there.high, abs=1e-9), pytest.approx(-there.low, abs=1e-9))
-    assert back.p_value == pytest.approx(there.p_value, abs=0.02)
+    found, swapped = compare_means(before, after), compare_means(after, before)
+    assert swapped.value == pytest.approx(-found.value, abs=1e-12)
+    assert (swapped.low, swapped.high) == (pytest.approx(-found.high, abs=1e-9), pytest.approx(-found.low, abs=1e-9))
+    assert swapped.p_value == pytest.approx(found.p_value, abs=0.02)

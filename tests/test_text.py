@@ -1,34 +1,34 @@
-"""Foreign text stays text."""
+"""Untrusted text stays text on a terminal, in Markdown and in HTML."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from stages.shared.text import block, code, heading, printable
+from stages.runtime.text import block, code, heading, printable
 
 COMMONMARK = MarkdownIt("commonmark", {"html": True}).enable("table")
 
 
-def test_control_characters_are_shown_as_escapes() -> None:
+def test_control_characters_become_escapes() -> None:
     assert printable("a\x1b[2J\x00\r\nb\tc\u202e\ud800") == "a\\x1b[2J\\x00\nb\tc\\u202e\\ud800"
     assert printable("é 🏳️\u200d🌈 سلام → \u00a0") == "é 🏳️\u200d🌈 سلام → \u00a0"
 
 
-def test_code_stays_on_its_line_and_in_its_cell() -> None:
+def test_code_stays_on_one_line_and_in_one_cell() -> None:
     assert code("data/a.jsonl") == "`data/a.jsonl`"
     assert code("a`b\n\n| <script> | ") == "`` a`b \\| <script> \\| ``"
     assert code("`") == "`` ` ``"
     assert code("a\\\\|b") == "`a\\|b`"
 
 
-def test_a_block_is_indented_line_by_line() -> None:
+def test_block_indents_every_line() -> None:
     assert block("# Title\n<script>alert(1)</script>\n```\n\nend") == (
         "    # Title\n    <script>alert(1)</script>\n    ```\n    \n    end"
     )
     assert block("") == "    (empty)"
 
 
-def test_a_heading_has_no_markup() -> None:
+def test_heading_has_no_markup() -> None:
     assert heading("What is 2 + 2?") == "What is 2 + 2?"
     assert heading("a\n# b <img src=x> [c](javascript:d) `e`") == (r"a \# b \<img src=x\> \[c\](javascript:d) \`e\`")
 
@@ -42,7 +42,7 @@ hostile = st.lists(
 
 
 @given(text=hostile)
-def test_whatever_the_text_a_renderer_sees_only_text(text: str) -> None:
+def test_any_text_renders_as_text_alone(text: str) -> None:
     table = COMMONMARK.parse(f"| a | b |\n|---|---|\n| c | {code(text)} |\n\nend\n")
     cells = [token.children or [] for token in table if token.type == "inline"]
     assert [[token.type for token in cell] for cell in cells[:3]] == [["text"]] * 3
@@ -52,7 +52,7 @@ def test_whatever_the_text_a_renderer_sees_only_text(text: str) -> None:
     kinds = [token.type for token in blocks if token.type != "inline"]
     assert kinds in (
         ["heading_open", "heading_close", "code_block", "paragraph_open", "paragraph_close"],
-        ["heading_open", "heading_close", "paragraph_open", "paragraph_close"],  # a block of white space is none
+        ["heading_open", "heading_close", "paragraph_open", "paragraph_close"],  # a block of whitespace is not rendered
     )
     inner = [child.type for token in blocks for child in token.children or []]
     assert set(inner) <= {"text", "text_special"}

@@ -1,4 +1,4 @@
-"""What happens in a pull request: the workflow as written, and its own commands in a clone, before a fake GitHub."""
+"""The workflow of a pull request: its structure, and its commands, run in a clone with a fake GitHub."""
 
 import json
 import re
@@ -12,25 +12,26 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from ruamel.yaml import YAML
+import yaml
 
-from tests.clone import EVERY_STAGE, ROOT, commit, copy_clone, run
-from tests.test_params import edit
+from stages.runtime.yaml12 import parse_yaml
+from tests.clone import EVERY_STAGE, ROOT, commit, copy_clone, edit, run
 
+pytestmark = pytest.mark.subprocess
 TEXT = (ROOT / ".github/workflows/review.yml").read_text(encoding="utf-8")
-WORKFLOW = YAML(typ="safe").load(TEXT)
+WORKFLOW = parse_yaml(TEXT)
 JOBS = WORKFLOW["jobs"]
 STEPS = {step["name"]: step for job in JOBS.values() for step in job["steps"] if "name" in step}
 
 CHECK = "Check that dvc.lock matches the code, the parameters, the data and the metrics"
-PULL = "Pull the predictions, where a DVC remote is configured"
-SUMMARY = "Show the review in the summary of the job"
+PULL = "Pull the predictions if a DVC remote is configured"
+SUMMARY = "Add the review to the job summary"
 COMMENT = "Comment on the pull request"
 
 MARKER = "<!-- sft-pipeline review -->"
-JOB = "github-actions[bot]"
+BOT = "github-actions[bot]"
 PAGE = "https://github.example/o/p/actions/runs/1/artifacts/2"
-EXPRESSIONS = {  # what GitHub puts in their place
+EXPRESSIONS = {  # the values that GitHub inserts
     "${{ github.token }}": "ghs_secret",
     "${{ secrets.AWS_ACCESS_KEY_ID }}": "",
     "${{ secrets.AWS_SECRET_ACCESS_KEY }}": "",
@@ -39,16 +40,16 @@ EXPRESSIONS = {  # what GitHub puts in their place
 
 
 def run_step(name: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the command of a step as GitHub does, with the variables that the step names."""
+    """Run the command of a step as GitHub does, with the environment variables of the step."""
     step = STEPS[name]
     env = {variable: EXPRESSIONS[value] for variable, value in step.get("env", {}).items()} | env
     return run(folder, "bash", "-e", "-c", step["run"], check=False, **env)
 
 
-# The structure
+# Structure
 
 
-def test_it_runs_for_pull_requests_and_pushes_to_main() -> None:
+def test_workflow_runs_for_pull_requests_and_pushes_to_main() -> None:
     assert WORKFLOW["on"] == {"pull_request": None, "push": {"branches": ["main"]}}
     assert {name: job.get("if") for name, job in JOBS.items()} == {
         "checks": None,
@@ -56,7 +57,7 @@ def test_it_runs_for_pull_requests_and_pushes_to_main() -> None:
     }
 
 
-def test_the_token_may_read_and_in_the_review_comment() -> None:
+def test_token_is_read_only_except_for_the_comment_of_the_review() -> None:
     assert WORKFLOW["permissions"] == {"contents": "read"}
     assert {name: job.get("permissions") for name, job in JOBS.items()} == {
         "checks": None,
@@ -64,7 +65,7 @@ def test_the_token_may_read_and_in_the_review_comment() -> None:
     }
 
 
-def test_a_run_ends_after_a_time_and_when_a_later_one_starts() -> None:
+def test_run_is_limited_in_time_and_canceled_by_a_newer_one() -> None:
     assert WORKFLOW["concurrency"] == {
         "group": "${{ github.workflow }}-${{ github.ref }}",
         "cancel-in-progress": True,
@@ -72,18 +73,18 @@ def test_a_run_ends_after_a_time_and_when_a_later_one_starts() -> None:
     assert {name: job["timeout-minutes"] for name, job in JOBS.items()} == {"checks": 60, "review": 30}
 
 
-def test_each_action_is_pinned_by_its_commit_with_its_version_beside_it() -> None:
+def test_actions_are_pinned_by_commit_with_a_version_comment() -> None:
     actions = re.findall(r"uses: *(.*)", TEXT)
     pinned = re.compile(r"actions/[a-z-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")
     assert len(actions) == 5
     assert [action for action in actions if not pinned.fullmatch(action)] == []
 
 
-def test_no_expression_stands_in_a_shell_command() -> None:
+def test_shell_commands_contain_no_expressions() -> None:
     assert [step for job in JOBS.values() for step in job["steps"] if "${{" in step.get("run", "")] == []
 
 
-def test_the_steps_are_commands_of_a_developer() -> None:
+def test_steps_run_commands_that_a_developer_can_run() -> None:
     commands = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in JOBS.items()}
     set_up = 'make .venv/installed\necho "$PWD/.venv/bin" >> "$GITHUB_PATH"\n'
     assert commands["checks"] == [set_up, "make lint", "make audit", "python .ci/check_lock.py", "make test"]
@@ -97,23 +98,23 @@ def test_the_steps_are_commands_of_a_developer() -> None:
     assert STEPS["Compare with the base branch"]["env"] == {"BASE": "origin/${{ github.base_ref }}"}
 
 
-def test_the_whole_history_is_there_and_no_token_stays_in_it() -> None:
+def test_checkout_has_the_full_history_and_stores_no_token() -> None:
     checkouts = [step["with"] for job in JOBS.values() for step in job["steps"] if "checkout" in step.get("uses", "")]
     assert checkouts == [{"fetch-depth": 0, "persist-credentials": False}] * 2
 
 
-def test_the_cache_of_pip_follows_the_pins() -> None:
+def test_pip_cache_depends_on_the_pins() -> None:
     pythons = [step["with"] for job in JOBS.values() for step in job["steps"] if "setup-python" in step.get("uses", "")]
     assert pythons == [{"python-version": "3.11", "cache": "pip", "cache-dependency-path": "constraints.txt"}] * 2
 
 
-def test_token_and_secrets_go_to_the_one_step_that_needs_them() -> None:
+def test_token_and_secrets_are_passed_only_to_the_steps_that_need_them() -> None:
     assert len(re.findall(r"\{ (secrets\.|github\.token)", TEXT)) == 3
     given = {name: [*step["env"]] for name, step in STEPS.items() if re.search("secrets|token", str(step.get("env")))}
     assert given == {COMMENT: ["GITHUB_TOKEN", "REVIEW_PAGE"], PULL: ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]}
 
 
-def test_a_review_is_shown_kept_and_commented_also_when_a_gate_is_broken() -> None:
+def test_review_is_published_even_if_a_gate_fails() -> None:
     assert {name: step["if"] for name, step in STEPS.items() if "if" in step} == {
         SUMMARY: "${{ !cancelled() && hashFiles('review.md') != '' }}",
         "Keep the review as a page": "${{ !cancelled() && hashFiles('review.html') != '' }}",
@@ -121,7 +122,7 @@ def test_a_review_is_shown_kept_and_commented_also_when_a_gate_is_broken() -> No
     }
 
 
-def test_a_remote_that_fails_does_not_fail_the_job() -> None:
+def test_failing_remote_does_not_fail_the_job() -> None:
     assert {name for name, step in STEPS.items() if step.get("continue-on-error")} == {PULL}
 
 
@@ -130,22 +131,22 @@ def test_a_remote_that_fails_does_not_fail_the_job() -> None:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, ran: Path) -> Path:
-    """A repository in which `dvc repro` has run, with its results and the scripts of the workflow committed."""
+    """A repository with committed results of the pipeline and the scripts of the workflow."""
     folder = copy_clone(ran, tmp_path_factory.mktemp("workflow") / "project")
     shutil.copytree(ROOT / ".ci", folder / ".ci", ignore=shutil.ignore_patterns("__pycache__"))
-    commit(folder, "results")
+    commit(folder, "workflow")
     return folder
 
 
 @pytest.fixture
 def clone(tmp_path: Path, project: Path) -> Path:
-    """What a job checks out: no cache, no data, no model."""
+    """The checkout of a job, without cache, data and models."""
     run(tmp_path, "git", "clone", "-q", str(project), "clone")
     return tmp_path / "clone"
 
 
 def replace(file: str, old: str, new: str) -> Callable[[Path], None]:
-    """An edit of a file that has the old text once."""
+    """An edit of a file that contains the old text exactly once."""
 
     def in_folder(folder: Path) -> None:
         text = (folder / file).read_text(encoding="utf-8")
@@ -171,16 +172,16 @@ def delete(*files: str) -> Callable[[Path], None]:
     return in_folder
 
 
-def train_alone(folder: Path) -> None:
-    """As if train had run once more, on its own, and had written another model."""
-    lock = YAML(typ="safe").load(folder / "dvc.lock")
+def rerun_train_alone(folder: Path) -> None:
+    """Edit dvc.lock as if only train had run again and had written a different model."""
+    lock = parse_yaml((folder / "dvc.lock").read_text())
     [model] = [out for out in lock["stages"]["train"]["outs"] if out["path"] == "models/tuned"]
     model["md5"] = "0" * 32 + ".dir"
-    YAML(typ="safe").dump(lock, folder / "dvc.lock")
+    (folder / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
 
 
 def move_data(folder: Path, path: str) -> None:
-    """As if the dataset had lain somewhere else when the pipeline ran, where git does not hold it."""
+    """Edit dvc.lock as if the pipeline had run with a dataset at another path, which git does not track."""
     (folder / "data/instructions.jsonl").unlink()
     lock = (folder / "dvc.lock").read_text()
     (folder / "dvc.lock").write_text(lock.replace("data/instructions.jsonl", path))
@@ -192,13 +193,13 @@ def move_data_out(folder: Path) -> None:
 
 
 def move_data_to_dvc_and_change_it(folder: Path) -> None:
-    """As if the dataset had lain in DVC's cache, and `dvc add` had put another one there since."""
+    """Edit dvc.lock as if DVC tracked the dataset, and `dvc add` had then added a different one."""
     move_data(folder, "data/mine.jsonl")
     (folder / "data/mine.jsonl.dvc").write_text(f"outs:\n- path: mine.jsonl\n  hash: md5\n  md5: {'a' * 32}\n")
 
 
 UP_TO_DATE = "dvc.lock matches the code, the parameters, the data and the metrics\n"
-WHAT_TO_DO = "dvc.lock is out of date: run `dvc repro`, and commit dvc.lock and metrics/ with what you changed\n"
+ADVICE = "dvc.lock is out of date: run `dvc repro`, then commit dvc.lock and metrics/ with your changes\n"
 
 
 @pytest.mark.parametrize(
@@ -209,16 +210,16 @@ WHAT_TO_DO = "dvc.lock is out of date: run `dvc repro`, and commit dvc.lock and 
         append("params.yaml", "# a comment\n"),
         move_data_out,
     ],
-    ids=["nothing", "a description", "a comment", "data outside of the repository"],
+    ids=["nothing", "description", "comment", "data outside the repository"],
 )
-def test_a_lock_that_matches_passes_without_cache_and_data(clone: Path, change: Callable[[Path], None]) -> None:
+def test_matching_lock_passes_without_cache_and_data(clone: Path, change: Callable[[Path], None]) -> None:
     change(clone)
     result = run_step(CHECK, clone)
     assert (result.returncode, result.stdout, result.stderr) == (0, UP_TO_DATE, "")
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "lines"),
     [
         (append("stages/split.py", "# more\n"), ["split: stages/split.py changed since it ran"]),
         (delete("stages/split.py"), ["split: stages/split.py is missing"]),
@@ -236,25 +237,25 @@ def test_a_lock_that_matches_passes_without_cache_and_data(clone: Path, change: 
         ),
         (
             append("metrics/evaluate/tuned.json", " "),
-            ["evaluate@tuned: metrics/evaluate/tuned.json is not what it wrote"],
+            ["evaluate@tuned: metrics/evaluate/tuned.json changed since it was written"],
         ),
         (
             delete("metrics/evaluate/tuned.json", "metrics/train.json"),
             ["train: metrics/train.json is missing", "evaluate@tuned: metrics/evaluate/tuned.json is missing"],
         ),
         (
-            train_alone,
+            rerun_train_alone,
             [
-                "evaluate@tuned: models/tuned was written anew by train since it ran",
-                "generate@tuned: models/tuned was written anew by train since it ran",
+                "evaluate@tuned: models/tuned was rewritten by train since it ran",
+                "generate@tuned: models/tuned was rewritten by train since it ran",
             ],
         ),
         (
             move_data_to_dvc_and_change_it,
-            ["download_dataset: data/mine.jsonl was written anew by data/mine.jsonl.dvc since it ran"],
+            ["download_dataset: data/mine.jsonl was rewritten by data/mine.jsonl.dvc since it ran"],
         ),
         (
-            replace("dvc.yaml", "      - data/left_out.parquet\n", "      - data/left_out.parquet\n      - data/x\n"),
+            replace("dvc.yaml", "      - data/rejected.parquet\n", "      - data/rejected.parquet\n      - data/x\n"),
             ["format: data/x is not in dvc.lock"],
         ),
     ],
@@ -263,65 +264,65 @@ def test_a_lock_that_matches_passes_without_cache_and_data(clone: Path, change: 
         "deleted code",
         "parameters",
         "data",
-        "a command",
+        "command",
         "edited metrics",
         "deleted metrics",
-        "one stage that ran alone",
+        "single stage that ran again",
         "data of dvc add",
-        "a new output",
+        "new output",
     ],
 )
-def test_a_lock_that_does_not_match_fails_and_says_where(
-    clone: Path, change: Callable[[Path], None], said: list[str]
+def test_outdated_lock_fails_and_lists_the_differences(
+    clone: Path, change: Callable[[Path], None], lines: list[str]
 ) -> None:
     change(clone)
     result = run_step(CHECK, clone)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "".join(f"{line}\n" for line in said) + WHAT_TO_DO
+    assert result.stderr == "".join(f"{line}\n" for line in lines) + ADVICE
 
 
-def test_without_a_lock_no_stage_has_run(clone: Path) -> None:
+def test_missing_lock_means_that_no_stage_ran(clone: Path) -> None:
     (clone / "dvc.lock").unlink()
     result = run_step(CHECK, clone)
     assert result.returncode == 1
-    assert [line for line in result.stderr.splitlines() if "never ran, dvc.lock does not have it" in line] == [
-        f"{stage}: never ran, dvc.lock does not have it" for stage in EVERY_STAGE
+    assert [line for line in result.stderr.splitlines() if "is not in dvc.lock, so it never ran" in line] == [
+        f"{stage}: is not in dvc.lock, so it never ran" for stage in EVERY_STAGE
     ]
-    assert result.stderr.endswith(WHAT_TO_DO)
+    assert result.stderr.endswith(ADVICE)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (append("dvc.lock", "<<<<<<< HEAD\n"), "unable to read: 'dvc.lock', YAML file structure is corrupted"),
         (delete("params.yaml"), "Could not find 'dataset_file'"),
-        (delete("dvc.yaml"), "dvc.yaml is missing or has no stage"),
+        (delete("dvc.yaml"), "dvc.yaml is missing or has no stages; restore it with git"),
         (append("dvc.yaml", "unknown: 1\n"), "'./dvc.yaml' validation failed"),
     ],
-    ids=["a merge conflict", "no parameters", "no pipeline", "no valid pipeline"],
+    ids=["merge conflict", "no parameters", "no pipeline", "invalid pipeline"],
 )
-def test_a_pipeline_that_cannot_be_read_is_one_line(clone: Path, change: Callable[[Path], None], said: str) -> None:
+def test_unreadable_pipeline_is_reported_on_one_line(clone: Path, change: Callable[[Path], None], message: str) -> None:
     change(clone)
     result = run_step(CHECK, clone)
     assert (result.returncode, result.stdout) == (1, "")
     [line] = result.stderr.splitlines()
-    assert line.startswith("dvc.lock: not checked, since ")
-    assert said in line
+    assert line.startswith("dvc.lock: can't be checked: ")
+    assert message in line
 
 
-def test_where_the_data_is_it_is_checked_too_and_the_cache_suffices(project: Path, tmp_path: Path) -> None:
+def test_data_is_checked_if_it_is_there_and_may_be_only_in_the_cache(project: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(project, tmp_path / "copy")
     (folder / "data/test.parquet").unlink()
     assert run_step(CHECK, folder).stdout == UP_TO_DATE
     append("data/train.parquet", "x")(folder)
     result = run_step(CHECK, folder)
     assert result.stderr.splitlines()[:2] == [
-        "split: data/train.parquet is not what it wrote",
+        "split: data/train.parquet changed since it was written",
         "train: data/train.parquet changed since it ran",
     ]
 
 
-def test_predictions_are_pulled_where_a_remote_is_configured(project: Path, clone: Path, tmp_path: Path) -> None:
+def test_predictions_are_pulled_if_a_remote_is_configured(project: Path, clone: Path, tmp_path: Path) -> None:
     result = run_step(PULL, clone)
     assert (result.returncode, result.stdout) == (0, "No DVC remote is configured.\n")
     origin = shutil.copytree(project, tmp_path / "origin")
@@ -337,25 +338,25 @@ def test_predictions_are_pulled_where_a_remote_is_configured(project: Path, clon
     }
 
 
-# The summary and the comment
+# Summary and comment
 
 
-def test_the_review_is_appended_to_the_summary(tmp_path: Path) -> None:
+def test_review_is_appended_to_the_job_summary(tmp_path: Path) -> None:
     (tmp_path / "review.md").write_text("# Review\n")
-    (tmp_path / "summary").write_text("of a step before\n")
+    (tmp_path / "summary").write_text("earlier step\n")
     assert run_step(SUMMARY, tmp_path, GITHUB_STEP_SUMMARY=str(tmp_path / "summary")).returncode == 0
-    assert (tmp_path / "summary").read_text() == "of a step before\n# Review\n"
+    assert (tmp_path / "summary").read_text() == "earlier step\n# Review\n"
 
 
 class FakeGitHub:
-    """The part of GitHub's API that comments need, for the pull request 7 of o/p."""
+    """The part of GitHub's API that comments need, for pull request 7 of o/p."""
 
     def __init__(self) -> None:
         self.url = ""
         self.comments: list[dict[str, Any]] = []
         self.requests: list[str] = []
-        self.refusals: dict[str, tuple[int, str]] = {}  # status and body by method
-        self.login: str | None = None  # that of a person; the token of a job may not ask
+        self.refusals: dict[str, tuple[int, str]] = {}  # status and body, by method
+        self.login: str | None = None  # of a user's token; a job's token gets no answer
 
     def add(self, login: str | None, body: str) -> None:
         identifier = 1000 + len(self.comments)
@@ -380,7 +381,7 @@ class FakeGitHub:
             link = "" if is_last else f'<{self.url}{where}?per_page={size}&page={page + 1}>; rel="next"'
             return 200, self.comments[(page - 1) * size : page * size], link
         if (method, where) == ("POST", "/repos/o/p/issues/7/comments"):
-            self.add(self.login or JOB, text)
+            self.add(self.login or BOT, text)
             return 201, self.comments[-1], ""
         for comment in self.comments:
             if (method, where) == ("PATCH", f"/repos/o/p/issues/comments/{comment['id']}"):
@@ -435,7 +436,7 @@ def github() -> Iterator[FakeGitHub]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The project's folder as far as the comment goes: the script, a review and the event of a pull request."""
+    """A folder with what the comment needs: the script, a review and the event of a pull request."""
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci/comment.py", tmp_path / ".ci")
     (tmp_path / "review.md").write_text("# Review\n\nBetter.\n", encoding="utf-8")
@@ -456,7 +457,7 @@ def comment(folder: Path, api: str, **env: str) -> tuple[int, str]:
     return result.returncode, result.stdout + result.stderr
 
 
-def test_the_comment_is_created_once_and_then_updated(folder: Path, github: FakeGitHub) -> None:
+def test_comment_is_created_once_and_then_updated(folder: Path, github: FakeGitHub) -> None:
     created = "created https://github.example/o/p/pull/7#issuecomment-1000\n"
     assert comment(folder, github.url) == (0, created)
     assert github.bodies() == [f"{MARKER}\n[The review as a page]({PAGE})\n\n# Review\n\nBetter.\n"]
@@ -466,7 +467,7 @@ def test_the_comment_is_created_once_and_then_updated(folder: Path, github: Fake
     assert github.bodies() == [f"{MARKER}\n[The review as a page]({PAGE})\n\n# Review\n\nWorse.\n"]
 
 
-def test_without_a_page_there_is_no_link(folder: Path, github: FakeGitHub) -> None:
+def test_comment_has_no_link_without_a_page(folder: Path, github: FakeGitHub) -> None:
     assert comment(folder, github.url, REVIEW_PAGE="")[0] == 0
     assert github.bodies() == [f"{MARKER}\n# Review\n\nBetter.\n"]
 
@@ -474,39 +475,37 @@ def test_without_a_page_there_is_no_link(folder: Path, github: FakeGitHub) -> No
 @pytest.mark.parametrize(
     ("login", "body"),
     [
-        (JOB, f"> {MARKER}\n"),
-        (JOB, f"Quoted:\n{MARKER}\n"),
-        (JOB, ""),
+        (BOT, f"> {MARKER}\n"),
+        (BOT, f"Quoted:\n{MARKER}\n"),
+        (BOT, ""),
         ("mallory", f"{MARKER}\n# Review\n"),
         (None, f"{MARKER}\n# Review\n"),
     ],
-    ids=["a quote of the marker", "the marker further down", "nothing", "another author", "a deleted author"],
+    ids=["quoted marker", "marker on another line", "empty", "another author", "deleted author"],
 )
-def test_a_comment_that_is_not_ours_is_left_alone(
-    folder: Path, github: FakeGitHub, login: str | None, body: str
-) -> None:
+def test_comments_of_others_are_not_edited(folder: Path, github: FakeGitHub, login: str | None, body: str) -> None:
     github.add(login, body)
     assert comment(folder, github.url) == (0, "created https://github.example/o/p/pull/7#issuecomment-1001\n")
     assert github.bodies()[0] == body
     assert len(github.comments) == 2
 
 
-def test_ours_is_found_also_with_the_line_ends_of_the_web_page(folder: Path, github: FakeGitHub) -> None:
-    github.add(JOB, f"{MARKER}\r\n# Review\r\n")
+def test_own_comment_with_crlf_line_ends_is_found(folder: Path, github: FakeGitHub) -> None:
+    github.add(BOT, f"{MARKER}\r\n# Review\r\n")
     assert comment(folder, github.url) == (0, "updated https://github.example/o/p/pull/7#issuecomment-1000\n")
 
 
-def test_with_the_token_of_a_person_ours_is_that_of_the_person(folder: Path, github: FakeGitHub) -> None:
+def test_with_a_users_token_the_comment_is_that_of_the_user(folder: Path, github: FakeGitHub) -> None:
     github.login = "ada"
-    github.add(JOB, f"{MARKER}\n# Review\n")
+    github.add(BOT, f"{MARKER}\n# Review\n")
     assert comment(folder, github.url)[0] == 0
     assert comment(folder, github.url) == (0, "updated https://github.example/o/p/pull/7#issuecomment-1001\n")
 
 
-def test_ours_is_found_among_hundreds(folder: Path, github: FakeGitHub) -> None:
+def test_own_comment_is_found_among_hundreds(folder: Path, github: FakeGitHub) -> None:
     for number in range(250):
         github.add("ada", f"Comment {number}")
-    github.add(JOB, f"{MARKER}\n# Review\n")
+    github.add(BOT, f"{MARKER}\n# Review\n")
     assert comment(folder, github.url) == (0, "updated https://github.example/o/p/pull/7#issuecomment-1250\n")
     assert github.requests == [
         "GET /user",
@@ -517,14 +516,14 @@ def test_ours_is_found_among_hundreds(folder: Path, github: FakeGitHub) -> None:
     ]
 
 
-def test_a_review_of_the_longest_that_github_takes_is_whole(folder: Path, github: FakeGitHub) -> None:
+def test_review_of_the_maximum_length_is_not_truncated(folder: Path, github: FakeGitHub) -> None:
     review = "é" * (65_536 - len(MARKER) - 1)
     (folder / "review.md").write_text(review, encoding="utf-8")
     assert comment(folder, github.url, REVIEW_PAGE="")[0] == 0
     assert github.bodies() == [f"{MARKER}\n{review}"]
 
 
-def test_a_longer_review_is_cut_at_the_end_of_a_line_and_says_so_first(folder: Path, github: FakeGitHub) -> None:
+def test_longer_review_is_truncated_at_the_end_of_a_line_with_a_note_first(folder: Path, github: FakeGitHub) -> None:
     (folder / "review.md").write_text(f"{'x' * 98}é\n" * 700, encoding="utf-8")
     assert comment(folder, github.url)[0] == 0
     [body] = github.bodies()
@@ -532,85 +531,86 @@ def test_a_longer_review_is_cut_at_the_end_of_a_line_and_says_so_first(folder: P
         MARKER,
         f"[The review as a page]({PAGE})",
         "",
-        "> Only the beginning: GitHub takes no longer comment. All is in review.html, the artifact of this run.",
+        "> Truncated to GitHub's limit. The full review is review.html, the artifact of this run.",
     ]
     assert body.count("é") == 653
     assert body.endswith("xé\n")
     assert 65_436 < len(body) <= 65_536
 
 
-@pytest.mark.parametrize("head", [{"full_name": "mallory/p"}, None], ids=["a fork", "a deleted fork"])
-def test_where_a_fork_may_not_comment_the_job_goes_on(
+@pytest.mark.parametrize("head", [{"full_name": "mallory/p"}, None], ids=["fork", "deleted fork"])
+def test_read_only_token_of_a_fork_does_not_fail_the_job(
     folder: Path, github: FakeGitHub, head: dict[str, str] | None
 ) -> None:
     pull_request(folder, head)
     github.refusals["POST"] = (403, '{"message": "Resource not accessible by integration"}')
-    said = "not commented: for a pull request from a fork the token may only read; see the summary of the job\n"
-    assert comment(folder, github.url) == (0, said)
+    message = "no comment written: the token of a pull request from a fork is read-only; see the job summary\n"
+    assert comment(folder, github.url) == (0, message)
     assert github.comments == []
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "said"),
+    ("status", "body", "message"),
     [
         (
             401,
             '{"message": "Bad credentials"}',
-            "401 Bad credentials; GITHUB_TOKEN is not valid, or no longer; hand the step `github.token`",
+            "401 Bad credentials; GITHUB_TOKEN is invalid or expired; pass `github.token` to the step",
         ),
         (
             403,
             '{"message": "Resource not accessible by integration"}',
             "403 Resource not accessible by integration; "
-            "the token may not write here; give the job `permissions: pull-requests: write`",
+            "the token can't write comments; give the job `permissions: pull-requests: write`",
         ),
         (
             404,
             '{"message": "Not Found"}',
-            "404 Not Found; the repository or the pull request is not there, or the token may not see it",
+            "404 Not Found; the repository or the pull request does not exist, or the token can't read it; check both",
         ),
-        (502, "<html>Unicorn</html>", "502 Bad Gateway; run the job again, GitHub may have had a fault"),
+        (502, "<html>Unicorn</html>", "502 Bad Gateway; run the job again; GitHub may have a temporary problem"),
     ],
 )
-def test_a_refusal_is_one_line_that_says_what_to_do(
-    folder: Path, github: FakeGitHub, status: int, body: str, said: str
+def test_rejected_request_is_reported_on_one_line_with_advice(
+    folder: Path, github: FakeGitHub, status: int, body: str, message: str
 ) -> None:
     github.refusals["POST"] = (status, body)
     request = f"POST {github.url}/repos/o/p/issues/7/comments"
-    assert comment(folder, github.url) == (1, f"not commented: {request}: {said}\n")
+    assert comment(folder, github.url) == (1, f"no comment written: {request}: {message}\n")
 
 
-def test_a_fork_does_not_hide_another_fault(folder: Path, github: FakeGitHub) -> None:
+def test_other_errors_fail_the_job_for_forks_too(folder: Path, github: FakeGitHub) -> None:
     pull_request(folder, {"full_name": "mallory/p"})
     github.refusals["POST"] = (500, "{}")
     assert comment(folder, github.url)[0] == 1
 
 
-def test_without_a_network_it_says_so(folder: Path) -> None:
-    said = "not commented: no answer from http://127.0.0.1:0 (ConnectionError); run the job again\n"
-    assert comment(folder, "http://127.0.0.1:0") == (1, said)
+def test_missing_network_is_reported(folder: Path) -> None:
+    message = "no comment written: no response from http://127.0.0.1:0 (ConnectionError); run the job again\n"
+    assert comment(folder, "http://127.0.0.1:0") == (1, message)
 
 
 @pytest.mark.parametrize(
-    ("change", "env", "said"),
+    ("change", "env", "message"),
     [
-        (delete("review.md"), {}, "review.md: there is no such file; `make review` writes it\n"),
+        (delete("review.md"), {}, "review.md: not found; `make review` writes it\n"),
         (
             lambda folder: None,
             {"GITHUB_TOKEN": ""},
-            "not commented: GITHUB_TOKEN is not set; a job of GitHub Actions has it, or is handed it\n",
+            "no comment written: GITHUB_TOKEN is not set; "
+            "run this in a job of GitHub Actions that passes GITHUB_TOKEN\n",
         ),
         (
             lambda folder: (folder / "event.json").write_text("{}"),
             {},
-            "not commented: the event in GITHUB_EVENT_PATH is not that of a pull request\n",
+            "no comment written: GITHUB_EVENT_PATH is not the event of a pull request; run this only for those\n",
         ),
     ],
     ids=["no review", "no token", "no pull request"],
 )
-def test_what_is_missing_is_named(
-    folder: Path, github: FakeGitHub, change: Callable[[Path], None], env: dict[str, str], said: str
+def test_missing_input_is_named(
+    folder: Path, github: FakeGitHub, change: Callable[[Path], None], env: dict[str, str], message: str
 ) -> None:
     change(folder)
-    assert comment(folder, github.url, **env) == (1, said)
+    assert comment(folder, github.url, **env) == (1, message)
     assert github.requests == []

@@ -1,4 +1,4 @@
-"""The training loop as textbooks have it, with no trick at all: what the engine is held against."""
+"""A plain training loop, as in a textbook: the reference for the engine."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from stages.shared.examples import Example
-from stages.shared.params import TrainParams
+from stages.data.examples import Example
+from stages.runtime.params import TrainParams
 
 
 def textbook_steps(
@@ -17,17 +17,17 @@ def textbook_steps(
     num_warmup_steps: int,
     pad_to: int | None = None,
 ) -> Iterator[float]:
-    """Train the model in place, one effective batch a step; yields each step's loss, nats a supervised token.
+    """Train the model in place, one effective batch per step; yields the loss of each step, in nats/token.
 
-    Micro-batches of `batch_size` in the order of the data, padded on the right, with all logits; gradients accumulate.
+    Micro-batches of `batch_size` examples in order, padded on the right, with all logits; gradients are accumulated.
 
     Args:
-        pad_to: tokens; None pads to the longest of a micro-batch.
+        pad_to: tokens; None pads to the longest example of a micro-batch.
     """
     no_decay = ("norm", "ln_", "bias")
     decayed = [p for name, p in model.named_parameters() if not any(word in name for word in no_decay)]
-    free = [p for name, p in model.named_parameters() if any(word in name for word in no_decay)]
-    groups = [{"params": decayed, "weight_decay": params.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    not_decayed = [p for name, p in model.named_parameters() if any(word in name for word in no_decay)]
+    groups = [{"params": decayed, "weight_decay": params.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=params.learning_rate)
     for step, batch in enumerate(batches):
         num_tokens = sum(int((example.labels != -100).sum()) for example in batch)
@@ -58,7 +58,7 @@ def textbook_steps(
 
 
 def schedule(kind: str, step: int, num_warmup_steps: int, num_steps: int) -> float:
-    """The share of the peak learning rate at a step, counted from 0."""
+    """Learning rate ÷ its peak at a step, counted from 0."""
     if step < num_warmup_steps:
         return step / num_warmup_steps
     progress = (step - num_warmup_steps) / (num_steps - num_warmup_steps)

@@ -1,0 +1,167 @@
+"""What changed between two revisions: parameters, stages, metrics, sample answers and test examples."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from markdown_it import MarkdownIt
+
+from review.revisions import Revision
+from review.verdicts import MEASURED, METRICS
+from stages.data.alpaca import ALPACA, ALPACA_WITH_INPUT
+
+SAMPLES, TEST = "metrics/samples/tuned.md", "data/test.parquet"
+NUM_EXAMPLES = 10
+TEMPLATE_LINES = {*ALPACA.splitlines(), *ALPACA_WITH_INPUT.splitlines()}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A named value in both revisions; None if a revision does not have it."""
+
+    name: str
+    before: Any
+    after: Any
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """A stage that ran again, with its changed inputs and changed outputs."""
+
+    name: str
+    changed_inputs: list[str]
+    changed_outputs: list[str]
+
+
+@dataclass(frozen=True)
+class ExampleChange:
+    """A test example in both revisions; the prompt is shown without the lines of the template."""
+
+    prompt: str
+    reference: str
+    loss_before: float
+    loss_after: float
+    answer_before: str
+    answer_after: str
+
+    @property
+    def change(self) -> float:
+        """In nats/token; negative if the model improved."""
+        return self.loss_after - self.loss_before
+
+
+def values_by_name(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Both values of each name, in the order of `after`, then the names that only `before` has."""
+    return {name: (before.get(name), after.get(name)) for name in {**after, **before}}
+
+
+def find_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """The values that differ, including those that only one side has."""
+    return [Change(name, *values) for name, values in values_by_name(before, after).items() if values[0] != values[1]]
+
+
+def changed_metrics(before: Revision, after: Revision) -> list[Change]:
+    """Changes in metrics that have no verdict: those of data and training, and those without an interval."""
+    with_verdict = {metric.name for metric in MEASURED}
+    changes = []
+    for path in sorted({*before.metrics_files(), *after.metrics_files()}):
+        values = [flatten(side.read_json(path)) for side in (before, after)]
+        name = path.removeprefix("metrics/").removesuffix(".json")
+        changes += [
+            Change(f"{name}: {change.name}", change.before, change.after)
+            for change in find_changes(*values)
+            if not (path == METRICS and (change.name in with_verdict or change.name.endswith("_se")))
+        ]
+    return changes
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted names.
+
+    Example:
+        >>> flatten({"left_out_by_reason": {"empty_response": 2}})
+        {'left_out_by_reason.empty_response': 2}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def stages_that_ran(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[StageRun]:
+    """The stages whose inputs or outputs differ between two `dvc.lock` files."""
+    found = []
+    for name, (old, new) in values_by_name(before.get("stages", {}), after.get("stages", {})).items():
+        if old is None or new is None:
+            found.append(StageRun(name, ["new stage" if old is None else "removed stage"], []))
+            continue
+        params = [
+            f"{change.name.removeprefix('params.yaml.')}: {json.dumps(change.before)} → {json.dumps(change.after)}"
+            for change in find_changes(flatten(old.get("params", {})), flatten(new.get("params", {})))
+        ]
+        deps, outs = (
+            [change.name for change in find_changes(_hashes(old.get(kind, [])), _hashes(new.get(kind, [])))]
+            for kind in ("deps", "outs")
+        )
+        changed_inputs = (["its command"] if old["cmd"] != new["cmd"] else []) + params + deps
+        if changed_inputs or outs:
+            found.append(StageRun(name, changed_inputs, outs))
+    return found
+
+
+def _hashes(entries: list[dict[str, Any]]) -> dict[str, str]:
+    return {entry["path"]: entry["md5"] for entry in entries}
+
+
+def output_hashes(lock: Mapping[str, Any]) -> dict[str, str]:
+    """The MD5 of each output in a `dvc.lock` file."""
+    return {path: md5 for stage in lock.get("stages", {}).values() for path, md5 in _hashes(stage["outs"]).items()}
+
+
+def changed_samples(before: Revision, after: Revision) -> list[Change]:
+    """The answers of both revisions to each sample prompt."""
+    return [Change(name, *answers) for name, answers in values_by_name(_samples(before), _samples(after)).items()]
+
+
+def _samples(revision: Revision) -> dict[str, str]:
+    """Answers by prompt, parsed from the Markdown that `generate` writes."""
+    samples: dict[str, str] = {}
+    prompt = ""
+    tokens = MarkdownIt().parse((revision.read(SAMPLES) or b"").decode())
+    for token, following in zip(tokens, [*tokens, None][1:], strict=True):
+        if token.type == "heading_open" and token.tag == "h2" and following and following.children:
+            prompt = "".join(child.content for child in following.children)
+        elif token.type == "code_block" and prompt:
+            samples[prompt] = token.content.strip()
+    return samples
+
+
+def most_changed_examples(joined: pd.DataFrame, after: Revision) -> list[ExampleChange]:
+    """The test examples whose loss fell most, then those whose loss rose most, up to `NUM_EXAMPLES` each.
+
+    Args:
+        joined: from `compare_predictions`.
+    """
+    test = after.read_table(TEST, ["example_id", "prompt", "response"])
+    if test is None:
+        test = pd.DataFrame(columns=["example_id", "prompt", "response"])
+    rows = joined.assign(change=joined["loss_after"] - joined["loss_before"]).merge(test, on="example_id", how="left")
+    improved = rows[rows["change"] < 0].sort_values("change", kind="stable").head(NUM_EXAMPLES)
+    worse = rows[rows["change"] > 0].sort_values("change", kind="stable", ascending=False).head(NUM_EXAMPLES)
+    return [
+        ExampleChange(
+            _without_template(row.prompt) if isinstance(row.prompt, str) else f"(example {row.example_id})",
+            row.response if isinstance(row.response, str) else "",
+            row.loss_before,
+            row.loss_after,
+            row.answer_before,
+            row.answer_after,
+        )
+        for row in pd.concat([improved, worse]).itertuples()
+    ]
+
+
+def _without_template(prompt: str) -> str:
+    return "\n".join(line for line in prompt.splitlines() if line not in TEMPLATE_LINES)

@@ -1,0 +1,58 @@
+"""Choose a template. Training, evaluation and generation take their prompts from it.
+
+With every template, the token ids before a response are the same in training and at inference.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.data.alpaca import AlpacaTemplate
+from stages.data.chat_template import ChatTemplate
+from stages.runtime.errors import UserError, user_errors
+from stages.runtime.files import write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BUILT_IN = ("alpaca", "chat")
+# A copy of the Jinja file that `template` names; for alpaca and chat, only a comment. Later stages depend on this file
+# and not on the folder `templates`, so that editing another template does not train again.
+SELECTED_TEMPLATE = Path("data/template.jinja")
+Template = AlpacaTemplate | ChatTemplate
+
+
+def select_template(name: str) -> None:
+    """Write `SELECTED_TEMPLATE`, from which `load_template` reads.
+
+    Args:
+        name: the parameter `template`: alpaca, chat (the template of the tokenizer) or a Jinja file.
+
+    Raises:
+        UserError: there is no such file, or it is not text.
+    """
+    text = f"{{# {name} #}}\n"  # not empty, which DVC would warn about
+    if name not in BUILT_IN:
+        if not Path(name).is_file():
+            raise UserError(f"template: {name!r} is not a file; if it is new, `git add` it before `dvc exp run --temp`")
+        with user_errors(Path(name), "save it as UTF-8 text"):
+            text = Path(name).read_text(encoding="utf-8")
+    write_text(SELECTED_TEMPLATE, text)
+
+
+def load_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> Template:
+    """Load the template that `select_template` has selected.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or the Jinja file is not a chat template.
+    """
+    if name == "alpaca":
+        return AlpacaTemplate(tokenizer)
+    if name == "chat":
+        if not tokenizer.chat_template:
+            raise UserError(
+                "template: found chat, but the tokenizer of this model has no chat template; "
+                "set template to alpaca or to a file in templates/"
+            )
+        return ChatTemplate(tokenizer, str(tokenizer.get_chat_template()), "the tokenizer's chat template")
+    with user_errors(SELECTED_TEMPLATE):
+        return ChatTemplate(tokenizer, SELECTED_TEMPLATE.read_text(encoding="utf-8"), name)

@@ -1,0 +1,207 @@
+"""Attention over packed examples: one row, no padding, shared prefixes computed once.
+
+A group is a prefix and the examples that begin with it. In the packed row
+
+    [prefix] [suffix of example 0] [suffix of example 1] ... [another prefix] [suffix of example 7] ...
+
+every token attends, causally, to its own example and to the prefix of its group. Attention itself runs on small padded
+blocks of queries, keys and values; all other layers see the packed row.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from stages.runtime.errors import is_out_of_memory
+
+NAME = "packed"
+TOLERANCE = 1e-4  # nats/token; fp32 rounding gives a hundredth of this, a different attention pattern far more
+EXAMPLES_PER_BLOCK = 8
+# On a CPU two plain matrix multiplications take a third of the fused kernel's time, but the score matrices of longer
+# examples would need too much memory.
+MAX_MATMUL_LENGTH = 512  # tokens
+
+
+@dataclass(frozen=True)
+class Block:
+    """A padded view of some packed examples that have a common prefix.
+
+    prefix: its positions in the packed row.
+    rows: int64 (examples, longest suffix), the position of each token in the packed row; padding repeats position 0.
+    mask: float32 (longest suffix, prefix + longest suffix), added to the scores: 0 where a query may attend, else -inf.
+        All examples share it, because padding comes after all the keys that the shorter ones may attend to.
+    """
+
+    prefix: slice
+    rows: torch.Tensor
+    mask: torch.Tensor
+
+    @classmethod
+    def build(cls, prefix: slice, rows: torch.Tensor) -> "Block":
+        """Add the mask: each token of a suffix attends to the whole prefix and, causally, to its suffix."""
+        prefix_length, longest = prefix.stop - prefix.start, rows.shape[1]
+        mask = torch.full((longest, prefix_length + longest), float("-inf")).triu(prefix_length + 1)
+        return cls(prefix, rows, mask)
+
+    def to(self, device: torch.device) -> "Block":
+        return Block(self.prefix, self.rows.to(device), self.mask.to(device))
+
+    def gather_padded(self, x: torch.Tensor) -> torch.Tensor:
+        """(tokens, heads, head size) → (examples, heads, longest suffix, head size)."""
+        # Not x[rows], whose gradient is several times slower on a CPU.
+        return x.index_select(0, self.rows.flatten()).view(*self.rows.shape, *x.shape[1:]).transpose(1, 2)
+
+    def gather_with_prefix(self, x: torch.Tensor) -> torch.Tensor:
+        """(tokens, heads, head size) → (examples, heads, prefix + longest suffix, head size)."""
+        prefix = x[self.prefix].transpose(0, 1).expand(len(self.rows), -1, -1, -1)
+        return torch.cat([prefix, self.gather_padded(x)], 2)
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """The positions of examples in a packed row.
+
+    blocks: padded views of all prefixes and suffixes; suffixes of similar length are together, to save padding.
+    unpad_indices: int64 (tokens,), the position of each packed token in the flattened rows of all blocks.
+    """
+
+    blocks: list[Block]
+    unpad_indices: torch.Tensor
+
+    @classmethod
+    def build(cls, groups: Sequence[tuple[int, Sequence[int]]]) -> "PackedLayout":
+        """Lay out consecutive groups, each given by the length of its prefix and the lengths of its suffixes."""
+        blocks, order, start = [], [], 0  # order: the packed position of each position in the blocks
+        for prefix_length, suffix_lengths in groups:
+            prefix = slice(start, start + prefix_length)
+            if prefix_length:
+                rows = torch.arange(prefix.start, prefix.stop)[None]
+                blocks.append(Block.build(slice(start, start), rows))
+                order.append(rows.flatten())
+            lengths, rows = torch.tensor(suffix_lengths), suffix_positions(prefix.stop, suffix_lengths)
+            for members in lengths.argsort(stable=True).split(EXAMPLES_PER_BLOCK):
+                block_rows = rows[members, : int(lengths[members].max())]
+                blocks.append(Block.build(prefix, block_rows.clamp(min=0)))
+                order.append(block_rows.flatten())
+            start = prefix.stop + sum(suffix_lengths)
+        # Invert the order: from the position in the packed row to the position in the blocks, without padding (-1).
+        tokens = torch.cat(order)
+        real = (tokens >= 0).nonzero().squeeze(1)
+        unpad_indices = torch.empty(start, dtype=torch.int64)
+        unpad_indices[tokens[real]] = real
+        return cls(blocks, unpad_indices)
+
+    def to(self, device: torch.device) -> "PackedLayout":
+        return PackedLayout([block.to(device) for block in self.blocks], self.unpad_indices.to(device))
+
+
+def suffix_positions(start: int, suffix_lengths: Sequence[int]) -> torch.Tensor:
+    """int64 (examples, longest suffix), the position of each token in the packed row, -1 for padding.
+
+    Args:
+        start: the position of the first suffix.
+    """
+    lengths = torch.tensor(suffix_lengths)
+    starts = start + lengths.cumsum(0) - lengths
+    steps = torch.arange(int(lengths.max()))
+    return torch.where(steps < lengths[:, None], starts[:, None] + steps, -1)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    layout: PackedLayout,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer, with the signature that `transformers.AttentionInterface` requires.
+
+    query: (1, heads, tokens, head size); key and value: (1, key heads, tokens, head size).
+    Returns (1, tokens, heads, head size).
+    """
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head size)
+    outs = []
+    for block in layout.blocks:
+        queries, keys, values = block.gather_padded(q), block.gather_with_prefix(k), block.gather_with_prefix(v)
+        if query.device.type == "cpu" and keys.shape[2] <= MAX_MATMUL_LENGTH:
+            out = matmul_attention(queries, keys, values, block.mask, scaling, dropout)
+        else:
+            # Not enable_gqa: no fused CUDA kernel supports it with a mask (huggingface/transformers#39412).
+            keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (keys, values))
+            mask = block.mask.to(queries.dtype)
+            out = scaled_dot_product_attention(queries, keys, values, mask, dropout, scale=scaling)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs).index_select(0, layout.unpad_indices)[None], None
+
+
+def matmul_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` for grouped key heads; queries that share a key head are multiplied together.
+
+    query: (examples, heads, queries, head size); key and value: (examples, key heads, keys, head size).
+    """
+    examples, heads, num_queries, size = query.shape
+    grouped = examples, key.shape[1], heads // key.shape[1] * num_queries
+    scaled = (query * (size**-0.5 if scaling is None else scaling)).reshape(*grouped, size)
+    scores = (scaled @ key.transpose(2, 3)).view(examples, heads, num_queries, -1)
+    weights = torch.nn.functional.dropout((scores + mask.to(scores.dtype)).softmax(-1), dropout)
+    return (weights.to(value.dtype).view(*grouped, -1) @ value).view(query.shape)
+
+
+AttentionInterface.register(NAME, packed_attention)
+
+
+@contextmanager
+def use_packed_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block the model attends to packed rows, and its calls need the argument `layout`."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def packed_is_exact(
+    model: PreTrainedModel, padded: Callable[[], torch.Tensor], packed: Callable[[], torch.Tensor]
+) -> tuple[bool, str]:
+    """Whether packed and padded batches give this model the same results, and a log message with the difference.
+
+    Both are computed, in fp32 and without dropout, because the name of an architecture is not sufficient. An attention
+    window shorter than an example, or an attention function of the model's own, shows up as a difference.
+
+    Args:
+        padded, packed: return log-probabilities or losses of the same tokens, of the same shape.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            expected = padded()
+            try:
+                difference = float((packed() - expected).abs().max())
+            except Exception as error:  # a model can raise anything for arguments that it does not know
+                if is_out_of_memory(error):
+                    raise
+                if reset := getattr(model, "reset_iter_state", None):  # FSDP2 still expects the interrupted call
+                    reset()
+                return False, f"this model does not support packed batches ({type(error).__name__})"
+    finally:
+        model.train(training)
+    return difference <= TOLERANCE, f"packed batches differ by up to {difference:.2g} nats/token"

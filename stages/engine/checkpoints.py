@@ -1,0 +1,157 @@
+"""Resumable checkpoints of a run, kept outside the declared outputs, which DVC deletes before it runs a stage."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.runtime.errors import UserError, user_errors
+from stages.runtime.files import atomic_path, file_sha256, remove, write_json
+from stages.runtime.locks import file_lock
+from stages.runtime.yaml12 import parse_yaml
+
+SAVE_TOTAL_LIMIT = 2  # so that there is another checkpoint if the newest is damaged
+TENSORS, STATE, BEST, CHECKSUMS = "tensors.safetensors", "state.json", "best.safetensors", "sha256.json"
+
+
+def fingerprint(stage: str, params: dict[str, Any], environment: dict[str, str]) -> str:
+    """A hash of everything that a run depends on: parameters, environment and the files that `dvc.yaml` declares."""
+    with user_errors(Path("dvc.yaml"), "restore it with `git checkout dvc.yaml`"):
+        deps = parse_yaml(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
+    digest = hashlib.sha256(json.dumps([params, environment], sort_keys=True).encode())
+    for dep in map(Path, deps):
+        files = sorted(path for path in dep.rglob("*") if path.is_file()) if dep.is_dir() else [dep]
+        for path in files:
+            if "__pycache__" not in path.parts:
+                digest.update(f"\0{path}\0{file_sha256(path)}".encode())
+    return digest.hexdigest()[:16]
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `.scratch/<stage>/<fingerprint>/`.
+
+    A checkpoint is a folder that is renamed into place when complete. It has tensors, state as JSON, the best weights
+    so far, and their checksums. A run with the same fingerprint resumes from the newest one; any other run starts from
+    the beginning.
+
+    Args:
+        folder: the folder of the run.
+        read_only: save nothing. True on all ranks except the main process.
+    """
+
+    def __init__(self, folder: Path, read_only: bool = False):
+        self.folder = folder
+        self.read_only = read_only
+
+    @classmethod
+    @contextmanager
+    def open_run(cls, stage: str, params: dict[str, Any], environment: dict[str, str]) -> Iterator["Checkpoints"]:
+        """Lock the folder of the run. If the block fails, the folder is kept for the next attempt.
+
+        If it succeeds, the newest checkpoint is kept until another run starts, because DVC can still be killed before
+        it has recorded the outputs.
+
+        Raises:
+            UserError: another process runs the same training.
+        """
+        # In `dvc exp run --temp` the stage runs in a copy; DVC_ROOT is the original folder.
+        runs = Path(os.environ.get("DVC_ROOT", ".")) / ".scratch" / stage
+        folder = runs / fingerprint(stage, params, environment)
+        with file_lock(folder.with_suffix(".lock"), "runs the same training"):
+            for finished in runs.glob("*/finished"):  # markers of finished runs, in their folders
+                if finished.parent != folder:
+                    with suppress(UserError), file_lock(finished.parent.with_suffix(".lock"), "deletes this training"):
+                        shutil.rmtree(finished.parent)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "finished").unlink(missing_ok=True)
+            checkpoints = cls(folder)
+            yield checkpoints
+            checkpoints.keep_newest(1)
+            remove(folder / BEST)
+            (folder / "finished").touch()
+
+    def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        """Save the checkpoint of an optimizer step; at most `SAVE_TOTAL_LIMIT` are kept.
+
+        Args:
+            state: must be serializable as JSON.
+        """
+        if self.read_only:
+            return
+        self.keep_newest(SAVE_TOTAL_LIMIT - 1)
+        with atomic_path(self.folder / f"step-{step:08}", durable=True) as partial:
+            partial.mkdir()
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / TENSORS)
+            write_json(partial / STATE, state)
+            if (self.folder / BEST).exists():
+                link_or_copy(self.folder / BEST, partial / BEST)
+            write_json(partial / CHECKSUMS, {path.name: file_sha256(path) for path in sorted(partial.iterdir())})
+
+    def restore_newest(self) -> Path | None:
+        """The newest intact checkpoint, or None. Damaged ones are deleted with a message.
+
+        Also restores the best weights as of that checkpoint, for `load_best`.
+        """
+        for folder in reversed(self._steps()):
+            if damage := verify_checksums(folder):
+                print(f"{folder}: this checkpoint is damaged ({damage}); trying the one before it", flush=True)
+                shutil.rmtree(folder)
+                continue
+            remove(self.folder / BEST)
+            if (folder / BEST).exists():
+                link_or_copy(folder / BEST, self.folder / BEST)
+            return folder
+        return None
+
+    def save_best(self, weights: dict[str, torch.Tensor]) -> None:
+        """Save the weights with the lowest validation loss so far."""
+        if self.read_only:
+            return
+        with atomic_path(self.folder / BEST) as partial:
+            save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, partial)
+
+    def load_best(self) -> dict[str, torch.Tensor]:
+        """Load the weights from the last `save_best`."""
+        return load_file(self.folder / BEST)
+
+    def keep_newest(self, count: int) -> None:
+        """Delete all checkpoints except the newest ones."""
+        for old in self._steps()[:-count]:
+            shutil.rmtree(old)
+
+    def _steps(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"))
+
+
+def load(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the state of a checkpoint. Tensors are memory-mapped."""
+    return load_file(folder / TENSORS), json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def verify_checksums(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if it is intact."""
+    try:
+        checksums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        for name, checksum in checksums.items():
+            if file_sha256(folder / name) != checksum:
+                return f"{name} has another checksum"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, AttributeError):
+        return f"{CHECKSUMS} is not valid"
+    return None
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Create a hard link, which takes no space, or a copy if the file system has no hard links."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,198 @@
+"""Training in several processes, one per device. Without a launcher there is one process, and nothing is distributed.
+
+Every rank knows the whole effective batch, computes its part, and divides its summed loss by the supervised tokens of
+all ranks. So gradients are summed over ranks, and the loss equals that of one process.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from stages.data.examples import Example
+from stages.engine.batches import Batches, MicroBatch, partition_by_cost
+from stages.engine.models import pick_device
+from stages.runtime.errors import UserError
+
+TIMEOUT = timedelta(hours=2)  # the other ranks wait while the main process writes a large model
+T = TypeVar("T")
+
+
+@dataclass
+class DistributedContext:
+    """One rank of `world_size`. Rank 0 is the main process, the only one that writes files.
+
+    sharded: True if each rank holds a part of every weight, gradient and moment (FSDP2); False if it holds all of them.
+    reshard_after_forward: free a layer's weights between forward and backward (FSDP2).
+    gradients: the buffer of all gradients of replicated weights (see `bucket_gradients`), or empty.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    sharded: bool = False
+    reshard_after_forward: bool = True
+    gradients: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def is_main_process(self) -> bool:
+        return self.rank == 0
+
+    def __str__(self) -> str:
+        return f"{self.world_size} processes, weights " + ("sharded (FSDP2)" if self.sharded else "replicated")
+
+    def broadcast_from_main(self, function: Callable[[], T]) -> T:
+        """Call the function in the main process and return its result on all ranks."""
+        if self.world_size == 1:
+            return function()
+        values = [function() if self.is_main_process else None]
+        torch.distributed.broadcast_object_list(values)
+        return values[0]  # type: ignore[return-value]
+
+    def gather(self, number: float) -> list[float]:
+        """Gather a number from every rank, in float64."""
+        if self.world_size == 1:
+            return [number]
+        own = torch.tensor([number], dtype=torch.float64, device=self.device)
+        gathered = [torch.empty_like(own) for _ in range(self.world_size)]
+        torch.distributed.all_gather(gathered, own)
+        return [tensor.item() for tensor in gathered]
+
+    def micro_batches(self, batches: Batches, examples: Sequence[Example]) -> Iterator[tuple[MicroBatch, bool]]:
+        """The micro-batches of this rank, each with whether it is a padding step, whose result is not used.
+
+        With sharded weights all ranks must call the model equally often, so ranks that are done add padding steps.
+        """
+        if self.world_size > 1:
+            own = [examples[i] for i in partition_by_cost(batches.costs(examples), self.world_size)[self.rank]]
+        else:
+            own = list(examples)
+        micro_batches = batches.micro_batches(own)
+        while True:
+            micro_batch = next(micro_batches, None)
+            has_more = micro_batch is not None
+            if not (any(self.gather(has_more)) if self.sharded else has_more):
+                return
+            if micro_batch is None:
+                yield next(batches.micro_batches(examples[:1])), True
+            else:
+                yield micro_batch, False
+
+    def bucket_gradients(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Make all gradients of replicated weights views of one buffer, so that one all-reduce sums them.
+
+        DDP does the same, but expects one backward pass per step through each weight. Here the head has one for each
+        chunk of logits.
+        """
+        if self.world_size > 1 and not self.sharded:
+            self.gradients = [torch.zeros(sum(p.numel() for p in parameters), device=self.device)]
+            start = 0
+            for parameter in parameters:
+                parameter.grad = self.gradients[0][start : start + parameter.numel()].view(parameter.shape)
+                start += parameter.numel()
+
+    def all_reduce_gradients(self) -> None:
+        """Sum the gradients of replicated weights over all ranks; FSDP2 sums those of sharded weights itself."""
+        for gradient in self.gradients:
+            torch.distributed.all_reduce(gradient)
+
+    def shutdown(self) -> None:
+        if self.world_size > 1:
+            torch.distributed.destroy_process_group()
+
+    def shard(self, model: PreTrainedModel) -> None:
+        """Shard the main process's model, which is on the CPU, over all ranks. The others have theirs on `meta`."""
+        from torch.distributed import broadcast
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        weights = model.state_dict() if self.is_main_process else {}
+        buffers = dict(model.named_buffers(remove_duplicate=False))  # such as rotary frequencies: not in the state dict
+        torch.nn.Module.to(model, "meta")
+        model.tie_weights()  # moving the weights untied them
+        for module in list(model.modules()):
+            if type(module).__name__ in (model._no_split_modules or ()):  # the decoder layers
+                fully_shard(module, reshard_after_forward=self.reshard_after_forward)
+        fully_shard(model)
+        model.to_empty(device=self.device)
+        model.tie_weights()
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, weights, options=options)
+        for name, buffer in buffers.items():
+            value = buffer.to(self.device) if self.is_main_process else torch.empty_like(buffer, device=self.device)
+            broadcast(value, 0)
+            path, _, key = name.rpartition(".")
+            setattr(model.get_submodule(path), key, value)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # sum the gradients, which FSDP averages by default
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+
+    def gather_full_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The full tensors on the main process, gathered one after another; an empty dict on the other ranks."""
+        gathered = {}
+        for name, tensor in tensors.items():
+            full = full_tensor(tensor)
+            if self.is_main_process:
+                gathered[name] = full.cpu() if self.sharded else full
+        return gathered
+
+    def random_states(self) -> dict[str, torch.Tensor]:
+        """The states of the random number generators of all ranks."""
+        own = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            own["cuda"] = torch.cuda.get_rng_state()
+        states: list[Any] = [own] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(states, own)
+        return {f"rng.{rank}.{name}": state for rank, one in enumerate(states) for name, state in one.items()}
+
+    def load_random_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        torch.set_rng_state(tensors[f"rng.{self.rank}.cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors[f"rng.{self.rank}.cuda"])
+
+
+def init_distributed() -> DistributedContext:
+    """Join the processes that a launcher has started, if there are several.
+
+    Accelerate reads what `torchrun`, `accelerate launch` and Slurm set in the environment: rank, device, backend and
+    sharding.
+
+    Raises:
+        UserError: the launcher requests another kind of distribution.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return DistributedContext(pick_device())
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
+
+    sharded, reshard_after_forward = parse_flag_from_env("ACCELERATE_USE_FSDP"), True
+    if sharded:
+        if os.environ.get("FSDP_VERSION") != "2" or parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
+            raise UserError("launcher: found FSDP 1 or offloaded parameters; must be --fsdp_version 2, not offloaded")
+        reshard_after_forward = bool(FullyShardedDataParallelPlugin().reshard_after_forward)
+    state = PartialState(cpu=pick_device().type != "cuda", timeout=TIMEOUT)
+    if state.distributed_type not in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise UserError(f"launcher: found {state.distributed_type.value}; must start processes on GPUs or on CPUs")
+    return DistributedContext(state.device, state.process_index, state.num_processes, sharded, reshard_after_forward)
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor of a sharded one, on every rank; other tensors unchanged."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_like(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Shard a full tensor like another one: this rank's part, or the full tensor if the other is not sharded."""
+    # The step count in AdamW's state is a scalar, which is never sharded.
+    if not hasattr(like, "full_tensor") or not full.ndim:
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(full.to(like.device), mesh, placements, src_data_rank=None)

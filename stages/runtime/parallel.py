@@ -1,0 +1,76 @@
+"""Process the shards of a table in parallel, one process per CPU core."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from pathlib import Path
+from threading import RLock, Thread
+from typing import Any, TypeVar
+
+from stages.runtime.errors import UserError
+from stages.runtime.terminal import progress
+
+T = TypeVar("T")
+
+
+def map_processes(function: Callable[..., T], *arguments: Sequence[Any], desc: str) -> Iterator[T]:
+    """`map` in worker processes, or in this process if there is a single item.
+
+    Args:
+        function: defined at the top level of a module, or a `functools.partial` of one.
+        desc: what the function does, for the progress bar and for messages.
+
+    Raises:
+        UserError: the kernel killed a worker.
+    """
+    num_items = len(arguments[0])
+    if num_items == 1:
+        yield function(*(argument[0] for argument in arguments))
+        return
+    # Spawned, not forked: pyarrow and tokenizers have threads, and a fork would copy locks that those threads hold.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(num_items, num_cores()), context, _start_worker, (Path.cwd(),))
+    try:
+        on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it, so that they ignore Ctrl-C
+        results = pool.map(function, *arguments)
+        signal.signal(signal.SIGINT, on_interrupt)
+        yield from progress(results, desc, "shard", num_items)
+    except BrokenProcessPool:
+        raise UserError(
+            f"{desc}: a worker process was killed, probably because memory ran out; free some memory, "
+            "or use fewer cores (`taskset --cpu-list 0-3 dvc repro`), and run again"
+        ) from None
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown()
+
+
+def num_cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start_worker(folder: Path) -> None:
+    """Prepare a worker process to run in the folder of its parent."""
+    from tqdm import tqdm
+
+    os.chdir(folder)
+    tqdm.set_lock(RLock())  # tqdm's own lock is a semaphore, which a terminated process would leak
+    # One process per core: more threads would only compete for the cores.
+    os.environ |= {"TQDM_DISABLE": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """Exit when the parent does: a worker that outlives it would write into the outputs of the next run."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "not in a worker"  # noqa: S101
+    wait([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,114 @@
+"""Run a stage: one at a time per folder, with a message for errors that the user can fix."""
+
+import errno
+import marshal
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from io import TextIOWrapper
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from stages.runtime.errors import UserError, is_out_of_memory
+from stages.runtime.locks import file_lock
+from stages.runtime.text import printable
+
+LOCK = Path(".scratch/lock")
+
+# Errors that any stage can meet on a user's machine. All others are bugs and keep their traceback.
+FREE_SPACE = "free some space (README, Disk) and run again"
+FIX_PERMISSIONS = "make it readable and writable for this user and run again"
+LESS_MEMORY = "lower batch_size or max_length, or free some memory, and run again"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ERRNO_HINTS = {
+    errno.ENOENT: "run `dvc repro` in the project's folder, which creates the inputs of a stage",
+    errno.ENOSPC: FREE_SPACE,
+    errno.EDQUOT: FREE_SPACE,
+    errno.EFBIG: "raise the file size limit (`ulimit -f`) and run again",
+    errno.EACCES: FIX_PERMISSIONS,
+    errno.EPERM: FIX_PERMISSIONS,
+    errno.EROFS: "mount it writable and run again",
+    errno.EIO: "the disk can't be read or written; check its health, then run again",
+    errno.ENOMEM: LESS_MEMORY,
+    errno.EPIPE: "the reader of the output exited; let it finish and run again",
+}
+
+
+def run(main: Callable[[], None], exclusive: bool = True) -> NoReturn:
+    """Call `main` and exit: with 0 on success, 1 on a user error, 130 or 143 if interrupted.
+
+    Only one stage runs in a folder at a time. DVC does not ensure that: if DVC is killed, its stage keeps running and
+    would overwrite the outputs of the next run.
+
+    Args:
+        exclusive: False for commands that only read; they may run beside a stage.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    started = time.time()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode must not end a run
+    rank = int(os.environ.get("RANK", "0")) if os.environ.get("WORLD_SIZE", "1") != "1" else 0
+    if rank:  # only rank 0 locks the folder and prints; the others report just their errors
+        exclusive, sys.stdout = False, Path(os.devnull).open("w")  # noqa: SIM115 (open until the process exits)
+    if rank or not (sys.stderr and sys.stderr.isatty()):
+        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for terminals
+    try:
+        purpose = f"runs {' '.join([Path(sys.argv[0]).stem, *sys.argv[1:]])} in this folder"
+        with file_lock(LOCK, purpose) if exclusive else nullcontext():
+            main()
+    except KeyboardInterrupt:
+        sys.exit(130)  # not 0: DVC would commit the outputs of a stage that reports success
+    except Exception as error:
+        if (message := describe_error(error)) is None:
+            raise
+        if errno_of(error) in DISK_FULL:
+            delete_truncated_bytecode(started - 60)  # also what was imported before `run` started
+        sys.exit("error: " + f"process {rank}: " * (rank > 0) + printable(message))
+    sys.exit(0)
+
+
+def describe_error(error: Exception) -> str | None:
+    """The cause and what to do if the user can fix it; None for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if is_out_of_memory(error):
+        return f"out of memory; {LESS_MEMORY}"
+    if number := errno_of(error):
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else os.strerror(number)
+        return f"{where}{reason}; {ERRNO_HINTS.get(number, 'check it and run again')}"
+    return None
+
+
+def errno_of(error: Exception) -> int | None:
+    """The error number of the operating system, if the error came from there."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    in_rust = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors and tokenizers report it
+    return int(in_rust[1]) if in_rust else None
+
+
+def delete_truncated_bytecode(since: float) -> None:
+    """Delete bytecode files that were written after `since` (seconds since the epoch) and are incomplete.
+
+    On a full disk Python up to 3.13 leaves them behind and then can't start, even when there is space again
+    (https://github.com/python/cpython/issues/126606).
+    """
+    for folder in (Path(__file__).parents[1], Path(sys.prefix)):
+        for path in folder.rglob("*.pyc"):
+            with suppress(OSError):
+                if path.stat().st_mtime >= since:
+                    try:
+                        marshal.loads(path.read_bytes()[16:])  # noqa: S302 (Python itself loads this file)
+                    except (EOFError, ValueError, TypeError):
+                        path.unlink()
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + signum)

@@ -1,0 +1,134 @@
+"""Run Python commands in forks of a process that has imported torch, transformers and DVC.
+
+A new process takes up to five seconds for these imports. `tests/bin/python` sends `python -m stages.NAME` to the
+server, and `tests.clone.run` sends `dvc`. Tests that kill stages or need another interpreter environment set
+FORK_SERVER to "" and get new processes.
+
+The server has a single thread and does nothing else, so forking it is safe; forking a pytest worker is not.
+"""
+
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+PRELOADED = (
+    "accelerate",
+    "datasets",
+    "dvc.cli",
+    "dvc.repo",
+    "pandas",
+    "pyarrow.parquet",
+    "torchmetrics.functional.text",
+    "transformers.models.llama.modeling_llama",
+)
+
+
+@contextmanager
+def fork_server(address: Path) -> Iterator[None]:
+    with subprocess.Popen([sys.executable, "-P", __file__, str(address)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield
+        process.terminate()
+
+
+def run_forked(folder: Path, arguments: Sequence[str], env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Exit code and output of `python ARGUMENTS` in a fork of the server."""
+    request = json.dumps([list(arguments), str(folder), dict(env)]).encode()
+    pipes = [os.pipe() for _ in ("stdout", "stderr")]
+    with socket.socket(socket.AF_UNIX) as server, Path(os.devnull).open() as stdin:
+        server.connect(env["FORK_SERVER"])
+        socket.send_fds(server, [len(request).to_bytes(8, "big")], [stdin.fileno(), *(write for _, write in pipes)])
+        server.sendall(request)
+        for _, write in pipes:
+            os.close(write)
+        with ThreadPoolExecutor(2) as pool:
+            outputs = list(pool.map(_read, [read for read, _ in pipes]))
+        code = int(server.recv(16) or 137)
+    return subprocess.CompletedProcess(arguments, code, *outputs)
+
+
+def _read(descriptor: int) -> str:
+    with os.fdopen(descriptor, encoding="utf-8") as pipe:
+        return pipe.read()
+
+
+def serve(address: str) -> None:
+    for name in PRELOADED:
+        importlib.import_module(name)
+    importlib.import_module("transformers").AutoModelForCausalLM  # noqa: B018 (transformers imports it at this access)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        print("ready", flush=True)
+        while True:
+            connection, _ = listener.accept()
+            if not os.fork():
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                length, streams, *_ = socket.recv_fds(connection, 8, 3)
+                with connection.makefile("rb") as reader:
+                    request = json.loads(reader.read(int.from_bytes(length, "big")))
+                connection.sendall(str(execute(*request, streams)).encode())
+                os._exit(0)
+            connection.close()
+
+
+def execute(arguments: list[str], folder: str, env: dict[str, str], streams: list[int]) -> int:
+    """Do what `python ARGUMENTS` does: `-m MODULE` or `-c CODE`. Returns the exit code."""
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", buffering=1) for number in (1, 2))
+    sys.dont_write_bytecode = True  # on a small disk, truncated bytecode would break all other tests
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(folder)
+    sys.path[:0] = [folder, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
+    option, program, *rest = arguments
+    sys.argv = [program if option == "-m" else "-c", *rest]
+    code = 0
+    try:
+        if option == "-m":
+            if program == "dvc":
+                print_to_these_streams()
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        else:
+            exec(program, {"__name__": "__main__"})
+    except SystemExit as ending:  # Python prints a text and exits with 1
+        code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        if isinstance(ending.code, str):
+            print(ending.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def print_to_these_streams() -> None:
+    """DVC chose its streams when it was imported, before the fork."""
+    import logging
+
+    from colorama import initialise
+    from dvc import logger
+
+    initialise.orig_stdout, initialise.orig_stderr = sys.stdout, sys.stderr
+    for name in ("dvc", "dvc_objects", "dvc_data"):
+        logging.getLogger(name).handlers.clear()
+    logger.setup()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])

@@ -1,0 +1,101 @@
+"""YAML 1.2, as DVC reads it: other numbers and booleans than in YAML 1.1, which PyYAML reads by default."""
+
+import math
+from typing import Any
+
+import pytest
+
+from stages.runtime.yaml12 import YAMLError, parse_yaml
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-05", 0.00001),
+        ("1e5", 100_000.0),
+        ("2E+3", 2000.0),
+        ("-.5e1", -5.0),
+        ("1.", 1.0),
+        ("3.0", 3.0),
+        ("+.5", 0.5),
+        ("42", 42),
+        ("-7", -7),
+        ("+7", 7),
+        ("014", 14),
+        ("0o14", 12),
+        ("0x1F", 31),
+        (".inf", math.inf),
+        ("-.INF", -math.inf),
+        ("+.Inf", math.inf),
+        ("true", True),
+        ("True", True),
+        ("FALSE", False),
+        ("~", None),
+        ("null", None),
+        ("Null", None),
+        ("NULL", None),
+        ("", None),
+    ],
+)
+def test_a_scalar_of_the_core_schema_has_its_type(text: str, value: object) -> None:
+    parsed = parse_yaml(f"a: {text}\n")["a"]
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize("text", [".nan", ".NaN", ".NAN"])
+def test_nan_is_a_float(text: str) -> None:
+    assert math.isnan(parse_yaml(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # YAML 1.1 reads these as booleans, numbers, a date and a merge key.
+        *("no", "No", "yes", "on", "off", "y", "1_000", "0b11", "12:30:45", "2001-09-09", "<<"),
+        *("nUll", "tRUE", "1e", "0x", "-0o1", "-.nan"),
+    ],
+)
+def test_all_other_scalars_are_text(text: str) -> None:
+    assert parse_yaml(f"a: {text}") == {"a": text}
+
+
+def test_a_quoted_scalar_is_text() -> None:
+    assert parse_yaml("a: '1e-05'\nb: \"null\"\nc: ''") == {"a": "1e-05", "b": "null", "c": ""}
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [
+        ("seed: 1\nbatch_size: 4\nseed: 1\n", "seed", 3),
+        ("stages:\n  train: {deps: []}\n  split: {}\n  train: {}\n", "train", 4),
+        ("a: 1\n'a': 2\n", "a", 2),
+        ("- {x: 1, x: 2}\n", "x", 1),
+    ],
+)
+def test_a_key_that_occurs_twice_is_an_error_that_names_key_and_line(text: str, key: str, line: int) -> None:
+    with pytest.raises(YAMLError) as error:
+        parse_yaml(text)
+    assert f"found key '{key}' twice" in str(error.value)
+    assert f", line {line}, column " in str(error.value)
+
+
+def test_equal_keys_of_different_mappings_are_allowed() -> None:
+    assert parse_yaml("a: {x: 1}\nb: {x: 2}\n") == {"a": {"x": 1}, "b": {"x": 2}}
+
+
+@pytest.mark.parametrize("text", ["a: !!python/object/apply:os.system ['exit 1']", "a: [1", "a: &b [*b", "a: *none"])
+def test_tags_that_run_code_and_broken_syntax_are_errors(text: str) -> None:
+    with pytest.raises(YAMLError):
+        parse_yaml(text)
+
+
+def test_a_number_of_more_digits_than_python_converts_is_an_error() -> None:
+    with pytest.raises(ValueError, match="integer string conversion"):
+        parse_yaml("a: " + "9" * 5000)
+
+
+def test_text_and_utf8_bytes_are_read_alike() -> None:
+    parsed: Any = {"a": "é"}
+    assert parse_yaml("a: é") == parsed
+    assert parse_yaml("a: é".encode()) == parsed
