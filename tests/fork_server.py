@@ -35,7 +35,9 @@ PRELOADED = (
 
 @contextmanager
 def fork_server(address: Path) -> Iterator[None]:
-    with subprocess.Popen([sys.executable, "-P", __file__, str(address)], stdout=subprocess.PIPE) as process:
+    env = {**os.environ, "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # no thread of Arrow's allocator
+    command = [sys.executable, "-P", __file__, str(address)]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         yield
@@ -68,6 +70,7 @@ def serve(address: str) -> None:
         importlib.import_module(name)
     importlib.import_module("transformers").AutoModelForCausalLM  # noqa: B018 (transformers imports it at this access)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
+    assert len([*Path("/proc/self/task").iterdir()]) == 1, "only a process with one thread can be forked safely"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
