@@ -1,7 +1,7 @@
 """Run Python commands in forks of a process that has imported torch, transformers and DVC.
 
-A new process takes up to five seconds for these imports. `tests/bin/python` sends `python -m stages.NAME` to the
-server, and `tests.clone.run` sends `dvc`. Tests that kill stages or need another interpreter environment set
+A new process takes up to five seconds for these imports. `tests/bin/python` sends the project's modules and scripts to
+the server, and `tests.clone.run` sends `dvc`. Tests that kill stages or need another interpreter environment set
 FORK_SERVER to "" and get new processes.
 
 The server has a single thread and does nothing else, so forking it is safe; forking a pytest worker is not.
@@ -88,7 +88,7 @@ def serve(address: str) -> None:
 
 
 def execute(arguments: list[str], folder: str, env: dict[str, str], streams: list[int]) -> int:
-    """Do what `python ARGUMENTS` does: `-m MODULE` or `-c CODE`. Returns the exit code."""
+    """Do what `python ARGUMENTS` does, for `-m MODULE`, `-c CODE` or a script. Returns the exit code."""
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
@@ -98,16 +98,17 @@ def execute(arguments: list[str], folder: str, env: dict[str, str], streams: lis
     os.environ.update(env)
     os.chdir(folder)
     sys.path[:0] = [folder, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
-    option, program, *rest = arguments
-    sys.argv = [program if option == "-m" else "-c", *rest]
+    option, *rest = arguments
+    sys.argv = rest if option == "-m" else arguments
     code = 0
     try:
+        redirect_dvc()
         if option == "-m":
-            if program == "dvc":
-                print_to_these_streams()
-            runpy.run_module(program, run_name="__main__", alter_sys=True)
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        elif option == "-c":
+            exec(rest[0], {"__name__": "__main__"})
         else:
-            exec(program, {"__name__": "__main__"})
+            runpy.run_path(option, run_name="__main__")
     except SystemExit as ending:  # Python prints a text and exits with 1
         code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
         if isinstance(ending.code, str):
@@ -120,7 +121,7 @@ def execute(arguments: list[str], folder: str, env: dict[str, str], streams: lis
     return code
 
 
-def print_to_these_streams() -> None:
+def redirect_dvc() -> None:
     """DVC chose its streams when it was imported, before the fork."""
     import logging
 

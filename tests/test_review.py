@@ -82,7 +82,7 @@ def write_revision(folder: Path, losses: Any, learning_rate: str, answer: str, *
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(tmp_path_factory: pytest.TempPathFactory, fast_stages: None) -> Path:
     folder = tmp_path_factory.mktemp("review")
     run(folder, "git", "init", "-q", "-b", "main")
     run(folder, "dvc", "init", "--quiet")

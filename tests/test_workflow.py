@@ -130,7 +130,7 @@ def test_failing_remote_does_not_fail_the_job() -> None:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, ran: Path) -> Path:
+def project(tmp_path_factory: pytest.TempPathFactory, ran: Path, fast_stages: None) -> Path:
     """A repository with committed results of the pipeline and the scripts of the workflow."""
     folder = copy_clone(ran, tmp_path_factory.mktemp("workflow") / "project")
     shutil.copytree(ROOT / ".ci", folder / ".ci", ignore=shutil.ignore_patterns("__pycache__"))
