@@ -5,8 +5,9 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # Python writes bytecode when it first imports a module. pip (--no-compile) does not, because compiling all of torch
 # takes half a minute.
 unexport PYTHONDONTWRITEBYTECODE
-# A worker per core, with one thread each, so that they don't compete.
-PYTEST := OMP_NUM_THREADS=1 pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+# One more worker than cores, because tests also wait for processes. One thread each, so that they don't compete.
+PYTEST := OMP_NUM_THREADS=1 pytest --numprocesses $(shell $(PYTHON) -c 'import os; print(1 + os.cpu_count())') \
+	--dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help repro review chat export test test-fast lint check-lock audit chaos clean bench scaling

@@ -34,8 +34,9 @@ PRELOADED = (
 
 
 @contextmanager
-def fork_server(address: Path) -> Iterator[None]:
-    env = {**os.environ, "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # no thread of Arrow's allocator
+def fork_server(address: Path, **changes: str) -> Iterator[None]:
+    """Start a server at a Unix socket, with changed environment variables."""
+    env = {**os.environ, **changes, "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # no thread of Arrow's allocator
     command = [sys.executable, "-P", __file__, str(address)]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

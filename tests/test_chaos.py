@@ -11,7 +11,7 @@ from tests import chaos
 from tests.chaos import Chaos, Reference
 from tests.clone import lock_hashes, make_clone
 
-NUM_KILLS = 3
+NUM_KILLS = 2
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from tests.clone import (
     run_pipeline,
     stages_run,
 )
+from tests.fork_server import fork_server
 
 pytestmark = pytest.mark.subprocess
 
@@ -44,11 +45,20 @@ def restore(clone: Path) -> None:
 def test_a_run_elsewhere_writes_all_outputs_with_the_same_hashes(
     clone: Path, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
 ) -> None:
-    """Another folder, home, user, locale, time zone and hash seed; through `dvc repro`, from nothing."""
+    """Another folder, home, user, locale, time zone and hash seed; `dvc repro` from the beginning."""
     other = make_clone(tmp_path_factory.mktemp("an other földer"), tiny_model)
     home = str(tmp_path_factory.mktemp("home"))
-    changes = {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C", "HOME": home, "FORK_SERVER": ""}
-    result = run(other, "dvc", "repro", **changes, USER="somebody", LOGNAME="somebody")
+    changes = {
+        "PYTHONHASHSEED": "7",
+        "TZ": "Asia/Tokyo",
+        "LC_ALL": "C",
+        "HOME": home,
+        "USER": "some",
+        "LOGNAME": "some",
+    }
+    address = tmp_path_factory.mktemp("server") / "socket"
+    with fork_server(address, **changes):
+        result = run(other, "dvc", "repro", **changes, FORK_SERVER=str(address))
     assert stages_run(result) == sorted(EVERY_STAGE)
     assert "WARNING" not in result.stdout + result.stderr
     assert results(other) == results(clone)

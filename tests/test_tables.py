@@ -21,9 +21,9 @@ def test_parquet_bytes_do_not_depend_on_how_the_rows_are_batched(tmp_path: Path)
     with parquet_writer(tmp_path / "one_batch.parquet", SCHEMA) as writer:
         writer.write(rows)
     with parquet_writer(tmp_path / "many_batches.parquet", SCHEMA) as writer:
-        for row in rows[:5000]:
+        for row in rows[:500]:
             writer.write([row])
-        writer.write(pa.Table.from_pylist(rows[5000:], SCHEMA))
+        writer.write(pa.Table.from_pylist(rows[500:], SCHEMA))
     assert (tmp_path / "one_batch.parquet").read_bytes() == (tmp_path / "many_batches.parquet").read_bytes()
     assert pq.ParquetFile(tmp_path / "one_batch.parquet").num_row_groups == 3
     assert [len(batch) for batch in read_batches(tmp_path / "one_batch.parquet")] == [4096, 4096, 1808]
