@@ -131,8 +131,10 @@ def assert_trains_like_the_textbook_loop(config: PreTrainedConfig, batches: Batc
         assert difference.norm() <= 1e-5 * weight.norm(), name
 
 
-@pytest.mark.parametrize("logits_per_chunk", [50 * 7, 2**25])
-@pytest.mark.parametrize("path", BATCHES)
+@pytest.mark.parametrize(
+    ("path", "logits_per_chunk"),
+    [*((path, 2**25) for path in BATCHES), ("padded", 50 * 7), ("packed, small micro-batches", 50 * 7)],
+)
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3"])
 @pytest.mark.usefixtures("training_inputs")
 def test_every_kind_of_batch_trains_like_the_textbook_loop(
