@@ -39,10 +39,12 @@ def fork_server(address: Path, **changes: str) -> Iterator[None]:
     env = {**os.environ, **changes, "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # no thread of Arrow's allocator
     command = [sys.executable, "-P", __file__, str(address)]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        yield
-        process.terminate()
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            yield
+        finally:
+            process.terminate()  # otherwise leaving the block would wait for it, also after a failed test
 
 
 def run_forked(folder: Path, arguments: Sequence[str], env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
