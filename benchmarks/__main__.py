@@ -25,7 +25,7 @@ def main() -> None:
         print("This processor has no bf16 instructions, and emulation takes minutes per step, so all engines use fp32.")
         runs = [("textbook", "fp32"), ("TRL", "fp32"), ("this project", "fp32")]
     precision = runs[-1][1]
-    num_examples = training.STEPS * training.effective_batch_size(params)
+    num_examples = training.STEPS * params.effective_batch_size
     results = {
         **machine(),
         "flops_per_token": training.flops_per_token(),

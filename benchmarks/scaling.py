@@ -84,7 +84,7 @@ def gpt2() -> dict[str, Any]:
 
     params = load_params(TrainParams)
     precision = "bf16" if uses_bf16("auto", torch.device("cpu")) else "fp32"
-    examples = long_examples(training.STEPS * training.effective_batch_size(params))
+    examples = long_examples(training.STEPS * params.effective_batch_size)
     with TemporaryDirectory() as folder:
         GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
         return training.measure(examples, params, [("this project", precision)], Path(folder))

@@ -19,7 +19,6 @@ from benchmarks.memory import peak_memory
 from stages.data.examples import IGNORE_INDEX, Example
 from stages.engine.batches import PackedBatches, shuffled_batches
 from stages.runtime.params import TrainParams
-from stages.train import effective_batch_size
 
 BASE, TOKENIZER = Path("models/base").absolute(), Path("models/tokenizer").absolute()
 LORA = "this project, LoRA"
@@ -39,7 +38,7 @@ class Work:
     @property
     def batches(self) -> list[list[Example]]:
         """The effective batches, in the same order for all engines."""
-        return shuffled_batches(self.examples, effective_batch_size(self.params), self.params.seed, epoch=0)
+        return shuffled_batches(self.examples, self.params.effective_batch_size, self.params.seed, epoch=0)
 
 
 def textbook(work: Work, wait: Wait) -> list[float]:
@@ -65,9 +64,9 @@ def trl(work: Work, wait: Wait) -> list[float]:
     """
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
-    class WaitCallback(TrainerCallback):  # type: ignore[misc]
+    class WaitCallback(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             wait()
 
@@ -192,7 +191,7 @@ def measure(
     Args:
         runs: engines with their precisions; the others are compared with the last one.
     """
-    examples = examples[: STEPS * effective_batch_size(params)]
+    examples = examples[: STEPS * params.effective_batch_size]
     works = [Work(examples, params.model_copy(update={"precision": precision}), base) for _, precision in runs]
     seconds: list[list[float]] = [[] for _ in runs]
     peaks: list[float] = []

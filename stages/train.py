@@ -43,7 +43,7 @@ def main() -> None:
         folder = context.broadcast_from_main(lambda: stack.enter_context(open_run).folder)
         checkpoints = Checkpoints(folder, read_only=not context.is_main_process)
         engine = Engine.load(params, [*train, *validation], num_steps, context)
-        print(f"{len(train):,} examples, {num_steps:,} steps of {effective_batch_size(params)}")
+        print(f"{len(train):,} examples, {num_steps:,} steps of {params.effective_batch_size}")
         if context.world_size > 1:
             print(f"Launcher: {params.launcher}: {context}")
         print(*engine.messages, sep="\n", flush=True)
@@ -67,14 +67,9 @@ def main() -> None:
     )
 
 
-def effective_batch_size(params: TrainParams) -> int:
-    """Examples per optimizer step."""
-    return params.batch_size * params.gradient_accumulation_steps
-
-
 def count_steps_per_epoch(train: Sequence[Example], params: TrainParams) -> int:
     """Optimizer steps per epoch; the last effective batch may be smaller."""
-    return math.ceil(len(train) / effective_batch_size(params))
+    return math.ceil(len(train) / params.effective_batch_size)
 
 
 def fit(
@@ -95,9 +90,8 @@ def fit(
     from stages.engine.engine import require_finite
     from stages.engine.training_log import TrainingLog
 
-    num_steps = params.num_epochs * count_steps_per_epoch(train, params)
     state = engine.resume(checkpoints)
-    log = TrainingLog(num_steps, params.logging_steps, engine.is_main_process, state and state["log"])
+    log = TrainingLog(engine.num_steps, params.logging_steps, engine.is_main_process, state and state["log"])
     if state:
         print(f"Resuming from the checkpoint at step {log.step:,}", flush=True)
 
@@ -109,7 +103,7 @@ def fit(
         log.log_step(result)
 
         # Validate, and keep the best.
-        is_last = log.step == num_steps
+        is_last = log.step == engine.num_steps
         if log.step % params.eval_steps == 0 or is_last:
             validation_loss = require_finite("validation loss", engine.validation_loss(validation), log.step, batch)
             if log.log_validation(validation_loss):
@@ -132,7 +126,7 @@ def effective_batches(train: Sequence[Example], params: TrainParams, first_step:
 
     first_epoch, done = divmod(first_step, count_steps_per_epoch(train, params))
     for epoch in range(first_epoch, params.num_epochs):
-        yield from shuffled_batches(train, effective_batch_size(params), params.seed, epoch)[done:]
+        yield from shuffled_batches(train, params.effective_batch_size, params.seed, epoch)[done:]
         done = 0
 
 

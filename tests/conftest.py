@@ -17,7 +17,7 @@ from stages.data.masking import load_tokenizer
 from stages.data.tables import parquet_writer
 from stages.runtime.files import write_json
 from tests.clone import ROOT, commit, copy_clone, edit, make_clone, make_tiny_model, run, run_pipeline
-from tests.fork_server import fork_server
+from tests.fork_server import start_server
 
 
 def shared(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], object]) -> Path:
@@ -121,9 +121,14 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 @pytest.fixture(scope="session")
 def fast_stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Let `python -m stages.NAME` and `dvc` run in forks of one process."""
-    address = tmp_path_factory.mktemp("server") / "socket"
-    with fork_server(address), pytest.MonkeyPatch.context() as context:
-        context.setenv("FORK_SERVER", str(address))
+    pytest_process = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+
+    def start(folder: Path) -> None:
+        folder.mkdir()
+        start_server(folder / "socket", pytest_process)
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setenv("FORK_SERVER", str(shared(tmp_path_factory, "fork_server", start) / "socket"))
         yield
 
 

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+PYTHON = Path(__file__).parent / "bin/python"
 PRELOADED = (
     "accelerate",
     "datasets",
@@ -33,15 +34,22 @@ PRELOADED = (
 )
 
 
+def start_server(address: Path, owner: int, **changes: str) -> subprocess.Popen[bytes]:
+    """Start a server at a Unix socket, with changed environment variables. It ends with the process `owner`."""
+    env = {**os.environ, **changes, "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # no thread of Arrow's allocator
+    process = subprocess.Popen(
+        [sys.executable, "-P", __file__, str(address), str(owner)], env=env, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
 @contextmanager
 def fork_server(address: Path, **changes: str) -> Iterator[None]:
-    """Start a server at a Unix socket, with changed environment variables."""
-    env = {**os.environ, **changes, "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # no thread of Arrow's allocator
-    command = [sys.executable, "-P", __file__, str(address)]
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as process:
+    """A server that ends with the block."""
+    with start_server(address, os.getpid(), **changes) as process:
         try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"ready\n"
             yield
         finally:
             process.terminate()  # otherwise leaving the block would wait for it, also after a failed test
@@ -68,7 +76,7 @@ def _read(descriptor: int) -> str:
         return pipe.read()
 
 
-def serve(address: str) -> None:
+def serve(address: str, owner: int) -> None:
     for name in PRELOADED:
         importlib.import_module(name)
     importlib.import_module("transformers").AutoModelForCausalLM  # noqa: B018 (transformers imports it at this access)
@@ -77,9 +85,13 @@ def serve(address: str) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
+        listener.settimeout(1)
         print("ready", flush=True)
-        while True:
-            connection, _ = listener.accept()
+        while Path(f"/proc/{owner}").exists():
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                continue
             if not os.fork():
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 length, streams, *_ = socket.recv_fds(connection, 8, 3)
@@ -100,6 +112,7 @@ def execute(arguments: list[str], folder: str, env: dict[str, str], streams: lis
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
+    sys.executable = str(PYTHON)  # what the command starts is forked, too
     sys.path[:0] = [folder, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
     option, *rest = arguments
     sys.argv = rest if option == "-m" else arguments
@@ -138,4 +151,4 @@ def redirect_dvc() -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], int(sys.argv[2]))

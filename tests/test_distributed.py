@@ -24,8 +24,9 @@ from stages.engine.models import load_model
 from tests.clone import copy_clone, edit, environment
 from tests.clone import run as run_in
 from tests.conftest import example
+from tests.fork_server import PYTHON
 
-pytestmark = pytest.mark.subprocess
+pytestmark = [pytest.mark.subprocess, pytest.mark.usefixtures("fast_stages")]
 
 TORCHRUN = "torchrun --standalone --nproc-per-node 2"
 ACCELERATE = "accelerate launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
@@ -33,11 +34,12 @@ SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def launch(launcher: str, **env: str) -> subprocess.Popen[str]:
+    """Start `stages.train` in two processes. torchrun runs them with the program PYTHON_EXEC."""
     command = [*launcher.split(), "-m", "stages.train"]
     log = Path("log").open("w")  # noqa: SIM115 (the process writes it)
     return subprocess.Popen(
         command,
-        env=environment(FORK_SERVER="", OMP_NUM_THREADS="1", **env),
+        env=environment(PYTHON_EXEC=str(PYTHON), OMP_NUM_THREADS="1", **env),
         stdout=log,
         stderr=log,
         text=True,
@@ -54,7 +56,7 @@ def finish(launcher: str, **env: str) -> tuple[int, str]:
 
 def kill_after_a_checkpoint(launcher: str, **env: str) -> None:
     """Kill the launcher and all its processes with `kill -9`."""
-    with launch(launcher, **env) as process:
+    with launch(launcher, FORK_SERVER="", **env) as process:
         while process.poll() is None and not list(Path(".scratch").glob("train/*/step-*")):
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
@@ -136,7 +138,7 @@ def test_an_error_in_one_process_ends_all() -> None:
     pq.write_table(pa.Table.from_pylist(rows, table.schema), "data/train.parquet")
 
     edit(Path.cwd(), launcher=TORCHRUN)
-    status, log = finish(TORCHRUN)
+    status, log = finish(TORCHRUN, FORK_SERVER="")
     assert status == 1
     assert re.search(
         rf"^error: (process 1: )?step 1: loss is nan; .* examples of data/train.parquet: .*\b{bad}\b", log, re.M
@@ -171,7 +173,7 @@ def test_all_ranks_together_have_the_whole_batch() -> None:
 def test_the_pipeline_trains_with_a_launcher(tmp_path: Path, ran: Path) -> None:
     clone = copy_clone(ran, tmp_path / "clone")
     edit(clone, launcher=TORCHRUN)
-    output = run_in(clone, "dvc", "repro", "train", OMP_NUM_THREADS="1").stdout
+    output = run_in(clone, "dvc", "repro", "train", PYTHON_EXEC=str(PYTHON), OMP_NUM_THREADS="1").stdout
     assert f"> {TORCHRUN} -m stages.train\n" in output
     metrics = json.loads((clone / "metrics/train.json").read_text())
     assert metrics["environment"]["processes"] == "2 processes, weights replicated"

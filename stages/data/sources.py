@@ -127,14 +127,10 @@ def _array_elements(file: TextIO) -> Iterator[Any]:
 def read_json_lines(path: Path) -> Iterator[Row]:
     """Read one value per line. Blank lines are skipped; a line that is not valid JSON gives a `BadRowError`."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise _wrong_encoding(path, number, error) from None
-            if text.strip():
+        for number, line in enumerate(_decoded_lines(path, file), 1):
+            if line.strip():
                 try:
-                    yield number, JSON.decode(text.rstrip("\r\n"))
+                    yield number, JSON.decode(line.rstrip("\r\n"))
                 except (json.JSONDecodeError, RecursionError) as error:
                     yield number, BadRowError("bad_json", f"{path}:{number}: not valid JSON: {error}")
 
@@ -167,7 +163,9 @@ def _decoded_lines(path: Path, file: Iterable[bytes]) -> Iterator[str]:
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise _wrong_encoding(path, number, error) from None
+            byte = error.object[error.start]
+            message = f"{path}:{number}: not UTF-8: found byte 0x{byte:02x}; save the file as UTF-8 and run again"
+            raise UserError(message) from None
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
@@ -211,8 +209,3 @@ def open_hub(name: str, revision: str | None, split: str) -> Source:
 def _hub_rows(where: str, dataset: Iterable[dict[str, Any]]) -> Iterator[Row]:
     with user_errors(where, OTHER_DATASET):
         yield from enumerate(dataset, 1)
-
-
-def _wrong_encoding(path: Path, line: int, error: UnicodeDecodeError) -> UserError:
-    byte = error.object[error.start]
-    return UserError(f"{path}:{line}: not UTF-8: found byte 0x{byte:02x}; save the file as UTF-8 and run again")

@@ -6,7 +6,7 @@ all ranks. So gradients are summed over ranks, and the loss equals that of one p
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ class DistributedContext:
 
     sharded: True if each rank holds a part of every weight, gradient and moment (FSDP2); False if it holds all of them.
     reshard_after_forward: free a layer's weights between forward and backward (FSDP2).
-    gradients: the buffer of all gradients of replicated weights (see `bucket_gradients`), or empty.
+    gradients: the buffer of all gradients of replicated weights (see `bucket_gradients`); None with one process.
     """
 
     device: torch.device
@@ -36,7 +36,7 @@ class DistributedContext:
     world_size: int = 1
     sharded: bool = False
     reshard_after_forward: bool = True
-    gradients: list[torch.Tensor] = field(default_factory=list)
+    gradients: torch.Tensor | None = None
 
     @property
     def is_main_process(self) -> bool:
@@ -89,16 +89,16 @@ class DistributedContext:
         chunk of logits.
         """
         if self.world_size > 1 and not self.sharded:
-            self.gradients = [torch.zeros(sum(p.numel() for p in parameters), device=self.device)]
+            self.gradients = torch.zeros(sum(p.numel() for p in parameters), device=self.device)
             start = 0
             for parameter in parameters:
-                parameter.grad = self.gradients[0][start : start + parameter.numel()].view(parameter.shape)
+                parameter.grad = self.gradients[start : start + parameter.numel()].view(parameter.shape)
                 start += parameter.numel()
 
     def all_reduce_gradients(self) -> None:
         """Sum the gradients of replicated weights over all ranks; FSDP2 sums those of sharded weights itself."""
-        for gradient in self.gradients:
-            torch.distributed.all_reduce(gradient)
+        if self.gradients is not None:
+            torch.distributed.all_reduce(self.gradients)
 
     def shutdown(self) -> None:
         if self.world_size > 1:

@@ -59,6 +59,7 @@ class Engine:
     ):
         self.model = model
         self.messages = messages
+        self.num_steps = num_steps
         self._batches = batches
         self._params = params
         self._context = context
@@ -127,7 +128,7 @@ class Engine:
         learning_rate = self._scheduler.get_last_lr()[0]
         self._optimizer.step()
         self._scheduler.step()
-        self._optimizer.zero_grad(set_to_none=not self._context.gradients)  # the buffer of all gradients is kept
+        self._optimizer.zero_grad(set_to_none=self._context.gradients is None)  # the buffer of all gradients is kept
         num_tokens = sum(len(example.input_ids) for example in batch)
         return StepResult(loss_sum, num_supervised, num_tokens, learning_rate, gradient_norm)
 

@@ -165,6 +165,11 @@ class TrainParams(StageParams):
     lora_target_modules: Annotated[str | list[str], PlainValidator(_target_modules)]
     seed: Seed
 
+    @property
+    def effective_batch_size(self) -> int:
+        """Examples per optimizer step."""
+        return self.batch_size * self.gradient_accumulation_steps
+
 
 class EvaluateParams(StageParams):
     template: Template
