@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 pytest --numprocesses $(shell $(PYTHON) -c 'import o
 	--dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help repro review chat export test test-fast lint check-lock audit chaos clean bench scaling
+.PHONY: help repro review chat export test test-fast lint check-lock audit chaos clean bench scaling verdicts
 # `make review` compares BASE with REV; each is a branch, a commit, an experiment or the workspace.
 BASE ?= main
 REV ?= workspace
@@ -65,6 +65,11 @@ bench: $(INSTALLED)  ## measure speed against a textbook loop and TRL (15 min)
 scaling: $(INSTALLED)  ## measure the data stages up to a million rows (20 min)
 	dvc repro split
 	python -m benchmarks.scaling
+
+verdicts: $(INSTALLED)  ## validate the verdicts of reviews, by simulation and on six runs (25 min)
+	-dvc exp remove run-noise
+	dvc exp run --temp --name run-noise -S 'replicate_seeds=[1,2,3,4,5]'
+	python -m benchmarks.verdicts
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; name one with make PYTHON=...")'

@@ -120,7 +120,7 @@ def this_project(work: Work, wait: Wait) -> list[float]:
     from stages.engine.distributed import DistributedContext
     from stages.engine.engine import Engine, StepResult
     from stages.engine.models import pick_device
-    from stages.engine.training_log import CURVE
+    from stages.engine.training_log import TrainingLog
     from stages.train import fit
 
     class WaitingEngine(Engine):
@@ -138,8 +138,9 @@ def this_project(work: Work, wait: Wait) -> list[float]:
     context = DistributedContext(pick_device())
     engine = WaitingEngine.load(params, work.examples, len(work.batches), context, work.base)
     with TemporaryDirectory() as folder, chdir(folder):
-        fit(engine, work.examples, work.examples[:1], params, Checkpoints(Path("checkpoints")))
-        return [float(line.split(",")[1]) for line in CURVE.read_text().splitlines()[1:]]
+        log = TrainingLog(engine.num_steps, params.logging_steps, Path("curve.csv"))
+        fit(engine, work.examples, work.examples[:1], Checkpoints(Path("checkpoints")), log)
+        return [float(line.split(",")[1]) for line in Path("curve.csv").read_text().splitlines()[1:]]
 
 
 def with_lora(work: Work, wait: Wait) -> list[float]:

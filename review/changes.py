@@ -8,11 +8,13 @@ from typing import Any
 import pandas as pd
 from markdown_it import MarkdownIt
 
+from review.data_changes import TEST, DataChanges
 from review.revisions import Revision
-from review.verdicts import MEASURED, METRICS
+from review.runs import METRICS_FILE
 from stages.data.alpaca import ALPACA, ALPACA_WITH_INPUT
+from stages.evaluate import METRICS
 
-SAMPLES, TEST = "metrics/samples/tuned.md", "data/test.parquet"
+SAMPLES = "metrics/samples/tuned.md"
 NUM_EXAMPLES = 10
 TEMPLATE_LINES = {*ALPACA.splitlines(), *ALPACA_WITH_INPUT.splitlines()}
 
@@ -37,7 +39,10 @@ class StageRun:
 
 @dataclass(frozen=True)
 class ExampleChange:
-    """A test example in both revisions; the prompt is shown without the lines of the template."""
+    """A test example in both revisions; prompts are shown without the lines of the template.
+
+    nearest_new_prompt: of the training rows that only `after` has; None if none is similar.
+    """
 
     prompt: str
     reference: str
@@ -45,6 +50,7 @@ class ExampleChange:
     loss_after: float
     answer_before: str
     answer_after: str
+    nearest_new_prompt: str | None
 
     @property
     def change(self) -> float:
@@ -64,7 +70,7 @@ def find_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Ch
 
 def changed_metrics(before: Revision, after: Revision) -> list[Change]:
     """Changes in metrics that have no verdict: those of data and training, and those without an interval."""
-    with_verdict = {metric.name for metric in MEASURED}
+    with_verdict = {metric.name for metric in METRICS}
     changes = []
     for path in sorted({*before.metrics_files(), *after.metrics_files()}):
         values = [flatten(side.read_json(path)) for side in (before, after)]
@@ -72,7 +78,8 @@ def changed_metrics(before: Revision, after: Revision) -> list[Change]:
         changes += [
             Change(f"{name}: {change.name}", change.before, change.after)
             for change in find_changes(*values)
-            if not (path == METRICS and (change.name in with_verdict or change.name.endswith("_se")))
+            if path != METRICS_FILE
+            or not (change.name in with_verdict or change.name.endswith("_se") or change.name.startswith("slices."))
         ]
     return changes
 
@@ -138,11 +145,12 @@ def _samples(revision: Revision) -> dict[str, str]:
     return samples
 
 
-def most_changed_examples(joined: pd.DataFrame, after: Revision) -> list[ExampleChange]:
+def most_changed_examples(joined: pd.DataFrame, after: Revision, data: DataChanges) -> list[ExampleChange]:
     """The test examples whose loss fell most, then those whose loss rose most, up to `NUM_EXAMPLES` each.
 
     Args:
         joined: from `compare_predictions`.
+        data: to find the new training row that is nearest to each example.
     """
     test = after.read_table(TEST, ["example_id", "prompt", "response"])
     if test is None:
@@ -150,18 +158,21 @@ def most_changed_examples(joined: pd.DataFrame, after: Revision) -> list[Example
     rows = joined.assign(change=joined["loss_after"] - joined["loss_before"]).merge(test, on="example_id", how="left")
     improved = rows[rows["change"] < 0].sort_values("change", kind="stable").head(NUM_EXAMPLES)
     worse = rows[rows["change"] > 0].sort_values("change", kind="stable", ascending=False).head(NUM_EXAMPLES)
+    chosen = pd.concat([improved, worse]).fillna({"prompt": "", "response": ""})
+    nearest = data.nearest_new_prompts(chosen["prompt"].tolist())
     return [
         ExampleChange(
-            _without_template(row.prompt) if isinstance(row.prompt, str) else f"(example {row.example_id})",
-            row.response if isinstance(row.response, str) else "",
+            without_template(row.prompt) or f"(example {row.example_id})",
+            row.response,
             row.loss_before,
             row.loss_after,
             row.answer_before,
             row.answer_after,
+            near and without_template(near),
         )
-        for row in pd.concat([improved, worse]).itertuples()
+        for row, near in zip(chosen.itertuples(), nearest, strict=True)
     ]
 
 
-def _without_template(prompt: str) -> str:
+def without_template(prompt: str) -> str:
     return "\n".join(line for line in prompt.splitlines() if line not in TEMPLATE_LINES)

@@ -1,9 +1,9 @@
 """Everything that a review reports about two revisions."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from review.changes import (
-    TEST,
     Change,
     ExampleChange,
     StageRun,
@@ -14,15 +14,17 @@ from review.changes import (
     output_hashes,
     stages_that_ran,
 )
+from review.data_changes import DataChanges, changed_data
 from review.revisions import Revision
-from review.verdicts import PREDICTIONS, MetricResult, compare_predictions
+from review.verdicts import MetricResult, compare_predictions
 
 
 @dataclass(frozen=True)
 class Comparison:
     """The results of a review.
 
-    same_test_set: whether `dvc.lock` of both revisions has the same hash of the test split.
+    slices: the results of each slice, if there are several.
+    is_small: whether too few examples are common for a verdict.
     other_metrics: changes in metrics that have no verdict.
     notes: sentences about the limits of the comparison of metrics.
     """
@@ -31,10 +33,12 @@ class Comparison:
     after: Revision
     params: list[Change]
     metrics: list[MetricResult]
-    same_test_set: bool
+    slices: list[MetricResult]
+    is_small: bool
     other_metrics: list[Change]
     stages: list[StageRun]
     samples: list[Change]
+    data: DataChanges
     examples: list[ExampleChange]
     notes: list[str]
 
@@ -42,22 +46,26 @@ class Comparison:
         return next(result for result in self.metrics if result.metric.name == name)
 
 
-def compare_revisions(before: Revision, after: Revision) -> Comparison:
-    """Compare all that a review reports."""
+def compare_revisions(before: Revision, after: Revision, margins: Mapping[str, float]) -> Comparison:
+    """Compare all that a review reports.
+
+    Args:
+        margins: the difference that a gate tolerates, by metric.
+    """
     locks = [side.read_yaml("dvc.lock") for side in (before, after)]
-    hashes = [output_hashes(lock) for lock in locks]
-    same_test_set = hashes[0].get(TEST) == hashes[1].get(TEST) is not None
-    same_predictions = hashes[0].get(PREDICTIONS) == hashes[1].get(PREDICTIONS) is not None
-    results = compare_predictions(before, after, same_test_set, same_predictions)
+    results = compare_predictions(before, after, margins)
+    data = changed_data(before, after, [output_hashes(lock) for lock in locks])
     return Comparison(
         before,
         after,
         params=find_changes(before.read_yaml("params.yaml"), after.read_yaml("params.yaml")),
         metrics=results.metrics,
-        same_test_set=same_test_set,
+        slices=results.slices,
+        is_small=results.is_small,
         other_metrics=changed_metrics(before, after),
         stages=stages_that_ran(*locks),
         samples=changed_samples(before, after),
-        examples=[] if results.joined is None else most_changed_examples(results.joined, after),
+        data=data,
+        examples=[] if results.joined is None else most_changed_examples(results.joined, after, data),
         notes=results.notes,
     )

@@ -8,7 +8,9 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from review.comparison import Comparison
-from review.verdicts import MEASURED, METRICS
+from review.runs import METRICS_FILE
+from review.verdicts import describe_difference
+from stages.evaluate import METRICS
 from stages.runtime.errors import UserError
 from stages.runtime.yaml12 import YAMLError, parse_yaml
 
@@ -17,13 +19,13 @@ Bound = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Gate(BaseModel):
-    """The conditions on one metric: bounds of its value, and that it is not worse than in the base revision."""
+    """The conditions on one metric: bounds of its value, and how much worse than in the base revision it may be."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     min: Bound | None = None
     max: Bound | None = None
-    not_worse: bool = False
+    not_worse_by: Annotated[Bound, Field(ge=0)] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,15 @@ def read_gates(path: Path = GATES) -> dict[str, Gate]:
         gates = TypeAdapter(dict[str, Gate]).validate_python(parse_yaml(path.read_text(encoding="utf-8")) or {})
     except ValidationError as errors:
         listed = "\n".join(f"  {'.'.join(map(str, error['loc']))}: {error['msg']}" for error in errors.errors())
-        raise UserError(f"{path}:\n{listed}\n  a metric may have min, max (numbers) and not_worse (true)") from None
+        raise UserError(
+            f"{path}:\n{listed}\n  a metric may have the numbers min, max and not_worse_by (0 or more)"
+        ) from None
     except (YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
-    comparable = [metric.name for metric in MEASURED if metric.direction]
+    comparable = [metric.name for metric in METRICS if metric.direction]
     for name, gate in gates.items():
-        if gate.not_worse and name not in comparable:
-            raise UserError(f"{path}: {name}: not_worse; must be one of {', '.join(comparable)}")
+        if gate.not_worse_by is not None and name not in comparable:
+            raise UserError(f"{path}: {name}: found not_worse_by; only for {', '.join(comparable)}")
     return gates
 
 
@@ -66,34 +70,40 @@ def check_gates(gates: dict[str, Gate], comparison: Comparison) -> list[GateResu
 
 
 def check_gate(name: str, gate: Gate, comparison: Comparison) -> Iterator[GateResult]:
-    """Check the conditions on one metric; a bound fails if the metric has no value."""
-    value = comparison.after.read_json(METRICS).get(name)
-    found = (
-        f"{value:.4g}"
-        if value is not None
-        else f"{METRICS} of {comparison.after.name} has no value; `dvc repro` writes it"
-    )
+    """Check the conditions on one metric; a bound fails if the metric was not measured."""
+    metrics = comparison.after.read_json(METRICS_FILE)
+    value = metrics.get(name)
+    if value is not None:
+        found = f"{value:.4g}"
+    elif name in metrics:
+        found = "no test example counts for it"
+    else:
+        found = f"{METRICS_FILE} of {comparison.after.name} has no value; `dvc repro` writes it"
+    is_empty = value is None and name in metrics  # such as stop_rate if no reference fits into max_new_tokens
     if gate.min is not None:
-        yield GateResult(f"{name} at least {gate.min:g}", value is not None and value >= gate.min, found)
+        yield GateResult(f"{name} at least {gate.min:g}", is_empty or (value is not None and value >= gate.min), found)
     if gate.max is not None:
-        yield GateResult(f"{name} at most {gate.max:g}", value is not None and value <= gate.max, found)
-    if gate.not_worse:
-        yield check_not_worse(name, comparison)
+        yield GateResult(f"{name} at most {gate.max:g}", is_empty or (value is not None and value <= gate.max), found)
+    if gate.not_worse_by is not None:
+        yield check_not_worse_by(name, gate.not_worse_by, comparison)
 
 
-def check_not_worse(name: str, comparison: Comparison) -> GateResult:
-    """Check that a metric is not significantly worse; fail if this can't be decided.
+def check_not_worse_by(name: str, margin: float, comparison: Comparison) -> GateResult:
+    """Test that a metric is not worse by more than a margin: the whole interval must be on the right side of it.
 
-    It passes if the base revision has no metrics. Without an interval, for example because predictions are missing, it
-    passes only if the value on the same test set did not get worse: only a worse value needs an interval to be excused.
+    So a small test set makes it harder to pass, not easier. The gate passes if the base revision has no metrics.
     """
-    rule = f"{name} not worse than in {comparison.before.name} by more than noise"
+    rule = f"{name} not worse than in {comparison.before.name} by more than {margin:g}"
     result = comparison.metric(name)
-    if result.difference or result.verdict == "the same":
-        return GateResult(rule, result.verdict != "worse", result.verdict)
-    if result.before is None:
-        return GateResult(rule, True, f"nothing to compare with: {comparison.before.name} has no {METRICS}")
-    after = result.after if comparison.same_test_set else None
-    if after is not None and (after - result.before) * result.metric.direction >= 0:
-        return GateResult(rule, True, "not worse")
-    return GateResult(rule, False, f"can't be decided ({result.verdict}): `dvc pull`, then review again")
+    if result.verdict == "the same":
+        return GateResult(rule, True, "the same")
+    if not comparison.before.read_json(METRICS_FILE):
+        return GateResult(rule, True, f"nothing to compare with: {comparison.before.name} has no {METRICS_FILE}")
+    if result.difference is None:
+        advice = "`dvc pull`, then review again" if "predictions" in result.verdict else "see the notes of the review"
+        return GateResult(rule, False, f"undecided ({result.verdict}): {advice}")
+    found = describe_difference(result.difference)
+    if comparison.is_small:
+        return GateResult(rule, False, f"undecided, because too few examples are common: {found}")
+    worst = min(bound * result.metric.direction for bound in (result.difference.low, result.difference.high))
+    return GateResult(rule, worst >= -margin, found)

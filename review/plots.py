@@ -5,6 +5,8 @@ import json
 import subprocess
 import sys
 from base64 import b64encode
+from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ import pandas as pd
 import vl_convert
 
 from review.revisions import Revision
+from review.verdicts import MetricResult
 from stages.runtime.errors import UserError
 from stages.runtime.files import write_text
 
 CURVE = "metrics/curve.csv"
 POINTS = 40  # per curve in Mermaid text
 COLORS = {"blue": "#4c78a8", "orange": "#f58518"}  # before, after
+COLOR = {"field": "color", "type": "nominal", "scale": None}
+VERDICT_COLORS = {"better": "#1a7f37", "worse": "#cf222e", "equivalent": "#4c78a8"}
 THEME = {"themeVariables": {"xyChart": {"plotColorPalette": ", ".join(COLORS.values())}}}
 PAGE = Path(".venv/plots.html")  # `make` sets it as DVC's plots.html_template, in .dvc/config.local
 
@@ -33,6 +38,60 @@ def draw(before: Revision, after: Revision) -> list[tuple[str, bytes]]:
     plots = json.loads(result.stdout)["data"].values()
     specs: list[dict[str, Any]] = [plot["content"] for parts in plots for plot in parts if plot["type"] == "vega"]
     return [(spec["title"]["text"], vl_convert.vegalite_to_png(json.dumps(spec), scale=1.5)) for spec in specs]
+
+
+def forest(results: Sequence[MetricResult], caption: str) -> str:
+    """A forest plot as inline SVG: for each metric or slice the difference, its interval, and the runs of each seed.
+
+    Metrics have different units, so each has its own scale; the slices of one metric share theirs.
+    """
+    rows: list[dict[str, Any]] = []
+    for result in results:
+        if difference := result.difference:
+            name, color = result.slice or result.metric.name, VERDICT_COLORS.get(result.verdict, "currentColor")
+            bounds = {"low": difference.low, "high": difference.high, "value": difference.value}
+            rows.append({"name": name, "color": color, **bounds})
+            if len(difference.by_seed) > 1:
+                rows += [{"name": name, "seed": value} for value in difference.by_seed.values()]
+    if not rows:
+        return ""
+    ink = {"labelColor": "currentColor", "labelFontSize": 12, "labelLimit": 260}
+    names = {"field": "name", "sort": list(dict.fromkeys(row["name"] for row in rows)), "title": None}
+    spec = {
+        "config": {
+            "background": None,
+            "view": {"stroke": None},
+            "header": ink,
+            "axis": {**ink, "domainColor": "currentColor", "tickColor": "currentColor", "tickCount": 5, "grid": False},
+        },
+        "data": {"values": rows},
+        "facet": {"row": {**names, "header": {"labelAngle": 0, "labelAlign": "left"}}},
+        "resolve": {"scale": {"x": "shared" if results[0].slice else "independent"}},
+        "spec": {
+            "width": 380,
+            "height": 24,
+            "layer": [
+                layer({"type": "rule", "strokeDash": [3, 3]}, {"x": {"datum": 0}}),
+                layer(
+                    {"type": "rule", "size": 3}, {"x": value_of("low"), "x2": {"field": "high"}, "color": COLOR}, "low"
+                ),
+                layer({"type": "point", "filled": True, "size": 90}, {"x": value_of("value"), "color": COLOR}, "value"),
+                layer({"type": "point", "size": 22}, {"x": value_of("seed")}, "seed"),
+            ],
+        },
+    }
+    svg = vl_convert.vegalite_to_svg(json.dumps(spec))
+    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>\n"
+
+
+def layer(mark: dict[str, Any], encoding: dict[str, Any], field: str | None = None) -> dict[str, Any]:
+    """A layer of a Vega-Lite plot, of the rows that have a value in `field`."""
+    transform = [{"filter": {"field": field, "valid": True}}] if field else []
+    return {"mark": {"color": "currentColor", **mark}, "encoding": encoding, "transform": transform}
+
+
+def value_of(field: str) -> dict[str, Any]:
+    return {"field": field, "type": "quantitative", "title": None}
 
 
 def as_images(drawn: list[tuple[str, bytes]]) -> str:

@@ -6,8 +6,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 from dvc.api import DVCFileSystem
 from dvc.exceptions import DvcException
+from dvc.scm import SCMError
 
 from stages.runtime.errors import UserError, user_errors
 from stages.runtime.yaml12 import parse_yaml
@@ -23,19 +25,23 @@ class Revision:
     """
 
     def __init__(self, name: str):
+        if not name.strip():
+            raise UserError(f"BASE or REV is empty; must be a commit, branch, tag or experiment, or {WORKSPACE}")
         self.name = name
         self.missing: list[str] = []
         try:
             self._files = DVCFileSystem(rev=None if name == WORKSPACE else name)
-            _ = self._files.repo  # resolves the revision, at the first access
+            _ = self._files.repo.index.data  # resolves the revision and reads its pipeline, at the first access
             return
         except DvcException as error:
-            reason = str(error)
+            message = f"{name}: {error}; "
+            if isinstance(error, SCMError):
+                message += "must be a commit, branch or tag (`git branch --all`), an experiment (`dvc exp list`) or "
+                message += WORKSPACE
+            else:
+                message += "a revision with conflict markers or other errors in its pipeline can't be reviewed; fix it"
         # Not inside `except`: the error would keep DVC's repository open until Python exits, and dulwich would warn.
-        raise UserError(
-            f"{name}: {reason}; must be a commit, branch or tag (`git branch --all`), an experiment (`dvc exp list`) "
-            f"or {WORKSPACE}"
-        )
+        raise UserError(message)
 
     def read(self, path: str) -> bytes | None:
         """The content of a file; None if this revision does not have it or its content is not available."""
@@ -57,9 +63,19 @@ class Revision:
             return dict(parse_yaml(self.read(path) or b"{}"))
 
     def read_table(self, path: str, columns: list[str] | None = None) -> pd.DataFrame | None:
-        content = self.read(path)
+        """A table, which may be a folder of shards; columns that it lacks have missing values."""
+        is_folder = self._files.isdir(path)
+        shards = [self.read(shard) for shard in sorted(self._files.find(path))] if is_folder else [self.read(path)]
         with self._user_errors(path):
-            return None if content is None else pd.read_parquet(io.BytesIO(content), columns=columns)
+            tables = []
+            for content in shards:
+                if content is None:
+                    return None
+                file = pq.ParquetFile(io.BytesIO(content))
+                names = columns and [name for name in columns if name in file.schema_arrow.names]
+                tables.append(file.read(names).to_pandas())
+            table = pd.concat(tables, ignore_index=True)
+            return table if columns is None else table.reindex(columns=columns)
 
     def _user_errors(self, path: str) -> AbstractContextManager[None]:
         return user_errors(f"{path} of {self.name}", "`dvc repro` in a checkout of that revision writes it again")

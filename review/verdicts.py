@@ -1,125 +1,223 @@
-"""A verdict for each metric, from the predictions of both revisions on their common test examples."""
+"""A verdict for each metric and slice, from the predictions of all runs of both revisions on their common examples."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from review.revisions import Revision
-from review.statistics import Array, Difference, compare
+from review.runs import METRICS_FILE, RevisionRuns, find_runs, read_runs
+from review.statistics import SIGNIFICANCE, Difference, Runs, compare, holm
+from stages.evaluate import METRICS, Metric
 
-PREDICTIONS, METRICS = "data/predictions/tuned.parquet", "metrics/evaluate/tuned.json"
-BEFORE, AFTER = "_before", "_after"  # suffixes of the columns of joined predictions
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A metric of the test split: a sum over examples ÷ a count.
-
-    Attributes:
-        direction: -1 if lower is better, 1 if higher is better, 0 if neither.
-        sums: the sum of each example, from its predictions.
-        per_token: True if the count is supervised tokens, False if it is examples.
-    """
-
-    name: str
-    direction: int
-    sums: Callable[[pd.DataFrame], "pd.Series[float]"]
-    per_token: bool = False
-
-
-MEASURED = (
-    Metric("loss", -1, lambda rows: rows["loss"] * rows["tokens"], per_token=True),
-    Metric("token_accuracy", 1, lambda rows: rows["correct_tokens"], per_token=True),
-    Metric("exact_match", 1, lambda rows: rows["exact_match"]),
-    Metric("rouge_l", 1, lambda rows: rows["rouge_l"]),
-    Metric("stop_rate", 1, lambda rows: rows["stopped"]),
-    Metric("mean_response_tokens", 0, lambda rows: rows["answer_tokens"]),
-)
+MIN_EXAMPLES, MIN_SHARE = 30, 0.5  # of the test examples; with fewer in common, every verdict is "undecided"
+MEASURE_NOISE = "dvc exp run -S 'replicate_seeds=[1,2]'"
+RUN_NOISE_UNKNOWN = "run noise is not known"
 
 
 @dataclass(frozen=True)
 class MetricResult:
-    """One metric of both revisions. `difference` is None if it can't be computed; then `verdict` gives the reason."""
+    """One metric of both revisions, over all common examples or those of one slice.
+
+    before, after: averages over the runs.
+    difference: None if it can't be computed; then `verdict` gives the reason.
+    p_value: adjusted for the number of metrics (or slices and metrics) that were tested.
+    verdict: better, worse, higher, lower, equivalent, undecided, the same, unknown, or why there is no difference.
+    """
 
     metric: Metric
     before: float | None
     after: float | None
-    difference: Difference | None
-    verdict: str
+    difference: Difference | None = None
+    p_value: float = 1.0
+    verdict: str = "undecided"
+    slice: str | None = None
+
+    @property
+    def is_significant(self) -> bool:
+        return self.p_value < SIGNIFICANCE
 
 
 @dataclass(frozen=True)
 class Results:
-    """The result of each metric, notes for the reader, and the joined predictions of both revisions, if available."""
+    """The result of each metric and of each slice.
+
+    notes: sentences about the limits of the comparison.
+    is_small: whether too few examples are common for a verdict.
+    joined: the predictions of the first run of both sides, if available.
+    """
 
     metrics: list[MetricResult]
     notes: list[str]
+    slices: list[MetricResult]
+    is_small: bool = False
     joined: pd.DataFrame | None = None
 
 
-def compare_predictions(before: Revision, after: Revision, same_test_set: bool, same_predictions: bool) -> Results:
+def compare_predictions(before: Revision, after: Revision, margins: Mapping[str, float]) -> Results:
     """Compare all metrics.
 
     Args:
-        same_test_set, same_predictions: according to the hashes in `dvc.lock`, so that equal data is not fetched.
+        margins: the difference that a gate tolerates, by metric.
     """
-    known = [side.read_json(METRICS) for side in (before, after)]
+    known = [side.read_json(METRICS_FILE) for side in (before, after)]
+    runs = [find_runs(side) for side in (before, after)]
+    notes = [note for side in runs for note in side.notes]
 
-    def without_difference(verdict: str, *notes: str) -> Results:
+    def without_difference(verdict: str, *more: str) -> Results:
         first, second = known
         results = [
-            MetricResult(metric, first.get(metric.name), second.get(metric.name), None, verdict) for metric in MEASURED
+            MetricResult(metric, first.get(metric.name), second.get(metric.name), verdict=verdict) for metric in METRICS
         ]
-        return Results(results, list(notes))
+        return Results(results, [*notes, *more], [])
 
     if not all(known):
-        which = " and ".join(side.name for side, metrics in zip((before, after), known, strict=True) if not metrics)
-        return without_difference("not known", f"{which} has no {METRICS}; `dvc repro` writes it.")
-    if same_predictions and known[0] == known[1]:
+        missing = " and ".join(side.name for side, metrics in zip((before, after), known, strict=True) if not metrics)
+        return without_difference("not measured", f"{missing} has no {METRICS_FILE}; `dvc repro` writes it.")
+    common_seeds = runs[0].hashes.keys() & runs[1].hashes.keys()
+    if common_seeds and all(runs[0].hashes[seed] == runs[1].hashes[seed] != "" for seed in common_seeds):
         return without_difference("the same", "Both revisions have bit-identical predictions on the test split.")
-    tables = [side.read_table(PREDICTIONS) for side in (before, after)]
-    if tables[0] is None or tables[1] is None:
-        return without_difference("not known: no predictions", *([] if same_test_set else ["The test sets differ."]))
+    for revision, side in zip((before, after), runs, strict=True):
+        read_runs(revision, side)
+    notes = [note for side in runs for note in side.notes]
+    if not all(side.tables for side in runs):
+        return without_difference("not measured: no predictions")
+    return compare_runs(runs[0], runs[1], (before.name, after.name), margins, notes)
 
-    joined = tables[0].merge(tables[1], on="example_id", suffixes=(BEFORE, AFTER), validate="one_to_one")
-    notes = []
-    if not len(joined) == len(tables[0]) == len(tables[1]):
-        notes.append(
-            f"The test sets differ: {before.name} has {len(tables[0]):,} examples, {after.name} {len(tables[1]):,}. "
-            f"Only the {len(joined):,} common ones are compared, so the values differ from those in {METRICS}."
+
+def compare_runs(
+    before: RevisionRuns, after: RevisionRuns, names: tuple[str, str], margins: Mapping[str, float], notes: list[str]
+) -> Results:
+    """Compare the tables of both sides, which have at least one each."""
+    first, second = (next(iter(side.tables.values())) for side in (before, after))
+    common = first.index[first.index.isin(second.index)]
+    is_small = len(common) < max(MIN_EXAMPLES, MIN_SHARE * max(len(first), len(second)))
+    if not len(common) == len(first) == len(second):
+        notes = [
+            *notes,
+            f"The test sets differ: {names[0]} has {len(first):,} examples, {names[1]} {len(second):,}. Only the "
+            f"{len(common):,} common ones are compared, so the values differ from those in {METRICS_FILE}.",
+        ]
+    if is_small:
+        notes = [
+            *notes,
+            f"{len(common):,} common examples are too few for a verdict; it takes {MIN_EXAMPLES}, and half of each "
+            "test set.",
+        ]
+    sides = [{seed: table.loc[common] for seed, table in side.tables.items()} for side in (before, after)]
+    columns = second.loc[common].reindex(columns=["prompt_id", "slice"])
+    prompts = columns["prompt_id"].where(columns["prompt_id"].notna(), columns.index.to_series())
+    results, slices = [], []
+    for metric in METRICS:
+        cells, problem = metric_runs(metric, sides, names)
+        if problem:
+            notes = [*notes, f"{metric.name} can't be compared: {problem}."]
+            results.append(MetricResult(metric, None, None, verdict="can't be compared"))
+            continue
+        everything = np.ones(len(common), bool)
+        results.append(compare_metric(metric, cells, prompts, everything))
+        if metric.direction and columns["slice"].nunique() > 1:
+            for value in sorted(columns["slice"].dropna().unique()):
+                found = compare_metric(metric, cells, prompts, (columns["slice"] == value).to_numpy())
+                slices.append(replace(found, slice=value))
+    results, slices = judge(results, margins, is_small), judge(slices, {}, is_small)
+    joined = (
+        first.loc[common]
+        .reset_index(drop=True)
+        .merge(second.loc[common].reset_index(drop=True), on="example_id", suffixes=("_before", "_after"))
+    )
+    return Results(results, notes, slices, is_small, joined)
+
+
+def metric_runs(
+    metric: Metric, sides: Sequence[Mapping[int, pd.DataFrame]], names: Sequence[str]
+) -> tuple[list[Runs], str | None]:
+    """The runs of a metric for each side, or why they can't be compared."""
+    cells = []
+    for tables, name in zip(sides, names, strict=True):
+        for table in tables.values():
+            if missing := [column for column in metric.columns if column not in table]:
+                return [], f"the predictions of {name} have no {missing[0]}"
+        arrays = [
+            np.array([np.asarray(of(table), float) for table in tables.values()]) for of in (metric.sums, metric.counts)
+        ]
+        if num_missing := int((~np.isfinite(arrays)).any(axis=(0, 1)).sum()):
+            return [], f"{num_missing:,} examples of {name} have no value"
+        cells.append(Runs(list(tables), *arrays))
+    first, second = cells
+    num_different = int((first.counts[:1] != second.counts[:1]).sum()) if "tokens" in metric.columns else 0
+    if num_different:
+        return [], (
+            f"{num_different:,} examples differ in their number of supervised tokens, because of another tokenizer, "
+            "template or max_length"
         )
-    if len(joined) < 2:
-        return without_difference("not known: no common examples", *notes)
-    num_changed = int((joined["tokens" + BEFORE] != joined["tokens" + AFTER]).sum())
-    if num_changed:
-        notes.append(
-            f"{num_changed:,} of {len(joined):,} examples differ in their number of supervised tokens (another "
-            "tokenizer, template or max_length), so loss and token accuracy can't be compared."
-        )
-    differences = compare(sums_and_counts(joined, BEFORE), sums_and_counts(joined, AFTER))
-    results = []
-    for metric, difference in zip(MEASURED, differences, strict=True):
-        comparable = not (num_changed and metric.per_token)
-        verdict = verdict_of(metric, difference) if comparable else "can't be compared"
-        found = difference if comparable else None
-        results.append(MetricResult(metric, difference.before, difference.after, found, verdict))
-    return Results(results, notes, joined)
+    return cells, None
 
 
-def sums_and_counts(joined: pd.DataFrame, side: str) -> tuple[Array, Array]:
-    """The sums and the counts of all metrics for one side of joined predictions, each (metrics, examples)."""
-    rows = joined.filter(like=side).rename(columns=lambda name: name.removesuffix(side))
-    counts = [rows["tokens"] if metric.per_token else pd.Series(1, rows.index) for metric in MEASURED]
-    return np.array([metric.sums(rows) for metric in MEASURED], float), np.array(counts, float)
+def compare_metric(
+    metric: Metric, cells: Sequence[Runs], prompts: "pd.Series[str]", chosen: npt.NDArray[np.bool_]
+) -> MetricResult:
+    """Compare a metric on the chosen examples. Without a verdict yet, because that depends on the other p-values."""
+    chosen = chosen & np.any([runs.counts.any(axis=0) for runs in cells], axis=0)  # the others do not count
+    parts = [Runs(runs.seeds, runs.sums[:, chosen], runs.counts[:, chosen]) for runs in cells]
+    if not all(runs.counts.any(axis=1).all() for runs in parts):
+        return MetricResult(metric, None, None, verdict="not measured: no example counts")
+    before, after = (float((runs.sums.sum(1) / runs.counts.sum(1)).mean()) for runs in parts)
+    numbers = pd.factorize(prompts[chosen])[0]
+    if numbers.max() < 1:
+        return MetricResult(metric, before, after, verdict="undecided: a single prompt")
+    difference = compare(parts[0], parts[1], numbers)
+    return MetricResult(metric, difference.before, difference.after, difference, difference.p_value)
 
 
-def verdict_of(metric: Metric, difference: Difference) -> str:
-    if difference.value == 0 and difference.low == difference.high:
+def judge(results: list[MetricResult], margins: Mapping[str, float], is_small: bool) -> list[MetricResult]:
+    """Give each result with a difference its verdict; p-values of metrics with a direction are adjusted (Holm)."""
+    tested = [result for result in results if result.difference and result.metric.direction]
+    adjusted = iter(holm([result.p_value for result in tested]))
+    judged = []
+    for result in results:
+        if result.difference and result.metric.direction:
+            result = replace(result, p_value=next(adjusted))
+        if result.difference:
+            verdict = verdict_of(result, result.difference, margins.get(result.metric.name), is_small)
+            result = replace(result, verdict=verdict)
+        judged.append(result)
+    return judged
+
+
+def verdict_of(result: MetricResult, difference: Difference, margin: float | None, is_small: bool) -> str:
+    if difference.value == difference.low == difference.high == 0:
         return "the same"
-    if not difference.is_significant:
-        return "within noise"
-    if not metric.direction:
-        return "higher" if difference.value > 0 else "lower"
-    return "better" if difference.value * metric.direction > 0 else "worse"
+    if is_small:
+        return "undecided"
+    if difference.run_noise is None:
+        return "unknown"
+    direction = result.metric.direction
+    if result.is_significant:
+        if not direction:
+            return "higher" if difference.value > 0 else "lower"
+        return "better" if difference.value * direction > 0 else "worse"
+    if margin is not None and -margin <= difference.low and difference.high <= margin:
+        return "equivalent"
+    return "undecided"
+
+
+def describe_difference(difference: Difference) -> str:
+    """A difference with its interval in words, and what the interval covers.
+
+    Example:
+        >>> describe_difference(difference)
+        '−0.0238, 95% interval −0.0331 to −0.0145; 3 runs paired by seed'
+    """
+    noise = {
+        "paired": f"{len(difference.by_seed)} runs paired by seed",
+        "pooled": "run noise pooled over both sides",
+        None: f"between these two models; {RUN_NOISE_UNKNOWN}",
+    }[difference.run_noise]
+    return f"{signed(difference.value)}, 95% interval {signed(difference.low)} to {signed(difference.high)}; {noise}"
+
+
+def signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")

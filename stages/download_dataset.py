@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.data.examples import RAW_SCHEMA, REJECTED_SCHEMA, BadRowError
-from stages.data.rows import ALLOWED, Row, parse_row
+from stages.data.rows import ALLOWED, Row, parse_row, parse_slice
 from stages.data.sources import Source, open_file, open_hub
 from stages.data.tables import ROWS_PER_GROUP, parquet_writer
 from stages.runtime.errors import UserError
@@ -19,6 +19,7 @@ from stages.runtime.params import DatasetParams, DownloadDatasetParams, load_par
 from stages.runtime.run import run
 from stages.runtime.terminal import progress, summary
 
+NO_SLICE, MAX_SLICES = "(none)", 100
 RAW, UNREADABLE, SOURCE = Path("data/raw.parquet"), Path("data/unreadable.parquet"), Path("data/source.json")
 
 
@@ -26,6 +27,7 @@ def main() -> None:
     params = load_params(DownloadDatasetParams)
     rows, metadata = open_rows(params)
     rows = iter(progress(islice(rows, params.max_examples), "read", "row", params.max_examples))
+    slices: set[str | None] = set()
     with parquet_writer(RAW, RAW_SCHEMA) as raw, parquet_writer(UNREADABLE, REJECTED_SCHEMA) as unreadable:
         while batch := list(islice(rows, ROWS_PER_GROUP)):
             good, bad = [], []
@@ -33,13 +35,24 @@ def main() -> None:
                 location = {"source": name, "source_row": source_row}
                 try:
                     messages, input_text = parse_row(row)
-                    good.append({"messages": messages, "input": input_text, **location})
+                    value = name if params.slice_column == "source" else parse_slice(row, params.slice_column)
+                    good.append({"messages": messages, "input": input_text, "slice": value or NO_SLICE, **location})
+                    slices.add(value)
                 except BadRowError as error:
                     bad.append({**location, "reason": error.reason, "detail": str(error)})
             raw.write(good)
             unreadable.write(bad)
+            if len(slices) > MAX_SLICES:
+                raise UserError(
+                    f"slice_column: found more than {MAX_SLICES} values of {params.slice_column!r}; must be a column "
+                    "with few values, or source"
+                )
         if raw.num_rows + unreadable.num_rows == 0:
             raise UserError(f"{metadata['source']}: has no rows; {ALLOWED}")
+        if slices == {None}:
+            raise UserError(
+                f"slice_column: no row of {metadata['source']} has {params.slice_column!r}; must be a column, or source"
+            )
     write_json(SOURCE, metadata)
     summary(
         {"source": metadata["source"], "rows": f"{raw.num_rows:,} read, {unreadable.num_rows:,} unreadable"},
@@ -52,11 +65,11 @@ def open_rows(params: DownloadDatasetParams) -> tuple[Iterator[tuple[str, Row]],
     """The rows, each with the name of its source, and the content of `data/source.json`."""
     if params.datasets is None:
         if params.dataset_name is None:
-            source = open_file(Path(params.dataset_file))
+            source = open_file(Path(params.dataset_file), params.slice_column)
         else:
             source = open_hub(params.dataset_name, params.dataset_revision, params.dataset_split)
         return ((source.name, row) for row in source.rows()), source.metadata
-    sources = [open_dataset(entry, Path(params.dataset_file)) for entry in params.datasets]
+    sources = [open_dataset(entry, params) for entry in params.datasets]
     shares = choose_shares(sources, params.datasets)
     metadata: dict[str, Any] = {
         key: ", ".join(str(source.metadata[key] or "not stated") for source in sources)
@@ -66,8 +79,9 @@ def open_rows(params: DownloadDatasetParams) -> tuple[Iterator[tuple[str, Row]],
     return interleave(sources, shares), metadata
 
 
-def open_dataset(entry: DatasetParams, folder: Path) -> Source:
+def open_dataset(entry: DatasetParams, params: DownloadDatasetParams) -> Source:
     """Open one dataset of a mixture. The files are in a folder, which DVC hashes as a whole."""
+    folder = Path(params.dataset_file)
     if entry.file is None:
         return open_hub(str(entry.name), entry.revision, entry.split)
     if not folder.is_dir():
@@ -75,7 +89,7 @@ def open_dataset(entry: DatasetParams, folder: Path) -> Source:
             f"dataset_file: found {str(folder)!r}; must be the folder of the files in `datasets`, so that DVC notices "
             "when one of them changes"
         )
-    return open_file(folder / entry.file)
+    return open_file(folder / entry.file, params.slice_column)
 
 
 def choose_shares(sources: list[Source], entries: list[DatasetParams]) -> list[tuple[int, int]]:

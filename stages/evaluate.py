@@ -2,10 +2,8 @@
 
 import argparse
 import math
-import re
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,7 @@ from stages.data.examples import Example, read_split
 from stages.data.masking import load_tokenizer
 from stages.data.tables import read_table, write_parquet
 from stages.data.templates import load_template
+from stages.data.words import words
 from stages.runtime.errors import UserError
 from stages.runtime.files import write_csv, write_json
 from stages.runtime.params import EvaluateParams, load_params
@@ -24,6 +23,7 @@ from stages.runtime.run import run
 from stages.runtime.terminal import progress, summary
 
 if TYPE_CHECKING:
+    import pandas as pd
     from transformers import PreTrainedModel
 
     from stages.engine.batches import Batches
@@ -31,18 +31,69 @@ if TYPE_CHECKING:
 TEST = Path("data/test.parquet")
 TOKENS_PER_MICRO_BATCH = 2048
 MAX_LOSS = 100  # nats/token; a uniform guess over the vocabulary has about 10
+NGRAM = 4  # words of the sequences that `repetition` counts
 PREDICTIONS_SCHEMA = pa.schema(
     [
         ("example_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("slice", pa.string()),
         ("loss", pa.float64()),  # mean over the example's supervised tokens, in nats
         ("tokens", pa.int64()),  # supervised tokens
         ("correct_tokens", pa.int64()),
         ("answer", pa.string()),
         ("answer_tokens", pa.int64()),  # without the EOS token
         ("stopped", pa.bool_()),
+        ("reference_fits", pa.bool_()),  # whether the reference with its EOS token fits into max_new_tokens
         ("exact_match", pa.bool_()),
         ("rouge_l", pa.float64()),
+        ("repetition", pa.float64()),
     ]
+)
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A sum over examples ÷ a count, such as loss ÷ supervised tokens.
+
+    direction: 1 if higher is better, −1 if lower is better, 0 if neither.
+    sums, counts: of each example.
+    columns: those of the predictions that sums and counts are computed from.
+    """
+
+    name: str
+    direction: int
+    sums: Callable[["pd.DataFrame"], "pd.Series[Any]"]
+    counts: Callable[["pd.DataFrame"], "pd.Series[Any]"]
+    columns: tuple[str, ...]
+
+
+def per_example(name: str, direction: int, column: str) -> Metric:
+    """The mean of a column over examples."""
+    return Metric(name, direction, lambda rows: rows[column], lambda rows: rows[column] * 0 + 1, (column,))
+
+
+METRICS = (
+    Metric("loss", -1, lambda rows: rows["loss"] * rows["tokens"], lambda rows: rows["tokens"], ("loss", "tokens")),
+    Metric(
+        "token_accuracy",
+        1,
+        lambda rows: rows["correct_tokens"],
+        lambda rows: rows["tokens"],
+        ("correct_tokens", "tokens"),
+    ),
+    per_example("exact_match", 1, "exact_match"),
+    per_example("rouge_l", 1, "rouge_l"),
+    # An answer can't be as long as a reference that does not fit into max_new_tokens, so those are not counted.
+    Metric(
+        "stop_rate",
+        1,
+        lambda rows: rows["stopped"] * rows["reference_fits"],
+        lambda rows: rows["reference_fits"],
+        ("stopped", "reference_fits"),
+    ),
+    per_example("repetition", -1, "repetition"),
+    per_example("mean_response_tokens", 0, "answer_tokens"),
 )
 
 
@@ -54,39 +105,40 @@ def main() -> None:
     predictions = Path(f"data/predictions/{name}.parquet")
     metrics_file, losses_file = (Path(f"metrics/evaluate/{name}.{suffix}") for suffix in ("json", "csv"))
 
-    examples = read_split(TEST)
-    references, sources = (column.to_pylist() for column in read_table(TEST, ["response", "source"]).columns)
-    rows = predict(Path("models") / name, examples, references, params)
-    metrics: dict[str, Any] = compute_metrics(rows)
-    if len(set(sources)) > 1:
-        metrics["sources"] = {
-            source: compute_metrics([row for row, own in zip(rows, sources, strict=True) if own == source])
-            for source in sorted(set(sources))
-        }
-    write_parquet(predictions, rows, PREDICTIONS_SCHEMA)
-    write_json(metrics_file, metrics)
+    rows = predict(Path("models") / name, params)
+    metrics = compute_metrics(rows)
+    slices = {value: compute_metrics(part) for value, part in rows.groupby("slice")}
+    write_parquet(predictions, rows.to_dict("records"), PREDICTIONS_SCHEMA)
+    write_json(metrics_file, metrics | ({"slices": slices} if len(slices) > 1 else {}))
     # In the order of the test split, which is the same for base and tuned: `dvc plots` pairs the rows.
-    write_csv(losses_file, f"tokens,{name}_loss", ((row["tokens"], row["loss"]) for row in rows))
+    write_csv(losses_file, f"tokens,{name}_loss", zip(rows["tokens"], rows["loss"], strict=True))
+    shown = {key: "–" if value is None else f"{value:.3f}" for key, value in metrics.items()}
     summary(
         {
-            "model": f"{name}, {len(rows):,} test examples, {metrics['supervised_tokens']:,} supervised tokens",
-            "loss": f"{metrics['loss']:.3f} ± {metrics['loss_se']:.3f}, token accuracy {metrics['token_accuracy']:.3f}",
-            "answers": f"ROUGE-L {metrics['rouge_l']:.3f}, exact match {metrics['exact_match']:.3f}, "
-            f"stop rate {metrics['stop_rate']:.3f}, {metrics['mean_response_tokens']:.1f} tokens on average",
+            "model": f"{name}, {len(rows):,} test examples, {rows['tokens'].sum():,} supervised tokens",
+            "loss": f"{shown['loss']} ± {shown['loss_se']}, token accuracy {shown['token_accuracy']}",
+            "answers": f"ROUGE-L {shown['rouge_l']}, exact match {shown['exact_match']}, repetition "
+            f"{shown['repetition']}, stop rate {shown['stop_rate']}, {shown['mean_response_tokens']} tokens on average",
         },
         wrote=[predictions, metrics_file, losses_file],
         then="make review BASE=main",
     )
 
 
-def predict(
-    folder: Path, examples: list[Example], references: list[str], params: EvaluateParams
-) -> list[dict[str, Any]]:
-    """A row of `PREDICTIONS_SCHEMA` for each example: its loss, and its greedy answer compared with the reference."""
+def predict(folder: Path, params: EvaluateParams) -> "pd.DataFrame":
+    """The columns of `PREDICTIONS_SCHEMA` for each test example: its loss, and its greedy answer.
+
+    Raises:
+        UserError: the loss is far above that of a random guess, or not a number.
+    """
+    import pandas as pd
+
     from stages.engine.decoding import generate_answers
     from stages.engine.loss import choose_batches
     from stages.engine.models import autocast, load_model
 
+    examples = read_split(TEST)
+    test = read_table(TEST, ["example_id", "prompt_id", "slice", "response"]).to_pandas()
     model, tokenizer = load_model(folder).eval(), load_tokenizer()
     batches, reason = choose_batches(model, examples, TOKENS_PER_MICRO_BATCH)
     print(f"Engine: {reason}", flush=True)
@@ -95,20 +147,28 @@ def predict(
     with autocast(params.precision, model.device):
         scores = score_tokens(model, batches, examples)
         answers = generate_answers(model, tokenizer, prompts, eos_token_id, params.max_new_tokens)
-    return [
+    rows = [
         {
-            "example_id": example.example_id,
             "loss": score.loss_sum / score.num_tokens,
             "tokens": score.num_tokens,
             "correct_tokens": score.num_correct,
             "answer": answer.text,
             "answer_tokens": answer.num_tokens,
             "stopped": answer.stopped,
+            "reference_fits": len(example.input_ids) - example.last_response <= params.max_new_tokens,
             "exact_match": answer.text == reference,
             "rouge_l": rouge_l(answer.text, reference),
+            "repetition": repetition(answer.text),
         }
-        for example, score, answer, reference in zip(examples, scores, answers, references, strict=True)
+        for example, score, answer, reference in zip(examples, scores, answers, test.pop("response"), strict=True)
     ]
+    table = pd.concat([test, pd.DataFrame(rows)], axis=1)
+    loss = (table["loss"] * table["tokens"]).sum() / table["tokens"].sum()
+    if not loss < MAX_LOSS:
+        raise UserError(
+            f"the loss is {loss:g} nats/token: training diverged, or the model is broken; lower learning_rate"
+        )
+    return table
 
 
 @dataclass(frozen=True)
@@ -139,64 +199,52 @@ def score_tokens(model: "PreTrainedModel", batches: "Batches", examples: list[Ex
     return [scores[example.example_id] for example in examples]
 
 
-def rouge_l(answer: str, reference: str) -> float:
-    """F-measure of the longest common subsequence of words (Lin, 2004), in [0, 1]."""
-    from torchmetrics.functional.text import rouge_score
-
-    def words(text: str) -> str:  # in any alphabet; the default keeps only a to z
-        return re.sub(r"[\W_]+", " ", text.lower())
-
-    return float(rouge_score(answer, reference, rouge_keys="rougeL", normalizer=words)["rougeL_fmeasure"])
-
-
-def compute_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Metrics of the test split. Loss and accuracy are means over all supervised tokens, with standard errors."""
-    tokens = np.array([row["tokens"] for row in rows], float)
-    loss, loss_se = ratio(np.array([row["loss"] * row["tokens"] for row in rows]), tokens)
-    if not loss < MAX_LOSS:
-        raise UserError(
-            f"the loss is {loss:g} nats/token: training diverged, or the model is broken; lower learning_rate"
-        )
-    accuracy, accuracy_se = ratio(np.array([row["correct_tokens"] for row in rows], float), tokens)
-    return {
-        "examples": len(rows),
-        "supervised_tokens": int(tokens.sum()),
-        "loss": loss,
-        "loss_se": loss_se,
-        "perplexity": math.exp(loss),
-        "perplexity_se": math.exp(loss) * loss_se,  # delta method
-        "token_accuracy": accuracy,
-        "token_accuracy_se": accuracy_se,
-        "exact_match": mean(row["exact_match"] for row in rows),
-        "rouge_l": mean(row["rouge_l"] for row in rows),
-        "stop_rate": mean(row["stopped"] for row in rows),
-        "mean_response_tokens": mean(row["answer_tokens"] for row in rows),
-        "distinct_2": distinct_2(row["answer"] for row in rows),
-    }
+def compute_metrics(rows: "pd.DataFrame") -> dict[str, Any]:
+    """All metrics with their standard errors; None if no example counts, or for the standard error of a single one."""
+    metrics: dict[str, Any] = {"examples": len(rows), "supervised_tokens": int(rows["tokens"].sum())}
+    for metric in METRICS:
+        value, error = ratio(*(np.asarray(cells(rows), float) for cells in (metric.sums, metric.counts)))
+        metrics |= {metric.name: value, f"{metric.name}_se": error}
+        if metric.name == "loss" and value is not None and value < MAX_LOSS:
+            perplexity = math.exp(value)
+            metrics |= {"perplexity": perplexity, "perplexity_se": error and perplexity * error}  # delta method
+    return metrics
 
 
-def ratio(sums: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]) -> tuple[float, float]:
+def ratio(sums: Array, counts: Array) -> tuple[float | None, float | None]:
     """sums / counts over all examples, and its standard error with the example as the sampling unit.
 
     Tokens of one example are not independent, so a standard error over tokens would be too small. This is the ratio
     estimator (Cochran, Sampling Techniques, 1977, ch. 6). sums and counts: (examples,).
     """
+    if not counts.any():
+        return None, None
     value = float(sums.sum() / counts.sum())
-    num_examples = len(counts)
+    num_examples = int(np.count_nonzero(counts))
     if num_examples < 2:
-        return value, 0.0
+        return value, None
     residuals = sums - value * counts
     return value, float(math.sqrt((residuals**2).sum() * num_examples / (num_examples - 1)) / counts.sum())
 
 
-def mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
+def rouge_l(answer: str, reference: str) -> float:
+    """ROUGE-L: the F1 score of the longest common subsequence of words (Lin, 2004), for any language."""
+    from torchmetrics.functional.text import rouge_score
+
+    if answer == reference:  # also if there are no words
+        return 1.0
+    score = rouge_score(answer, reference, rouge_keys="rougeL", normalizer=str, tokenizer=words)
+    return float(score["rougeL_fmeasure"])
 
 
-def distinct_2(answers: Iterable[str]) -> float:
-    """Distinct pairs of adjacent words ÷ all pairs, over all answers (Li et al., 2016); 0 if there are none."""
-    pairs = [pair for answer in answers for pair in pairwise(answer.split())]
-    return len(set(pairs)) / len(pairs) if pairs else 0.0
+def repetition(answer: str) -> float:
+    """The share of 4-grams of words that repeat an earlier one (seq-rep-4, Welleck et al. 2019); 0 for a short answer.
+
+    It measures loops. Unlike distinct-2, it does not improve if answers get longer, or rise if they get shorter.
+    """
+    found = words(answer)
+    grams = [tuple(found[start : start + NGRAM]) for start in range(len(found) - NGRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 if __name__ == "__main__":

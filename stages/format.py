@@ -175,10 +175,11 @@ def format_batch(batch: pa.Table, template: Template, max_length: int) -> tuple[
     ids = [content_ids(conversation) for conversation in conversations.values()]
     offsets = pa.array(np.concatenate([[0], encoded.lengths.cumsum()]), pa.int32())
     locations = batch.select(["source", "source_row"])
+    origins = batch.select(["source", "source_row", "slice"]).take(pa.array(indices, pa.int64()))
     columns = {
         "example_id": [example_id for _, example_id in ids],
         "prompt_id": [prompt_id for prompt_id, _ in ids],
-        **dict(zip(locations.column_names, locations.take(pa.array(indices, pa.int64())).columns, strict=True)),
+        **dict(zip(origins.column_names, origins.columns, strict=True)),
         "prompt": formatted.prompts,
         "response": formatted.responses,
         "input_ids": pa.ListArray.from_arrays(offsets, pa.array(encoded.input_ids)),

@@ -142,7 +142,7 @@ def _location(prompts: pa.Table, at: int) -> str:
 
 def choose_split(prompt_id: str, params: SplitParams) -> str:
     """The split of a prompt: its seeded hash, as a number in [0, 1), is compared with the fractions."""
-    digest = hashlib.sha256(f"{params.seed}:{prompt_id}".encode()).digest()
+    digest = hashlib.sha256(f"{params.split_seed}:{prompt_id}".encode()).digest()
     position = int.from_bytes(digest[:8]) / 2**64
     if position < params.test_fraction:
         return "test"

@@ -19,12 +19,38 @@ from stages.runtime.terminal import disk_usage, format_bytes, summary
 if TYPE_CHECKING:
     from stages.engine.checkpoints import Checkpoints
     from stages.engine.engine import Engine
+    from stages.engine.training_log import TrainingLog
 
-TUNED, METRICS = Path("models/tuned"), Path("metrics/train.json")
+TUNED, METRICS, CURVE = Path("models/tuned"), Path("metrics/train.json"), Path("metrics/curve.csv")
 
 
 def main() -> None:
-    params = load_params(TrainParams)
+    metrics = train_model(load_params(TrainParams), TUNED, CURVE)
+    if metrics is None:
+        return
+    write_json(METRICS, metrics)
+    root = Path(os.environ.get("DVC_ROOT", "."))
+    used = [f"{format_bytes(disk_usage(root / name))} in {name}" for name in (".dvc/cache", ".scratch")]
+    summary(
+        {
+            "training": f"loss {metrics['loss']:.4f}, mean of the run",
+            "validation": f"loss {metrics['validation_loss']:.4f} at step {metrics['best_step']:,}, the best",
+            "disk": f"{', '.join(used)}; how to free it: README, Disk",
+        },
+        wrote=[TUNED, CURVE, METRICS],
+        then="make chat",
+    )
+
+
+def train_model(params: TrainParams, tuned: Path, curve: Path | None = None) -> dict[str, Any] | None:
+    """Train the base model, and save the model with the lowest validation loss to the folder `tuned`.
+
+    Args:
+        curve: where to write the training curve.
+
+    Returns:
+        The metrics of the run on the main process, None on the other ranks.
+    """
     train, validation = read_split(Path("data/train.parquet")), read_split(Path("data/validation.parquet"))
     num_steps = params.num_epochs * count_steps_per_epoch(train, params)
     count_warmup_steps(params.warmup_steps, num_steps)  # reports a mistake before torch is imported
@@ -32,7 +58,7 @@ def main() -> None:
     from stages.engine.checkpoints import Checkpoints
     from stages.engine.distributed import init_distributed
     from stages.engine.engine import Engine
-    from stages.engine.training_log import CURVE
+    from stages.engine.training_log import TrainingLog
     from stages.runtime.environment import environment
 
     context = init_distributed()
@@ -47,24 +73,12 @@ def main() -> None:
         if context.world_size > 1:
             print(f"Launcher: {params.launcher}: {context}")
         print(*engine.messages, sep="\n", flush=True)
-        metrics = fit(engine, train, validation, params, checkpoints)
+        log = TrainingLog(num_steps, params.logging_steps, curve if context.is_main_process else None)
+        metrics = fit(engine, train, validation, checkpoints, log)
         if context.is_main_process:
-            save_tuned(engine, params, metrics, checkpoints)
-            write_json(METRICS, {**metrics, "environment": run_environment})
+            save_tuned(engine, metrics, checkpoints, tuned)
     context.shutdown()
-    if not context.is_main_process:
-        return
-    root = Path(os.environ.get("DVC_ROOT", "."))
-    used = [f"{format_bytes(disk_usage(root / name))} in {name}" for name in (".dvc/cache", ".scratch")]
-    summary(
-        {
-            "training": f"loss {metrics['loss']:.4f}, mean of the run",
-            "validation": f"loss {metrics['validation_loss']:.4f} at step {metrics['best_step']:,}, the best",
-            "disk": f"{', '.join(used)}; how to free it: README, Disk",
-        },
-        wrote=[TUNED, CURVE, METRICS],
-        then="make chat",
-    )
+    return {**metrics, "environment": run_environment} if context.is_main_process else None
 
 
 def count_steps_per_epoch(train: Sequence[Example], params: TrainParams) -> int:
@@ -76,8 +90,8 @@ def fit(
     engine: "Engine",
     train: Sequence[Example],
     validation: Sequence[Example],
-    params: TrainParams,
     checkpoints: "Checkpoints",
+    log: "TrainingLog",
 ) -> dict[str, Any]:
     """Train, resuming from a checkpoint if there is one; save the weights with the lowest validation loss.
 
@@ -88,11 +102,10 @@ def fit(
         UserError: the loss or the gradient is not finite.
     """
     from stages.engine.engine import require_finite
-    from stages.engine.training_log import TrainingLog
 
-    state = engine.resume(checkpoints)
-    log = TrainingLog(engine.num_steps, params.logging_steps, engine.is_main_process, state and state["log"])
-    if state:
+    params = engine.params
+    if state := engine.resume(checkpoints):
+        log.load_state_dict(state["log"])
         print(f"Resuming from the checkpoint at step {log.step:,}", flush=True)
 
     for batch in effective_batches(train, params, first_step=log.step):
@@ -130,8 +143,8 @@ def effective_batches(train: Sequence[Example], params: TrainParams, first_step:
         done = 0
 
 
-def save_tuned(engine: "Engine", params: TrainParams, metrics: dict[str, Any], checkpoints: "Checkpoints") -> None:
-    """Write `models/tuned`: the best weights in the base checkpoint's dtype, tokenizer, EOS token and model card."""
+def save_tuned(engine: "Engine", metrics: dict[str, Any], checkpoints: "Checkpoints", folder: Path) -> None:
+    """Write a folder with the best weights in the base checkpoint's dtype, tokenizer, EOS token and model card."""
     import torch
     from transformers import GenerationConfig
 
@@ -139,6 +152,7 @@ def save_tuned(engine: "Engine", params: TrainParams, metrics: dict[str, Any], c
     from stages.engine.model_card import model_card
     from stages.engine.models import checkpoint_dtype, load_model
 
+    params = engine.params
     uses_lora = params.finetuning == "lora"
     if uses_lora:
         from stages.engine.lora import add_adapters, merge, save_adapter
@@ -155,7 +169,7 @@ def save_tuned(engine: "Engine", params: TrainParams, metrics: dict[str, Any], c
     template = load_template(params.template, tokenizer)
     tokenizer.chat_template = template.chat_template or tokenizer.chat_template
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(template.eos_token_id)
-    with atomic_path(TUNED, durable=True) as partial:
+    with atomic_path(folder, durable=True) as partial:
         if uses_lora:
             save_adapter(model, BASE, partial / "adapter")
             model = merge(BASE, partial / "adapter")

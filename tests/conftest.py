@@ -81,7 +81,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
 
 @pytest.fixture
 def training_inputs(project: Path, tiny_model: Path) -> Path:
-    """The inputs of train: 22 examples of different lengths, 5 for validation, a tiny base model; 24 steps in fp32."""
+    """The inputs of train and replicate: 22 examples of different lengths, a tiny base model; 24 steps in fp32.
+
+    There are 5 examples for validation and 3 for test.
+    """
     for name in ("stages", "templates"):
         shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("base", "tokenizer"):
@@ -89,13 +92,15 @@ def training_inputs(project: Path, tiny_model: Path) -> Path:
     write_json(project / "models/base/source.json", {"model_name": "tiny", "revision": None})
     write_json(project / "data/source.json", {"source": "a.jsonl", "revision": None, "licence": None})
     template = AlpacaTemplate(load_tokenizer())
-    for name, numbers in (("train", range(22)), ("validation", range(22, 27))):
+    for name, numbers in (("train", range(22)), ("validation", range(22, 27)), ("test", range(27, 30))):
         with parquet_writer(project / f"data/{name}.parquet", FORMATTED_SCHEMA) as writer:
             for n in numbers:
                 question = {"role": "user", "content": "Name a colour." * (1 + n % 3)}
                 answer = {"role": "assistant", "content": "Red. " * (1 + n % 7)}
-                encoded = template.format([Conversation([question, answer], "x" * (n % 2))], 256).encoded
-                writer.write([{"example_id": str(n), "input_ids": encoded.input_ids, "labels": encoded.labels}])
+                formatted = template.format([Conversation([question, answer], "x" * (n % 2))], 256)
+                encoded = {"input_ids": formatted.encoded.input_ids, "labels": formatted.encoded.labels}
+                ids = {"example_id": str(n), "prompt_id": str(n), "slice": "a.jsonl"}
+                writer.write([{**ids, "response": formatted.responses[0], **encoded}])
     edit(project, batch_size="2", gradient_accumulation_steps="2", num_epochs="4", eval_steps="6", save_steps="5")
     edit(project, learning_rate="1e-3", lr_scheduler="cosine", warmup_steps="3", logging_steps="1", precision="fp32")
     return project

@@ -70,15 +70,23 @@ def test_last_effective_batch_of_an_epoch_is_smaller_and_kept() -> None:
     assert sorted(e.example_id for batch in batches for e in batch) == ["0", "1", "2", "3", "4", "5", "6"]
 
 
-def test_order_depends_on_seed_and_epoch_alone() -> None:
-    examples = [example([i], [2], str(i)) for i in range(20)]
+def order(ids: list[str], seed: int = 1, epoch: int = 0) -> list[str]:
+    """The ids of examples in the order of an epoch."""
+    examples = [example([5], [2], example_id) for example_id in ids]
+    return [e.example_id for batch in shuffled_batches(examples, 4, seed, epoch) for e in batch]
 
-    def order(seed: int, epoch: int) -> list[str]:
-        return [e.example_id for batch in shuffled_batches(examples, 4, seed, epoch) for e in batch]
 
-    assert order(1, 0) == order(1, 0)
-    assert order(1, 0) != order(1, 1)
-    assert order(1, 0) != order(2, 0)
+def test_order_depends_on_seed_and_epoch() -> None:
+    assert order(list("abcdef"), 1, 0) == list("afdebc")
+    assert order(list("abcdef"), 1, 1) == list("eacfdb")
+    assert order(list("abcdef"), 2, 0) == list("feabdc")
+
+
+@given(ids=st.lists(st.text(max_size=4), unique=True, min_size=1, max_size=20), data=st.data())
+def test_removing_an_example_keeps_the_order_of_the_others(ids: list[str], data: st.DataObject) -> None:
+    removed = data.draw(st.sampled_from(ids))
+    others = data.draw(st.permutations([one for one in ids if one != removed]))
+    assert order(others) == [one for one in order(ids) if one != removed]
 
 
 token_ids = st.lists(st.integers(0, 3), min_size=1, max_size=6)

@@ -9,14 +9,14 @@ from stages.runtime.params import TrainParams, load_params
 from tests.clone import edit
 from tests.conftest import example
 
-LOSSES = [5.95613, 5.93574, 5.9469]  # of the textbook loop
+LOSSES = [5.942, 5.95702, 5.94097]  # of the textbook loop
 EXAMPLES = [example([5, 6, 7 + n], [*range(20, 22 + n), 0], str(n)) for n in range(12)]
 
 
 @pytest.mark.parametrize(
     ("engine", "expected"),
     # The adapters are 0 at first and the learning rate of the first step is 0, so LoRA differs from the third loss on.
-    [("textbook", LOSSES), ("this project", LOSSES), ("this project, LoRA", [*LOSSES[:2], 5.95248])],
+    [("textbook", LOSSES), ("this project", LOSSES), ("this project, LoRA", [*LOSSES[:2], 5.94649])],
 )
 def test_engine_waits_before_each_step_and_after_the_last_one(
     engine: str, expected: list[float], project: Path, tiny_model: Path

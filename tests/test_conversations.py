@@ -42,7 +42,7 @@ def run_all(project: Path, model: Path) -> None:
     (project / "data/mine/alpaca.jsonl").write_text(alpaca)
     edit(project, dataset_file="data/mine", datasets="[{file: chat.jsonl}, {file: alpaca.jsonl}]", template="chat")
     edit(project, model_name=str(model), validation_fraction="0.2", test_fraction="0.2", max_new_tokens="6")
-    edit(project, learning_rate="1e-2", num_epochs="8", precision="fp32")
+    edit(project, learning_rate="1e-2", num_epochs="12", precision="fp32")
     run_pipeline(
         project,
         *("download_dataset", "download_model", "format", "split", "train", "evaluate@tuned", "generate@tuned"),
@@ -82,7 +82,7 @@ def test_conversations_go_through_every_stage(
         found.add(num_responses)
     assert found == {1, 2}
     metrics = json.loads(Path("metrics/evaluate/tuned.json").read_text())
-    parts = metrics["sources"]
+    parts = metrics["slices"]
     assert list(parts) == ["data/mine/alpaca.jsonl", "data/mine/chat.jsonl"]
     assert sum(part["supervised_tokens"] for part in parts.values()) == metrics["supervised_tokens"]
     assert parts["data/mine/alpaca.jsonl"]["exact_match"] == 1.0

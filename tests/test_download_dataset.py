@@ -33,8 +33,12 @@ def read(name: str, content: bytes | str) -> list[dict[str, Any]]:
 
 
 def raw() -> list[dict[str, Any]]:
-    """The rows of `raw.parquet` without the column `source`."""
-    return [{key: row[key] for key in row if key != "source"} for row in pq.read_table("data/raw.parquet").to_pylist()]
+    """The rows of `raw.parquet` without the columns `slice` and `source`."""
+    return pq.read_table("data/raw.parquet").drop_columns(["slice", "source"]).to_pylist()
+
+
+def slices() -> list[str]:
+    return pq.read_table("data/raw.parquet")["slice"].to_pylist()
 
 
 def unreadable() -> list[tuple[int, str, str]]:
@@ -301,6 +305,69 @@ def test_a_file_with_an_unknown_schema_is_an_error(project: Path) -> None:
     with pytest.raises(UserError) as error:
         read("a.csv", "prompt,answer\nA,b\n")
     assert str(error.value) == f"data/a.csv: column 'completion' is missing; found prompt, answer; {ALLOWED}"
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.parquet"])
+def test_the_slice_of_a_row_is_its_value_in_the_slice_column(project: Path, name: str) -> None:
+    rows = [{"kind": kind, "instruction": "A", "output": "b"} for kind in ("sums", None, "lists", "sums")]
+    path = Path("data") / name
+    if name == "a.csv":
+        path.write_text("kind,instruction,output\n" + "".join(f"{row['kind'] or ''},A,b\n" for row in rows))
+    elif name == "a.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text(json.dumps(rows) if name == "a.json" else "\n".join(map(json.dumps, rows)))
+    edit(project, dataset_file=str(path), slice_column="kind")
+    download_dataset.main()
+    assert slices() == ["sums", "(none)", "lists", "sums"]
+    assert raw() == [row("A", "b", number) for number in (1, 2, 3, 4)]
+
+
+def test_the_slice_column_may_be_a_column_of_the_schema_a_number_or_missing_in_some_rows(project: Path) -> None:
+    edit(project, slice_column="input")
+    read("a.jsonl", '{"instruction": "A", "input": "x", "output": "b"}\n{"instruction": "A", "output": "b"}\n')
+    assert slices() == ["x", "(none)"]
+    edit(project, slice_column="level")
+    lines = [f'{{"instruction": "A", "output": "b", "level": {level}}}' for level in ("3", "2.5", "true", '""')]
+    read("a.jsonl", "\n".join(lines))
+    assert slices() == ["3", "2.5", "True", "(none)"]
+
+
+def test_the_slice_is_the_source_by_default(project: Path) -> None:
+    read("a.jsonl", '{"instruction": "A", "output": "b", "source": "other"}\n')
+    assert slices() == ["data/a.jsonl"]
+    mixture(project, "[{file: a.jsonl}, {file: b.jsonl}]", a=1, b=2)
+    assert slices() == ["data/mine/b.jsonl", "data/mine/a.jsonl", "data/mine/b.jsonl"]
+
+
+def test_a_row_whose_slice_is_a_list_is_unreadable(project: Path) -> None:
+    edit(project, slice_column="kind")
+    lines = [f'{{"kind": {kind}, "instruction": "A", "output": "b"}}' for kind in ('"x"', '["x"]')]
+    assert read("a.jsonl", "\n".join(lines)) == [row("A", "b", 1)]
+    assert unreadable() == [(2, "not_text", "'kind' (slice_column) is list ['x']; must be text or a number")]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([None, ""], "no row of data/a.jsonl has 'kind'; must be a column, or source"),
+        (range(101), "found more than 100 values of 'kind'; must be a column with few values, or source"),
+    ],
+)
+def test_a_slice_column_with_no_value_or_too_many_is_an_error(project: Path, values: Any, message: str) -> None:
+    edit(project, slice_column="kind")
+    with pytest.raises(UserError) as error:
+        read(
+            "a.jsonl", "".join(f"{json.dumps({'instruction': 'A', 'output': 'b', 'kind': kind})}\n" for kind in values)
+        )
+    assert str(error.value) == f"slice_column: {message}"
+    assert sorted(path.name for path in Path("data").iterdir()) == ["a.jsonl", "template.jinja"]
+
+
+def test_a_slice_column_may_have_100_values(project: Path) -> None:
+    edit(project, slice_column="instruction")
+    read("a.jsonl", "".join(f'{{"instruction": "{number}", "output": "b"}}\n' for number in range(100)))
+    assert len(set(slices())) == 100
 
 
 def mixture(project: Path, datasets: str, **sizes: int) -> list[tuple[str, int]]:

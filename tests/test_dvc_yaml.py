@@ -14,41 +14,67 @@ STAGES = PIPELINE["stages"]
 NAMES = list(STAGES)
 
 
-def imported_packages(script: str) -> set[str]:
-    """The packages of `stages` from which a script imports, at any place in it."""
+def imports(script: str) -> set[str]:
+    """The packages and stages from which a script, or a stage that it imports, imports at any place."""
     modules = set()
     for node in ast.walk(ast.parse((ROOT / script).read_text())):
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {"/".join(module.split(".")[:2]) for module in modules if module.startswith("stages.")}
+    names = {"/".join(module.split(".")[:2]) for module in modules if module.startswith("stages.")}
+    found = {name if (ROOT / name).is_dir() else f"{name}.py" for name in names}
+    return found.union(*(imports(name) for name in found if name.endswith(".py")))
+
+
+def parameters(name: str) -> set[str]:
+    """The parameters of a stage. Some are in a list with an anchor, so that another stage can use the same list."""
+    entries = STAGES[name]["params"]
+    lists = [entry["params.yaml"] if isinstance(entry, dict) else [entry] for entry in entries]
+    return {parameter for names in lists for parameter in names}
 
 
 def test_the_pipeline_has_these_stages() -> None:
-    assert NAMES == ["download_dataset", "download_model", "format", "split", "train", "evaluate", "generate"]
+    assert NAMES == [
+        "download_dataset",
+        "download_model",
+        "format",
+        "split",
+        "train",
+        "evaluate",
+        "replicate",
+        "generate",
+    ]
     assert STAGES["evaluate"]["matrix"] == STAGES["generate"]["matrix"] == {"model": ["base", "tuned"]}
+    assert STAGES["replicate"]["matrix"] == {"seed": "${replicate_seeds}"}
     assert all(stage["desc"] for stage in STAGES.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_stage_depends_on_its_script_and_on_the_packages_that_it_imports(name: str) -> None:
+def test_a_stage_depends_on_its_script_and_on_the_packages_and_stages_that_it_imports(name: str) -> None:
     script = f"stages/{name}.py"
     declared = {dep for dep in STAGES[name]["deps"] if dep.startswith("stages/")}
-    assert declared == {script} | (imported_packages(script) - {"stages/runtime"})
+    assert declared == {script} | (imports(script) - {"stages/runtime"})
 
 
 def test_modules_of_data_and_engine_import_nothing_that_their_stages_do_not_depend_on() -> None:
     for package, allowed in (("data", {"data", "runtime"}), ("engine", {"engine", "data", "runtime"})):
         for path in (ROOT / "stages" / package).glob("*.py"):
-            packages = imported_packages(str(path.relative_to(ROOT)))
-            assert packages <= {f"stages/{name}" for name in allowed}, path
+            assert imports(str(path.relative_to(ROOT))) <= {f"stages/{name}" for name in allowed}, path
+
+
+def parameters_of_model(name: str) -> set[str]:
+    return set(getattr(params_module, f"{name.title().replace('_', '')}Params").model_fields)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_stage_declares_the_parameters_that_its_model_has_and_its_code_reads(name: str) -> None:
-    model = getattr(params_module, f"{name.title().replace('_', '')}Params")
-    assert set(STAGES[name]["params"]) == set(model.model_fields)
+def test_a_stage_declares_the_parameters_that_its_model_has(name: str) -> None:
+    assert parameters(name) == parameters_of_model(name)
+
+
+# replicate reads none of its parameters itself; it passes them to the functions of train and evaluate.
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "replicate"])
+def test_a_stage_reads_the_parameters_that_its_model_has(name: str) -> None:
     sources = [ROOT / f"stages/{name}.py"]
     if name == "train":
         sources += (ROOT / "stages/engine").glob("*.py")
@@ -56,12 +82,12 @@ def test_a_stage_declares_the_parameters_that_its_model_has_and_its_code_reads(n
         node.attr
         for source in sources
         for node in ast.walk(ast.parse(source.read_text()))
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("params", "self._params")
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("params", "self.params", "engine.params")
     }
     if "effective_batch_size" in read:  # their product
         read |= {"batch_size", "gradient_accumulation_steps"}
     # max_length of train is part of the size of a micro-batch; model_dump gives all of them.
-    assert read - {"model_dump", "effective_batch_size"} == set(model.model_fields)
+    assert read - {"model_dump", "effective_batch_size"} == parameters_of_model(name)
 
 
 def test_every_parameter_is_read_and_has_a_comment() -> None:

@@ -12,14 +12,18 @@ from tests.clone import ROOT, run
 pytestmark = pytest.mark.subprocess
 PAGE = (ROOT / "docs/notebook.md").read_text(encoding="utf-8")
 PREDICTIONS = [
+    "prompt_id",
+    "slice",
     "loss",
     "tokens",
     "correct_tokens",
     "answer",
     "answer_tokens",
     "stopped",
+    "reference_fits",
     "exact_match",
     "rouge_l",
+    "repetition",
 ]
 
 
@@ -107,6 +111,7 @@ def test_supervised_tokens_are_the_response_and_the_eos_token(names: dict[str, A
         "prompt_id",
         "source",
         "source_row",
+        "slice",
         "prompt",
         "response",
         "input_ids",

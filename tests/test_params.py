@@ -18,13 +18,13 @@ def problems(project: Path) -> list[str]:
 
 
 def test_a_stage_sees_only_its_own_parameters(project: Path) -> None:
-    edit(project, seed="7", validation_fraction="0.25", test_fraction="0.125")
+    edit(project, split_seed="7", validation_fraction="0.25", test_fraction="0.125")
     params = load_params(SplitParams)
     assert params.model_dump() == {
         "validation_fraction": 0.25,
         "test_fraction": 0.125,
         "drop_near_duplicates": False,
-        "seed": 7,
+        "split_seed": 7,
     }
     with pytest.raises(AttributeError):
         params.learning_rate  # type: ignore[attr-defined] # noqa: B018
@@ -46,14 +46,14 @@ def test_all_errors_of_the_file_are_in_one_message(project: Path) -> None:
         "templates/NAME.jinja",
         "  test_fraction: found 0.95; its sum with validation_fraction 0.1 must be below 1, "
         "so that training examples remain",
-        "  seed: found 'yes'; must be a valid integer",
         "  learning_rate: found -1; must be greater than 0",
         "  num_epochs: missing; every parameter needs a value",
+        "  seed: found 'yes'; must be a valid integer",
     ]
 
 
 @pytest.mark.subprocess
-@pytest.mark.parametrize("stage", ["train", "evaluate", "generate", "format", "split", "download_model"])
+@pytest.mark.parametrize("stage", ["train", "evaluate", "replicate", "generate", "format", "split", "download_model"])
 def test_a_parameter_error_is_reported_before_torch_is_imported(project: Path, stage: str) -> None:
     edit(project, learning_rate="-1")
     code = (

@@ -167,6 +167,21 @@ def test_an_experiment_runs_only_affected_stages_and_going_back_trains_nothing(c
     assert run(clone, "git", "status", "--porcelain").stdout == ""
 
 
+def test_a_new_replicate_seed_trains_only_that_run(clone: Path) -> None:
+    result = run(clone, "dvc", "exp", "run", "-S", "replicate_seeds=[1]")
+    assert stages_run(result) == ["replicate@1"]
+    result = run(clone, "dvc", "exp", "run", "-S", "replicate_seeds=[1,2]")
+    assert stages_run(result) == ["replicate@2"]
+    found = results(clone)
+    assert len({found[f"data/predictions/{name}.parquet"] for name in ("tuned", "replicates/1", "replicates/2")}) == 3
+    edit(clone, seed="7")
+    assert "replicate" not in run(clone, "dvc", "status").stdout  # it does not depend on the seed of train
+    edit(clone, seed="1")
+    failed = run(clone, "dvc", "repro", check=False)
+    assert "replicate_seeds: found [1, 2]; must not contain the seed of train" in failed.stdout + failed.stderr
+    restore(clone)
+
+
 def kill_training(clone: Path) -> None:
     """Kill the training stage of an experiment that runs in a copy, when it has saved two checkpoints."""
     deadline = time.monotonic() + 120

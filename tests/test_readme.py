@@ -58,7 +58,7 @@ def test_the_results_table_matches_the_metrics() -> None:
         row("ROUGE-L", "rouge_l", 3),
         row("stop rate", "stop_rate", 3),
         row("mean response (tokens)", "mean_response_tokens", 1),
-        row("distinct-2", "distinct_2", 3),
+        row("repetition", "repetition", 3),
     ]
 
 

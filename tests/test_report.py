@@ -2,7 +2,9 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -12,6 +14,9 @@ from markdown_it import MarkdownIt
 
 from review import plots, report
 from review.gates import Gate, read_gates
+from review.statistics import Difference
+from review.verdicts import MetricResult
+from stages.evaluate import METRICS
 from stages.runtime.errors import UserError
 
 
@@ -115,8 +120,8 @@ def test_plot_template_is_drawn(template: Path) -> None:
 
 def test_gates_of_this_project_are_read() -> None:
     assert read_gates() == {
-        "loss": Gate(not_worse=True),
-        "token_accuracy": Gate(not_worse=True),
+        "loss": Gate(not_worse_by=0.05),
+        "token_accuracy": Gate(not_worse_by=0.02),
         "stop_rate": Gate(min=0.95),
     }
 
@@ -130,7 +135,12 @@ def test_gates_of_this_project_are_read() -> None:
         ("loss: {min: .nan}", "loss.min: Input should be a finite number"),
         ("- loss", "Input should be a valid dictionary"),
         ("loss: {min: 1", "not valid YAML"),
-        ("mean_response_tokens: {not_worse: true}", "mean_response_tokens: not_worse; must be one of loss, token_acc"),
+        ("loss: {not_worse: true}", "loss.not_worse: Extra inputs are not permitted"),
+        ("loss: {not_worse_by: -0.1}", "loss.not_worse_by: Input should be greater than or equal to 0"),
+        (
+            "mean_response_tokens: {not_worse_by: 1}",
+            "mean_response_tokens: found not_worse_by; only for loss, token_acc",
+        ),
     ],
 )
 def test_invalid_gates_are_reported(tmp_path: Path, content: str, expected: str) -> None:
@@ -142,3 +152,39 @@ def test_invalid_gates_are_reported(tmp_path: Path, content: str, expected: str)
 
 def test_missing_gates_file_means_no_gates(tmp_path: Path) -> None:
     assert read_gates(tmp_path / "gates.yaml") == {}
+
+
+def result(low: float, high: float, verdict: str, by_seed: dict[int, float], **changes: Any) -> MetricResult:
+    difference = Difference(1.0, 1.0 + (low + high) / 2, low, high, 0.01, by_seed, "paired", 50, 0.1, 200, None)
+    return MetricResult(METRICS[0], 1.0, difference.after, difference, 0.01, verdict, **changes)
+
+
+def test_forest_plot_has_a_row_for_each_result_and_a_circle_for_each_seed() -> None:
+    results = [result(-0.3, -0.1, "better", {42: -0.2, 1: -0.25, 2: -0.15}), result(-0.1, 0.1, "undecided", {42: 0.0})]
+    svg = plots.forest(
+        [replace(one, slice=name) for one, name in zip(results, ("colors", "math"), strict=True)], "By slice"
+    )
+    assert svg.endswith("</svg><figcaption>By slice</figcaption></figure>\n")
+    assert ">colors</text>" in svg
+    assert ">math</text>" in svg
+    assert svg.count('fill="#1a7f37"') == 1  # the better one is green
+    assert "<script" not in svg
+    assert re.findall('aria-label="seed: ([^"]*)"', svg) == ["−0.2", "−0.25", "−0.15"]
+    assert plots.forest([replace(results[0], difference=None)], "") == ""
+
+
+def test_page_has_the_figures_after_the_summary_and_no_script() -> None:
+    page = report.page("# Review\n\n**Better.**\n\n## Gates\n\ntext\n\n## Metrics\n", "a → <b>", "<svg>plot</svg>")
+    assert page.index("Better.") < page.index("<svg>plot</svg>") < page.index("<h2>Gates</h2>")
+    assert page.count("<svg>") == 1
+    assert "<title>a → &lt;b&gt;</title>" in page
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
+    assert "color-scheme: light dark" in page
+
+
+def test_needed_examples_and_runs_are_shown_for_differences_that_are_not_significant() -> None:
+    undecided = replace(result(-0.3, 0.1, "undecided", {}), p_value=0.4)
+    assert report.result_cells(undecided) == [
+        *("1.0000", "0.9000", "−0.1000 (−0.3000 to +0.1000)", "0.400", "0.1000", "200 prompts", "undecided")
+    ]
+    assert report.result_cells(result(-0.3, -0.1, "better", {}))[5:] == ["", "✅ better"]

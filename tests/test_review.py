@@ -1,20 +1,22 @@
-"""`make review` in a repository of six commits with known differences."""
+"""`make review` in a repository of seven commits with known differences."""
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from review.comparison import Comparison, compare_revisions
 from review.revisions import Revision
-from review.verdicts import PREDICTIONS
+from review.runs import PREDICTIONS, REPLICATE
 from stages.data.alpaca import render_alpaca
+from stages.data.tables import write_parquet
 from stages.evaluate import PREDICTIONS_SCHEMA, compute_metrics
 from tests.clone import ROOT, commit, run
 
@@ -25,59 +27,67 @@ ALTERNATING = np.tile([0.5, -0.5], NUM // 2)
 PIPELINE = """\
 stages:
   evaluate:
+    matrix: {model: [tuned]}
     cmd: "true"
     params: [learning_rate]
-    outs: [data/predictions/tuned.parquet, data/test.parquet]
+    outs: [data/predictions/tuned.parquet, data/test.parquet, data/train.parquet, data/validation.parquet]
     metrics:
       - metrics/evaluate/tuned.json: {cache: false}
     plots:
       - metrics/curve.csv: {cache: false, x: step, y: loss, title: Loss, x_label: step, y_label: nats/token}
+  replicate:
+    matrix: {seed: "${replicate_seeds}"}
+    cmd: "true"
+    params: [learning_rate]
+    outs: ["data/predictions/replicates/${item.seed}.parquet"]
 """
+NOISE = {1: 0.03, 2: -0.03}  # of the losses of the replicates, by seed
 SAMPLES = "# Answers of the tuned model\n\nAt most 64 tokens.\n\n## Name \\*two\\* colors.\n\n    {answer}\n"
 
 
-def write_revision(folder: Path, losses: Any, learning_rate: str, answer: str, **changes: Any) -> None:
+def write_revision(
+    folder: Path, losses: Any, learning_rate: str, answer: str, seeds: Sequence[int] = (1, 2), **changes: Any
+) -> None:
     """Write the files that the stages would write.
 
     Args:
+        seeds: of the replicates, whose losses differ by `NOISE`.
         changes: other values of columns of the predictions, as lists.
     """
-    rows: list[dict[str, Any]] = [
-        {
-            "example_id": f"id{n}",
-            "loss": float(loss),
-            "tokens": 10,
-            "correct_tokens": 5,
-            "answer": f"answer {n}",
-            "answer_tokens": 8,
-            "stopped": True,
-            "exact_match": False,
-            "rouge_l": 0.5,
-        }
-        for n, loss in enumerate(losses)
-    ]
-    for column, values in changes.items():
-        for row, value in zip(rows, values, strict=True):
-            row[column] = value
-    texts = [
-        {
-            "example_id": row["example_id"],
-            "prompt": render_alpaca(f"Say {row['example_id']}."),
-            "response": "r",
-        }
-        for row in rows
-    ]
-    for path in ("data/predictions", "metrics/evaluate", "metrics/samples"):
+    ids = [f"id{n}" for n in range(len(losses))]
+    columns: dict[str, Any] = {
+        "example_id": ids,
+        "prompt_id": ids,
+        "slice": "all",
+        "loss": losses,
+        "tokens": 10,
+        "correct_tokens": 5,
+        "answer": [f"answer {n}" for n in range(len(losses))],
+        "answer_tokens": 8,
+        "stopped": True,
+        "reference_fits": True,
+        "exact_match": False,
+        "rouge_l": 0.5,
+        "repetition": 0.0,
+    }
+    rows = pd.DataFrame(columns | changes)
+    texts = rows[["example_id", "prompt_id", "slice"]].assign(response="r", source="a.jsonl")
+    texts["prompt"] = [render_alpaca(f"Say {example_id}.") for example_id in ids]
+    for path in ("data/predictions/replicates", "metrics/evaluate", "metrics/samples"):
         (folder / path).mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, PREDICTIONS_SCHEMA), folder / PREDICTIONS)
-    pq.write_table(pa.Table.from_pylist(texts), folder / "data/test.parquet")
+    write_parquet(folder / PREDICTIONS, rows.to_dict("records"), PREDICTIONS_SCHEMA)
+    for seed in seeds:
+        replicate = rows.assign(loss=rows["loss"] + NOISE[seed])
+        write_parquet(folder / REPLICATE.format(seed=seed), replicate.to_dict("records"), PREDICTIONS_SCHEMA)
+    for split, part in (("test", texts), ("train", texts.head(0)), ("validation", texts.head(0))):
+        pq.write_table(pa.Table.from_pandas(part, preserve_index=False), folder / f"data/{split}.parquet")
     (folder / "metrics/evaluate/tuned.json").write_text(json.dumps(compute_metrics(rows)))
     (folder / "metrics/samples/tuned.md").write_text(SAMPLES.format(answer=answer))
     (folder / "metrics/curve.csv").write_text(
         "step,loss,validation_loss,learning_rate,gradient_norm\n"
         f"1,{losses[0]},,0.1,1\n2,{losses[1]},{losses[2]},0.1,1\n3,{losses[3]},{losses[4]},0.1,1\n"
     )
-    (folder / "params.yaml").write_text(f"learning_rate: {learning_rate}\n")
+    (folder / "params.yaml").write_text(f"learning_rate: {learning_rate}\nseed: 42\nreplicate_seeds: {list(seeds)}\n")
     run(folder, "dvc", "commit", "--force", "--quiet")
 
 
@@ -102,7 +112,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory, fast_stages: None) -> P
             "stopped": [n > 9 for n in range(NUM)],
         },
         "fewer": {"losses": LOSSES[:60] + 0.2, "learning_rate": "1e-4", "answer": "Red."},
-        "tokens": {"losses": LOSSES, "learning_rate": "1e-4", "answer": "Red.", "tokens": [11] * 40 + [10] * 60},
+        "single": {"losses": LOSSES - 0.2 + ALTERNATING, "learning_rate": "1e-4", "answer": "Red.", "seeds": ()},
+        "seed": {"losses": LOSSES + 0.03, "learning_rate": "1e-4", "answer": "Red.", "seeds": ()},
     }
     for name, content in revisions.items():
         write_revision(folder, **content)
@@ -120,7 +131,7 @@ def folder(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def compared(before: str, after: str) -> Comparison:
-    return compare_revisions(Revision(before), Revision(after))
+    return compare_revisions(Revision(before), Revision(after), {"loss": 0.05})
 
 
 def review(folder: Path, *revisions: str, exit_code: int = 0) -> str:
@@ -135,14 +146,15 @@ def test_significantly_better_model_is_better(folder: Path) -> None:
     result = compared("before", "better").metric("loss")
     assert result.verdict == "better"
     assert result.difference
+    assert result.difference.by_seed == pytest.approx({42: -0.2, 1: -0.2, 2: -0.2})
     assert result.difference.value == pytest.approx(-0.2)
-    # 1.96 standard errors of 100 differences with a standard deviation of 0.5.
-    assert result.difference.low == pytest.approx(-0.298, abs=0.01)
-    assert result.difference.high == pytest.approx(-0.102, abs=0.01)
+    # 1.98 standard errors of 100 differences with a standard deviation of 0.5.
+    assert result.difference.low == pytest.approx(-0.299, abs=0.01)
+    assert result.difference.high == pytest.approx(-0.101, abs=0.01)
 
 
-def test_insignificant_difference_is_within_noise(folder: Path) -> None:
-    assert compared("before", "noise").metric("loss").verdict == "within noise"
+def test_insignificant_difference_is_undecided(folder: Path) -> None:
+    assert compared("before", "noise").metric("loss").verdict == "undecided"
 
 
 def test_significantly_worse_model_is_worse_and_fails_the_gates(folder: Path) -> None:
@@ -154,39 +166,61 @@ def test_significantly_worse_model_is_worse_and_fails_the_gates(folder: Path) ->
         "exact_match": "the same",
         "rouge_l": "the same",
         "stop_rate": "worse",
+        "repetition": "the same",
         "mean_response_tokens": "the same",
     }
     output = review(folder, "before", "worse", exit_code=1)
     assert "error: 2 of 3 gates failed; details are in review.md, the gates in gates.yaml" in output
-    assert "failed: loss not worse than in before by more than noise; found: worse" in output
+    rule = "loss not worse than in before by more than 0.05"
+    assert f"failed: {rule}; found: +0.2000, 95% interval +0.2000 to +0.2000; 3 runs paired by seed" in output
     assert "failed: stop_rate at least 0.95; found: 0.9" in output
-    assert "❌ failed" in Path("review.md").read_text()  # the report is written even so
+    report = Path("review.md").read_text()  # it is written even so
+    assert "**Test loss: ❌ worse. 2.0000 → 2.2000 nats/token, +0.2000, 95% interval" in report
+    assert "❌ worse: stop\\_rate." in report
+    assert f"❌ Gates that failed: {rule}; stop\\_rate at least 0.95." in report
 
 
 def test_swapping_the_revisions_swaps_better_and_worse(folder: Path) -> None:
     assert compared("better", "before").metric("loss").verdict == "worse"
 
 
+def test_another_seed_is_no_difference_if_run_noise_is_known(folder: Path) -> None:
+    assert compared("single", "seed").metric("loss").verdict == "unknown"
+    assert compared("before", "seed").metric("loss").verdict == "undecided"
+
+
+def test_unknown_run_noise_is_reported_with_the_command_that_measures_it(folder: Path) -> None:
+    output = review(folder, "seed", "single")
+    assert "Test loss: these two models differ; run noise is not known. 2.0300 → 1.8000" in output
+    assert "not known; to measure it: dvc exp run -S 'replicate_seeds=[1,2]'" in output
+    assert "passed: loss not worse than in seed by more than 0.05; found: −0.2300" in output
+    assert "between these two models; run noise is not known" in output
+    assert "`dvc exp run -S 'replicate_seeds=[1,2]'`" in Path("review.md").read_text()
+
+
+def test_replicate_of_another_configuration_is_not_used(folder: Path) -> None:
+    run(folder, "git", "checkout", "-q", "single")
+    run(folder, "dvc", "checkout", "--force")
+    Path("params.yaml").write_text("learning_rate: 1e-4\nseed: 42\nreplicate_seeds: [1, 3, 42]\n")
+    lock = Path("dvc.lock").read_text()  # it still has the replicates of `fewer`, with the same parameters
+    start = lock.index("replicate@1")
+    Path("dvc.lock").write_text(lock[:start] + lock[start:].replace("learning_rate: 0.0001", "learning_rate: 0.1", 1))
+    comparison = compared("seed", "workspace")
+    assert comparison.notes == [
+        "workspace: the replicate of seed 1 is not used, because it had other inputs than the model (learning_rate); "
+        "`dvc repro` runs it again.",
+        "workspace: the replicate of seed 3 has not run; `dvc repro` runs it.",
+        "workspace: seed 42 occurs twice in seed and replicate_seeds; it counts once.",
+    ]
+    assert comparison.metric("loss").verdict == "unknown"
+
+
 def test_only_common_examples_of_different_test_sets_are_compared(folder: Path) -> None:
-    comparison = compared("before", "fewer")
-    result = comparison.metric("loss")
-    assert not comparison.same_test_set
+    result = compared("before", "fewer").metric("loss")
     # The mean of the 60 common examples, which have low losses; over all examples of `before` it is 2.
     assert result.before == pytest.approx(1.59596, abs=1e-5)
     assert result.difference
     assert result.difference.value == pytest.approx(0.2)
-    assert comparison.notes == [
-        "The test sets differ: before has 100 examples, fewer 60. Only the 60 common ones are compared, so the values "
-        "differ from those in metrics/evaluate/tuned.json."
-    ]
-
-
-def test_per_token_metrics_over_different_tokens_are_not_compared(folder: Path) -> None:
-    comparison = compared("before", "tokens")
-    assert comparison.metric("loss").verdict == "can't be compared"
-    assert comparison.metric("token_accuracy").verdict == "can't be compared"
-    assert comparison.metric("rouge_l").verdict == "the same"
-    assert "40 of 100 examples differ in their number of supervised tokens" in comparison.notes[0]
 
 
 def test_changed_parameters_stages_samples_and_metrics_are_listed(folder: Path) -> None:
@@ -194,8 +228,9 @@ def test_changed_parameters_stages_samples_and_metrics_are_listed(folder: Path) 
     assert [(change.name, change.before, change.after) for change in comparison.params] == [
         ("learning_rate", 0.0001, 0.0002)
     ]
-    (stage,) = comparison.stages
-    assert stage.name == "evaluate"
+    stage, *replicates = comparison.stages
+    assert [replicate.name for replicate in replicates] == ["replicate@1", "replicate@2"]
+    assert stage.name == "evaluate@tuned"
     assert stage.changed_inputs == ["learning_rate: 0.0001 → 0.0002"]
     assert stage.changed_outputs == [
         "data/predictions/tuned.parquet",
@@ -225,7 +260,10 @@ def test_workspace_is_compared_by_default(folder: Path) -> None:
     output = review(folder, "before")
     assert "better" in output
     report = Path("review.md").read_text()
-    assert report.startswith("# Review: `before` → `workspace`\n\n**Test loss: ✅ better, 2.0000 → 1.8000, −0.2000 ")
+    assert report.startswith(
+        "# Review: `before` → `workspace`\n\n**Test loss: ✅ better. 2.0000 → 1.8000 nats/token, −0.2"
+    )
+    assert "✅ All gates passed (3)." in report
     assert "| `learning_rate` | `0.0001` | `0.0009` |" in report
     assert [line for line in report.splitlines() if line.startswith("## ")] == [
         "## Gates",
@@ -251,26 +289,46 @@ def test_without_predictions_everything_but_the_intervals_is_reported(folder: Pa
     shutil.rmtree(".dvc/cache")
     shutil.rmtree("data/predictions")
     Path("data/test.parquet").unlink()
-    output = review(folder, "before", "better")
-    assert "passed: loss not worse than in before by more than noise; found: not worse" in output
+    output = review(folder, "before", "better", exit_code=1)
+    assert (
+        "failed: loss not worse than in before by more than 0.05; "
+        "found: undecided (not measured: no predictions): `dvc pull`, then review again"
+    ) in output
     report = Path("review.md").read_text()
-    assert "| loss | 2.0000 | 1.8000 |  |  | not known: no predictions |" in report
-    assert "**Not available**: `data/predictions/tuned.parquet` of `before`" in report
-    assert "`dvc pull --all-commits data/predictions/tuned.parquet`" in report
+    assert "| loss | 2.0000 | 1.8000 |  |  |  |  | not measured: no predictions |" in report
+    assert "**Not available**: `data/predictions/replicates/1.parquet` of `before`" in report
+    assert "`data/predictions/tuned.parquet` of `better`" in report
+    assert "`dvc pull --all-commits data/predictions/replicates/1.parquet data/predictions/rep" in report
     assert "| `learning_rate` | `0.0001` | `0.0002` |" in report
     assert "```mermaid" in report
-    # With the revisions swapped, the loss rose. Whether this is noise can't be decided, so the gate fails.
-    output = review(folder, "better", "before", exit_code=1)
-    assert (
-        "failed: loss not worse than in better by more than noise; "
-        "found: can't be decided (not known: no predictions): `dvc pull`, then review again"
-    ) in output
 
 
 def test_damaged_file_is_named_with_its_revision(folder: Path) -> None:
     Path("metrics/evaluate/tuned.json").write_text("{")
     output = review(folder, "before", exit_code=1)
     assert "error: metrics/evaluate/tuned.json of workspace: can't be read: Expecting property name" in output
+
+
+@pytest.mark.parametrize("name", ["dvc.lock", "params.yaml", "dvc.yaml"])
+@pytest.mark.parametrize("is_committed", [False, True])
+def test_conflict_markers_are_reported_with_file_and_revision(folder: Path, name: str, is_committed: bool) -> None:
+    path = Path(name)
+    path.write_text(f"<<<<<<< HEAD\n{path.read_text()}=======\n{path.read_text()}>>>>>>> other\n")
+    revisions = ["before"]
+    if is_committed:
+        commit(folder, "conflict")
+        run(folder, "git", "tag", "conflict")
+        run(folder, "git", "checkout", "-q", "before")
+        revisions = ["conflict"]
+    output = review(folder, *revisions, exit_code=1)
+    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert name in error
+    assert ("conflict" if is_committed else "workspace") in error
+
+
+def test_empty_base_is_reported(folder: Path) -> None:
+    output = review(folder, "", "workspace", exit_code=1)
+    assert "error: BASE or REV is empty; must be a commit, branch, tag or experiment, or workspace" in output
 
 
 def test_unknown_revision_is_reported(folder: Path) -> None:

@@ -18,7 +18,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.params import SplitParams
 from tests.clone import edit
 
-PARAMS = SplitParams(validation_fraction=0.1, test_fraction=0.2, drop_near_duplicates=False, seed=42)
+PARAMS = SplitParams(validation_fraction=0.1, test_fraction=0.2, drop_near_duplicates=False, split_seed=42)
 
 
 def formatted(name: str, prompt_id: str, prompt: str | None = None, source_row: int = 1) -> dict[str, Any]:
@@ -28,6 +28,7 @@ def formatted(name: str, prompt_id: str, prompt: str | None = None, source_row: 
         "prompt_id": prompt_id,
         "source": "a.jsonl",
         "source_row": source_row,
+        "slice": "a.jsonl",
         "prompt": prompt or prompt_id,
         "response": f"{prompt_id}-{name}",
         "input_ids": [1, 2],
@@ -57,7 +58,7 @@ def test_the_sizes_of_the_splits_are_random_around_their_fractions() -> None:
 
 
 def test_another_seed_gives_another_split() -> None:
-    other = PARAMS.model_copy(update={"seed": 43})
+    other = PARAMS.model_copy(update={"split_seed": 43})
     prompts = [str(i) for i in range(200)]
     assert [split.choose_split(p, PARAMS) for p in prompts] != [split.choose_split(p, other) for p in prompts]
 

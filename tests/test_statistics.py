@@ -1,4 +1,4 @@
-"""Significance of a difference, in cases with known results."""
+"""Differences and their uncertainty, in cases with known results."""
 
 import numpy as np
 import numpy.typing as npt
@@ -6,103 +6,150 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from review import statistics
-from review.statistics import Difference
+from review.statistics import Difference, Runs, compare, components, holm, sample_sizes
 
 Array = npt.NDArray[np.float64]
-
-
-def compare_means(before: Array, after: Array) -> Difference:
-    ones = np.ones((1, len(before)))
-    (difference,) = statistics.compare((before[None], ones), (after[None], ones))
-    return difference
-
 
 # Losses from 0 to 10: with this spread no difference below would be significant if the examples were not paired.
 LOSSES = np.linspace(0, 10, 100)
 ALTERNATING = np.tile([1.0, -1.0], 50)
 
 
-def test_interval_of_a_mean_agrees_with_the_normal_distribution() -> None:
-    found = compare_means(LOSSES, LOSSES + 0.3 + ALTERNATING)
+def runs(*losses: Array, seeds: list[int] | None = None) -> Runs:
+    """Runs whose metric is the mean over examples."""
+    return Runs(seeds or [*range(len(losses))], np.stack(losses), np.ones((len(losses), len(losses[0]))))
+
+
+def compare_means(before: Runs, after: Runs, prompts: Array | None = None) -> Difference:
+    return compare(before, after, np.arange(before.sums.shape[1]) if prompts is None else prompts.astype(np.int64))
+
+
+def test_with_one_run_each_the_interval_is_that_of_a_paired_t_test() -> None:
+    found = compare_means(runs(LOSSES), runs(LOSSES + 0.3 + ALTERNATING))
     assert (found.before, found.after) == (pytest.approx(5), pytest.approx(5.3))
-    # 1.96 standard errors of 100 differences with a standard deviation of 1.
-    assert (found.low, found.high) == (pytest.approx(0.3 - 0.196, abs=0.01), pytest.approx(0.3 + 0.196, abs=0.01))
-    assert found.p_value == pytest.approx(0.004, abs=0.002)  # 0.3 is 2.87 standard errors under random swaps
-    assert found.is_significant
-
-
-def test_small_difference_is_not_significant() -> None:
-    found = compare_means(LOSSES, LOSSES + 0.1 + ALTERNATING)
-    assert found.value == pytest.approx(0.1)
-    assert found.low < 0 < found.high
-    assert found.p_value == pytest.approx(0.32, abs=0.05)  # one standard error
-    assert not found.is_significant
+    # 1.984 (t with 99 degrees of freedom) standard errors of 100 differences with a standard deviation of 1.
+    assert (found.low, found.high) == (pytest.approx(0.3 - 0.199, abs=0.004), pytest.approx(0.3 + 0.199, abs=0.004))
+    assert found.p_value == pytest.approx(0.004, abs=0.002)
+    assert found.run_noise is None
+    assert found.runs_needed is None
 
 
 def test_equal_difference_of_every_example_is_significant_however_small() -> None:
-    found = compare_means(LOSSES, LOSSES - 0.001)
+    found = compare_means(runs(LOSSES), runs(LOSSES - 0.001))
     assert (found.low, found.high) == (pytest.approx(-0.001), pytest.approx(-0.001))
-    assert found.is_significant
+    assert found.p_value < 0.001
 
 
 def test_equal_models_have_no_difference() -> None:
-    found = compare_means(LOSSES, LOSSES)
+    found = compare_means(runs(LOSSES), runs(LOSSES))
     assert (found.value, found.low, found.high, found.p_value) == (0, 0, 0, 1)
-    assert not found.is_significant
 
 
 def test_four_newly_correct_answers_of_a_hundred_are_not_significant_but_eight_are() -> None:
     before, after = np.zeros(100), np.zeros(100)
     after[:4] = 1
-    found = compare_means(before, after)
-    assert found.low > 0  # the bootstrap alone would call it significant
+    found = compare_means(runs(before), runs(after))
+    assert found.low > 0  # the interval alone would call it significant
     assert found.p_value == pytest.approx(2 / 2**4, abs=0.02)  # four coin flips that agree
-    assert not found.is_significant
     after[:8] = 1
-    assert compare_means(before, after).is_significant  # eight coin flips that agree: 0.008
+    assert compare_means(runs(before), runs(after)).p_value == pytest.approx(2 / 2**8, abs=0.005)
+
+
+def test_five_examples_do_not_suffice_even_if_all_are_much_worse() -> None:
+    assert compare_means(runs(LOSSES[:5]), runs(LOSSES[:5] + 5)).p_value == pytest.approx(2 / 2**5)
 
 
 def test_loss_is_a_mean_over_tokens_not_over_examples() -> None:
     # One unchanged example of 98 tokens, and two changed examples of one token.
     tokens = np.array([[98.0, 1, 1]])
-    before, after = np.array([[98.0, 2, 2]]), np.array([[98.0, 1, 1]])
-    (found,) = statistics.compare((before, tokens), (after, tokens))
+    found = compare(Runs([0], np.array([[98.0, 2, 2]]), tokens), Runs([0], tokens, tokens), np.arange(3))
     assert (found.before, found.after) == (pytest.approx(1.02), pytest.approx(1))
 
 
-def test_metrics_are_compared_independently() -> None:
-    ones = np.ones((2, 100))
-    before, after = np.stack([LOSSES, LOSSES]), np.stack([LOSSES, LOSSES + 0.3 + ALTERNATING])
-    first, second = statistics.compare((before, ones), (after, ones))
-    assert (first.value, first.low, first.high) == (0, 0, 0)
-    assert second == compare_means(LOSSES, LOSSES + 0.3 + ALTERNATING)
+def test_examples_of_one_prompt_count_once() -> None:
+    # Each prompt four times: as certain as 25 examples, not as 100.
+    difference = np.repeat(np.tile([1.0, -1.0], 13)[:25], 4) + 0.3
+    once = compare_means(runs(LOSSES[::4]), runs(LOSSES[::4] + difference[::4]))
+    found = compare_means(runs(LOSSES), runs(LOSSES + difference), np.repeat(np.arange(25), 4))
+    assert found.num_prompts == 25
+    assert found.high - found.low == pytest.approx(once.high - once.low)
 
 
-def test_resampling_in_blocks_draws_all_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "CELLS_PER_BLOCK", 70_000)  # blocks of 700, the last of 200
-    found = compare_means(LOSSES, LOSSES + 0.3 + ALTERNATING)
-    assert (found.low, found.high) == (pytest.approx(0.104, abs=0.01), pytest.approx(0.496, abs=0.01))
-    assert 0 < found.p_value < 0.01
+NOISE = [0.02, -0.01, 0.03]  # of the runs of three seeds, on all examples
 
 
-def test_chance_differences_are_called_significant_one_time_in_twenty(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(statistics, "RESAMPLES", 1000)
-    random = np.random.default_rng(1)
-    ones = np.ones((300, 60))
-    before = random.gamma(2, size=(300, 60))
-    after = before + random.standard_t(4, size=(300, 60)) / 3
-    # 300 pairs of models, as 300 metrics: 15 are expected, 28 or more occur once in a thousand such tests.
-    assert 4 <= sum(found.is_significant for found in statistics.compare((before, ones), (after, ones))) <= 28
+def test_runs_with_equal_seeds_are_paired() -> None:
+    before = runs(*(LOSSES + noise for noise in NOISE), seeds=[42, 1, 2])
+    after = runs(*(LOSSES + noise - 0.02 + 0.001 * n for n, noise in enumerate(NOISE)), seeds=[42, 1, 2])
+    found = compare_means(before, after)
+    assert found.run_noise == "paired"
+    assert found.by_seed == pytest.approx({42: -0.02, 1: -0.019, 2: -0.018})
+    assert found.value == pytest.approx(-0.019)
+    # 4.303 (t with 2 degrees of freedom) standard errors of three differences with a standard deviation of 0.001.
+    assert found.high - found.value == pytest.approx(4.303 * 0.001 / 3**0.5, rel=0.001)
+    assert found.p_value < 0.01
+
+
+def test_runs_with_other_seeds_are_not_paired() -> None:
+    before = runs(*(LOSSES + noise for noise in NOISE), seeds=[42, 1, 2])
+    after = runs(*(LOSSES + noise - 0.019 for noise in NOISE), seeds=[42, 3, 4])
+    found = compare_means(before, after)
+    assert found.run_noise == "pooled"
+    assert found.by_seed == pytest.approx({42: -0.019})
+    # 2.776 (t with 4 degrees of freedom); the standard deviation of the runs is 0.0208.
+    assert found.high - found.value == pytest.approx(2.776 * 0.0208 * (2 / 3) ** 0.5, rel=0.05)
+    assert found.p_value > 0.2
+
+
+def test_run_noise_of_one_side_serves_for_both() -> None:
+    found = compare_means(runs(*(LOSSES + noise for noise in NOISE), seeds=[42, 1, 2]), runs(LOSSES, seeds=[42]))
+    assert found.run_noise == "pooled"
+    # 4.303 (t with 2 degrees of freedom).
+    assert found.high - found.value == pytest.approx(4.303 * 0.0208 * (1 / 3 + 1) ** 0.5, rel=0.05)
+
+
+def test_variance_components_of_a_known_table() -> None:
+    # Two runs whose means differ by 2, four prompts, and a residual of ±0.5.
+    table = np.array([[0.0, 1, 2, 3], [2, 3, 4, 5]]) + 0.5 * np.array([[1, -1, 1, -1], [-1, 1, -1, 1]])
+    found = components([table], 1 / 2, table.mean(0))
+    assert found.per_run == pytest.approx(2)  # (0.5 − 2.5)² ÷ 2
+    assert found.residual == pytest.approx(2 * 4 * 0.25 / 3)
+    assert found.per_prompt == pytest.approx(5 / 3)  # of 1, 2, 3, 4
+    assert found.freedom == 1
+    assert found.of_runs == pytest.approx((2 - found.residual / 4) / 2)
+
+
+def test_needed_numbers_make_the_observed_difference_detectable() -> None:
+    prompts = components([np.array([ALTERNATING])], 2.0, ALTERNATING)
+    # (1.960 + 0.842)² × variance ÷ difference²
+    assert sample_sizes(0.1, prompts, 2) == {"prompts_needed": 793, "runs_needed": None}
+    noisy = components([np.array([ALTERNATING + 1, ALTERNATING - 1])], 1 / 2, ALTERNATING)
+    assert sample_sizes(0.1, noisy, 1)["prompts_needed"] is None  # run noise alone is larger
+    assert sample_sizes(0.5, noisy, 1)["runs_needed"] == 92
+
+
+def test_minimum_detectable_difference_is_that_of_80_percent_power() -> None:
+    found = compare_means(runs(LOSSES), runs(LOSSES + ALTERNATING))
+    assert found.detectable == pytest.approx((1.984 + 0.842) * 0.1005, rel=0.03)
+
+
+def test_holm_multiplies_the_smallest_by_their_number_and_keeps_the_order() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 10)), min_size=2, max_size=40))
-def test_swapping_before_and_after_only_changes_the_sign(pairs: list[tuple[float, float]]) -> None:
-    before, after = np.array(pairs).T
+@given(
+    st.lists(st.tuples(st.floats(0, 10), st.floats(0, 10)), min_size=2, max_size=40),
+    st.lists(st.tuples(st.floats(-1, 1), st.floats(-1, 1)), min_size=1, max_size=3),
+)
+def test_swapping_before_and_after_only_changes_the_sign(
+    pairs: list[tuple[float, float]], noise: list[tuple[float, float]]
+) -> None:
+    first, second = np.array(pairs).T
+    before, after = (runs(*(side + own[at] for own in noise)) for at, side in enumerate((first, second)))
     found, swapped = compare_means(before, after), compare_means(after, before)
-    assert swapped.value == pytest.approx(-found.value, abs=1e-12)
-    assert (swapped.low, swapped.high) == (pytest.approx(-found.high, abs=1e-9), pytest.approx(-found.low, abs=1e-9))
+    assert swapped.value == pytest.approx(-found.value, abs=1e-9)
+    assert (swapped.low, swapped.high) == (pytest.approx(-found.high, abs=1e-6), pytest.approx(-found.low, abs=1e-6))
     assert swapped.p_value == pytest.approx(found.p_value, abs=0.02)

@@ -25,6 +25,7 @@ from stages.engine.distributed import DistributedContext
 from stages.engine.engine import Engine
 from stages.engine.models import load_model
 from stages.engine.optimizer import count_warmup_steps, parameter_groups
+from stages.engine.training_log import TrainingLog
 from stages.runtime.errors import UserError
 from stages.runtime.params import TrainParams, load_params
 from tests.clone import edit
@@ -120,7 +121,8 @@ def assert_trains_like_the_textbook_loop(config: PreTrainedConfig, batches: Batc
     model = make(config).train()
     batches = batches or loss.choose_batches(model, examples, 1000)[0]
     engine = Engine(model, batches, params, 24, ONE_PROCESS)
-    train.fit(engine, examples, examples[:3], params, Checkpoints(Path("checkpoints")))
+    log = TrainingLog(24, params.logging_steps, train.CURVE)
+    train.fit(engine, examples, examples[:3], Checkpoints(Path("checkpoints")), log)
     assert [found for _, found in curve("loss")] == pytest.approx(losses, rel=1e-5)
     assert losses[-1] < losses[0] - 0.2
     for (name, weight), found in zip(expected_weights.items(), model.parameters(), strict=True):
@@ -283,7 +285,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_with_its_step_and_examples(t
         train.main()
     assert str(error.value) == (
         "step 2: gradient norm is nan; lower learning_rate or max_grad_norm, or set precision to fp32. "
-        "Check these examples of data/train.parquet: 12, 15, 7, 6"
+        "Check these examples of data/train.parquet: 5, 11, 12, 20"
     )
     assert not Path("models/tuned").exists()
 

@@ -335,6 +335,8 @@ def test_predictions_are_pulled_if_a_remote_is_configured(project: Path, clone: 
         "data/predictions/base.parquet",
         "data/predictions/tuned.parquet",
         "data/test.parquet",
+        "data/train.parquet",
+        "data/validation.parquet",
     }
 
 

@@ -15,6 +15,7 @@ RAW_SCHEMA = pa.schema(
     [
         ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
         ("input", pa.string()),  # the `input` of Alpaca rows
+        ("slice", pa.string()),  # the value of `slice_column`
         ("source", pa.string()),
         ("source_row", pa.int64()),
     ]
@@ -33,6 +34,7 @@ FORMATTED_SCHEMA = pa.schema(
         ("prompt_id", pa.string()),
         ("source", pa.string()),
         ("source_row", pa.int64()),
+        ("slice", pa.string()),
         ("prompt", pa.string()),
         ("response", pa.string()),
         ("input_ids", pa.list_(pa.int32())),

@@ -6,8 +6,6 @@ shingles of five words for web pages. Here they have two: with five, one changed
 than 49 words.
 """
 
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
@@ -19,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stages.data.tables import ROWS_PER_GROUP, ROWS_PER_SHARD
+from stages.data.words import words
 from stages.runtime.files import read_json, remove, write_json
 from stages.runtime.parallel import map_processes
 
@@ -31,10 +30,6 @@ SEED = 42  # of the hashes; another seed would miss other pairs among the remain
 HASH_MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], np.uint64)
 MIN_ESTIMATED_SIMILARITY = 0.6  # share of equal hashes; 99.99% of the pairs at the threshold reach it
 MAX_CANDIDATES_PER_BAND = 512  # otherwise, if many prompts share a long text, the number of pairs would be quadratic
-
-# A word is a sequence of letters and digits, one Chinese or Japanese character, or one symbol that is not punctuation:
-# 5 + 3 differs from 5 * 3.
-WORD = re.compile(r"[\u3041-\u9fff]|[^\W\u3041-\u9fff]+|[^\w\s.,;:!?'\"()\[\]\u00ab\u00bb\u2018-\u201f\u3001-\u300f]")
 
 
 class NearDuplicates:
@@ -120,8 +115,8 @@ def shingles(text: str) -> set[str]:
 
     Both ends have an empty neighbor, so that changing any word changes two pairs.
     """
-    words = WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-    return {f"{first} {second}" for first, second in pairwise(["", *words, ""])} if words else set()
+    found = words(text)
+    return {f"{first} {second}" for first, second in pairwise(["", *found, ""])} if found else set()
 
 
 def jaccard(first: set[str], second: set[str]) -> float:

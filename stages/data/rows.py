@@ -46,6 +46,20 @@ def parse_row(row: dict[str, Any] | BadRowError) -> tuple[list[Message], str]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], "".join(inputs)
 
 
+def parse_slice(row: dict[str, Any] | BadRowError, column: str) -> str | None:
+    """The value of a row's slice column as text; None if it has none.
+
+    Raises:
+        BadRowError: the value is not a text, number or truth value.
+    """
+    value = row.get(column) if isinstance(row, dict) else None
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str | int | float):
+        raise BadRowError("not_text", f"{column!r} (slice_column) is {_shown(value)}; must be text or a number")
+    return _require_text(repr(column), str(value), "must be text")
+
+
 def find_schema(columns: Iterable[str]) -> tuple[str, ...]:
     """The first schema with all columns present; if there is none, the most similar one, to report what is missing."""
     names = set(columns)

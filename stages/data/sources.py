@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,13 +41,17 @@ class Source:
     metadata: dict[str, Any]
 
 
-def open_file(path: Path) -> Source:
+def open_file(path: Path, slice_column: str) -> Source:
     """Open a JSON, JSONL, CSV or Parquet file.
+
+    Args:
+        slice_column: a column to read in addition to those of the schemas.
 
     Raises:
         UserError: the file is missing, has another format or encoding, or lacks a column.
     """
-    readers = {".json": read_json, ".jsonl": read_json, ".csv": read_csv, ".parquet": read_parquet}
+    readers = {".json": read_json, ".jsonl": read_json, ".csv": read_csv}
+    readers[".parquet"] = partial(read_parquet, slice_column=slice_column)
     if path.suffix.lower() not in readers:
         raise UserError(f"dataset_file: found {str(path)!r}; must end in {', '.join(readers)}")
     if not path.is_file():
@@ -168,12 +173,12 @@ def _decoded_lines(path: Path, file: Iterable[bytes]) -> Iterator[str]:
             raise UserError(message) from None
 
 
-def read_parquet(path: Path) -> Iterator[Row]:
-    """Read the columns of all schemas, and no others."""
+def read_parquet(path: Path, slice_column: str) -> Iterator[Row]:
+    """Read the columns of all schemas and the slice column, and no others."""
     with user_errors(path):
         names = pq.read_schema(path).names
         require_columns(path, names)
-        columns = [name for name in names if any(name in schema for schema in SCHEMAS)]
+        columns = [name for name in names if name == slice_column or any(name in schema for schema in SCHEMAS)]
         rows = (row for batch in read_batches(path, columns) for row in batch.to_pylist())
         yield from enumerate(rows, 1)
 

@@ -4,6 +4,7 @@ The loss is summed over supervised tokens and divided once by their number in th
 micro-batches never changes the gradient and can be chosen for speed.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +32,17 @@ class MicroBatch:
 
 
 def shuffled_batches(examples: Sequence[Example], batch_size: int, seed: int, epoch: int) -> list[list[Example]]:
-    """The effective batches of an epoch, after a seeded shuffle; the last one may be smaller."""
-    order = np.random.default_rng([seed, epoch]).permutation(len(examples))
-    return [[examples[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
+    """The effective batches of an epoch; the last one may be smaller.
+
+    The order is that of a seeded hash of each example's id. So adding or removing examples keeps the order of the
+    others, and a review can pair two runs by their seed.
+    """
+
+    def position(example: Example) -> bytes:
+        return hashlib.sha256(f"{seed}:{epoch}:{example.example_id}".encode()).digest()
+
+    order = sorted(examples, key=position)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def partition_by_cost(costs: Sequence[int], num_ranks: int) -> list[list[int]]:

@@ -61,7 +61,7 @@ class Engine:
         self.messages = messages
         self.num_steps = num_steps
         self._batches = batches
-        self._params = params
+        self.params = params
         self._context = context
         self._optimizer, self._scheduler = create_optimizer(model, params, num_steps)
         context.bucket_gradients(list(trainable_parameters(model).values()))
@@ -103,10 +103,6 @@ class Engine:
         messages = [f"Precision: {precision} on {model.device}", *messages, f"Engine: {reason}"]
         return cls(model, batches, params, num_steps, context, messages)
 
-    @property
-    def is_main_process(self) -> bool:
-        return self._context.is_main_process
-
     def train_step(self, batch: Sequence[Example]) -> StepResult:
         """Do one optimizer step on an effective batch.
 
@@ -123,7 +119,7 @@ class Engine:
                 loss_sum += 0.0 if is_padding_step else require_finite("loss", loss, step, micro_batch.examples)
         loss_sum = sum(self._context.gather(loss_sum))
         self._context.all_reduce_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._params.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.params.max_grad_norm)
         gradient_norm = require_finite("gradient norm", full_tensor(norm).item(), step, batch)
         learning_rate = self._scheduler.get_last_lr()[0]
         self._optimizer.step()
@@ -182,7 +178,7 @@ class Engine:
         return state
 
     def _autocast(self) -> AbstractContextManager[None]:
-        return autocast(self._params.precision, self.model.device, cache_enabled=not self._context.sharded)
+        return autocast(self.params.precision, self.model.device, cache_enabled=not self._context.sharded)
 
 
 def require_finite(name: str, value: float, step: int, examples: Sequence[Example]) -> float:

@@ -10,29 +10,31 @@ from tqdm import tqdm
 from stages.engine.engine import StepResult
 from stages.runtime.files import write_csv
 
-CURVE = Path("metrics/curve.csv")
 COLUMNS = ("step", "loss", "validation_loss", "learning_rate", "gradient_norm")
 STEPS_TO_ESTIMATE = 3  # the remaining time is printed after this many steps
 
 
 class TrainingLog:
-    """Averages of a run, written to `metrics/curve.csv` every `logging_steps` and at each validation.
+    """Averages of a run, written to a CSV file every `logging_steps` and at each validation.
 
     Args:
         num_steps: optimizer steps of the whole run.
-        write_curve: False on all ranks except the main process.
-        state: from `state_dict`, to resume a run.
+        curve: the CSV file; None to write nothing.
     """
 
-    def __init__(self, num_steps: int, logging_steps: int, write_curve: bool, state: dict[str, Any] | None = None):
-        # "run" and "window": summed loss (nats) and supervised tokens, of the whole run and since the last logged loss.
-        state = state or {"step": 0, "curve": [], "run": [0.0, 0], "window": [0.0, 0]}
-        self.step, self._curve, self._run, self._window = (state[key] for key in ("step", "curve", "run", "window"))
+    def __init__(self, num_steps: int, logging_steps: int, curve: Path | None):
         self._num_steps = num_steps
         self._logging_steps = logging_steps
-        self._write_curve = write_curve
+        self._file = curve
         self._record: dict[str, float | None] = {}
-        self._progress = tqdm(total=num_steps, initial=self.step, unit="step")
+        self._progress = tqdm(total=num_steps, unit="step")
+        # "run" and "window": summed loss (nats) and supervised tokens, of the whole run and since the last logged loss.
+        self.load_state_dict({"step": 0, "curve": [], "run": [0.0, 0], "window": [0.0, 0]})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.step, self._curve, self._run, self._window = (state[key] for key in ("step", "curve", "run", "window"))
+        self._progress.initial = self._progress.n = self.step
         self._started, self._first_step = time.monotonic(), self.step
 
     def state_dict(self) -> dict[str, Any]:
@@ -67,8 +69,8 @@ class TrainingLog:
         """Add the record of this step to the curve, unless it has no values."""
         if any(value is not None for name, value in self._record.items() if name != "step"):
             self._curve.append(self._record)
-            if self._write_curve:
-                write_csv(CURVE, ",".join(COLUMNS), [list(record.values()) for record in self._curve])
+            if self._file:
+                write_csv(self._file, ",".join(COLUMNS), [list(record.values()) for record in self._curve])
 
     def validations(self) -> list[tuple[int, float]]:
         """Step and loss of each validation so far."""

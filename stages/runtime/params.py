@@ -113,6 +113,7 @@ class DownloadDatasetParams(StageParams):
     dataset_revision: Text | None
     dataset_split: Text
     max_examples: PositiveInt | None
+    slice_column: Text
 
 
 class DownloadModelParams(StageParams):
@@ -129,7 +130,7 @@ class SplitParams(StageParams):
     validation_fraction: Fraction
     test_fraction: Fraction
     drop_near_duplicates: bool
-    seed: Seed
+    split_seed: Seed
 
     @field_validator("test_fraction")
     @classmethod
@@ -142,7 +143,9 @@ class SplitParams(StageParams):
         return test
 
 
-class TrainParams(StageParams):
+class TrainingParams(StageParams):
+    """The parameters of a training run, except its seed."""
+
     template: Template
     max_length: MaxLength
     batch_size: PositiveInt
@@ -163,7 +166,6 @@ class TrainParams(StageParams):
     lora_alpha: PositiveInt
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     lora_target_modules: Annotated[str | list[str], PlainValidator(_target_modules)]
-    seed: Seed
 
     @property
     def effective_batch_size(self) -> int:
@@ -171,10 +173,34 @@ class TrainParams(StageParams):
         return self.batch_size * self.gradient_accumulation_steps
 
 
+class TrainParams(TrainingParams):
+    seed: Seed
+
+
 class EvaluateParams(StageParams):
     template: Template
     max_new_tokens: PositiveInt
     precision: Precision
+
+
+class ReplicateParams(TrainingParams, EvaluateParams):
+    """Each replicate has its seed as an argument, so that adding a seed reruns no other."""
+
+
+class SeedParams(StageParams):
+    """The seeds of all runs; DVC makes one stage `replicate` for each of `replicate_seeds`."""
+
+    seed: Seed
+    replicate_seeds: list[Seed]
+
+    @field_validator("replicate_seeds")
+    @classmethod
+    def _are_other_runs(cls, seeds: list[int], info: ValidationInfo) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("must list each seed once")
+        if info.data.get("seed") in seeds:
+            raise ValueError("must not contain the seed of train, which gives the same run again")
+        return seeds
 
 
 class GenerateParams(StageParams):
@@ -194,6 +220,8 @@ STAGES: tuple[type[StageParams], ...] = (
     SplitParams,
     TrainParams,
     EvaluateParams,
+    ReplicateParams,
+    SeedParams,
     GenerateParams,
 )
 P = TypeVar("P", bound=StageParams)

@@ -1,0 +1,78 @@
+"""Which rows were added, removed and edited between two revisions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from review.revisions import Revision
+from stages.data.near_duplicates import jaccard, shingles
+
+TEST = "data/test.parquet"
+SPLITS = {"train": "data/train.parquet", "validation": "data/validation.parquet", "test": TEST}
+COLUMNS = ["example_id", "prompt_id", "prompt", "response", "source", "slice"]
+CHANGES = ["added", "removed", "edited", "moved"]
+NUM_EXAMPLES = 5  # of each kind of change
+MAX_NEW = 20_000  # so that a review of a large new dataset does not take minutes
+MIN_SIMILARITY = 0.2  # of a training prompt that is worth showing next to a test prompt
+
+
+@dataclass(frozen=True)
+class DataChanges:
+    """The rows that differ between the revisions.
+
+    rows: with `COLUMNS`, the split and the change, one of `CHANGES`; those of `after`, and removed ones of `before`.
+        An edited row has a prompt that both revisions have, with another response. A moved row is in another split.
+    is_known: False if a split of a revision is not available.
+    """
+
+    rows: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=[*COLUMNS, "split", "change"]))
+    is_known: bool = True
+
+    def counts(self, *by: str) -> pd.DataFrame:
+        """The number of rows with each change, for each value of some columns."""
+        table = self.rows.groupby([*by, "change"], dropna=False).size().unstack(fill_value=0)
+        return table.reindex(columns=CHANGES, fill_value=0).reset_index()
+
+    def examples(self, change: str) -> pd.DataFrame:
+        """The first rows with a change."""
+        return self.rows[self.rows["change"] == change].head(NUM_EXAMPLES)
+
+    def nearest_new_prompts(self, prompts: Sequence[str]) -> list[str | None]:
+        """For each prompt, the most similar one of the first `MAX_NEW` new training rows; None if none is similar."""
+        is_new = (self.rows["split"] == "train") & (self.rows["change"] != "removed")
+        new = [(shingles(prompt), prompt) for prompt in self.rows[is_new]["prompt"].head(MAX_NEW)]
+
+        def nearest(prompt: str) -> str | None:
+            own = shingles(prompt)
+            found = max(((jaccard(own, other), text) for other, text in new if own or other), default=(0.0, ""))
+            return found[1] if found[0] >= MIN_SIMILARITY else None
+
+        return [nearest(prompt) for prompt in prompts]
+
+
+def changed_data(before: Revision, after: Revision, hashes: Sequence[Mapping[str, str]]) -> DataChanges:
+    """The changes of all splits.
+
+    Args:
+        hashes: of the outputs in `dvc.lock`, so that equal data is not read.
+    """
+    if all(hashes[0].get(path) == hashes[1].get(path) for path in SPLITS.values()):
+        return DataChanges()
+    sides = []
+    for revision in (before, after):
+        tables = {split: revision.read_table(path, COLUMNS) for split, path in SPLITS.items()}
+        if any(table is None for table in tables.values()):
+            return DataChanges(is_known=False)
+        sides.append(pd.concat([table.assign(split=split) for split, table in tables.items() if table is not None]))
+    first, second = sides
+    removed = first[~first["example_id"].isin(second["example_id"])]
+    added = second[~second["example_id"].isin(first["example_id"])]
+    is_edited = added["prompt_id"].isin(removed["prompt_id"])
+    removed = removed[~removed["prompt_id"].isin(added["prompt_id"])]
+    added = added.assign(change=is_edited.map({True: "edited", False: "added"}))
+    splits = second["example_id"].map(first.set_index("example_id")["split"])
+    moved = second[splits.notna() & (splits != second["split"])].assign(change="moved")
+    return DataChanges(
+        pd.concat([added, moved, removed.assign(change="removed")]).reindex(columns=[*COLUMNS, "split", "change"])
+    )

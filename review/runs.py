@@ -1,0 +1,97 @@
+"""The predictions of a revision: one table for each training run, of `train` and of the replicates."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from review.revisions import Revision
+
+PREDICTIONS, METRICS_FILE = "data/predictions/tuned.parquet", "metrics/evaluate/tuned.json"
+REPLICATE = "data/predictions/replicates/{seed}.parquet"
+
+
+@dataclass(frozen=True)
+class RevisionRuns:
+    """The runs of a revision.
+
+    paths: where the predictions of each run are, by seed; the run of `train` is the first.
+    hashes: the MD5 of each run's predictions in `dvc.lock`, by seed.
+    tables: the predictions that are available, by seed, with example ids as index; all have the same examples.
+    notes: why runs were left out.
+    """
+
+    paths: dict[int, str] = field(default_factory=dict)
+    hashes: dict[int, str] = field(default_factory=dict)
+    tables: dict[int, pd.DataFrame] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def find_runs(revision: Revision) -> RevisionRuns:
+    """The runs that `params.yaml` and `dvc.lock` describe. Their tables are not read yet.
+
+    A replicate counts only if it had the same inputs and parameters as the model; otherwise it is a run of another
+    configuration, left from before a change.
+    """
+    params, stages = revision.read_yaml("params.yaml"), revision.read_yaml("dvc.lock").get("stages", {})
+    train, evaluate = (stages.get(name, {}) for name in ("train", "evaluate@tuned"))
+    runs, seed = RevisionRuns(), params.get("seed", 0)
+    runs.paths[seed], runs.hashes[seed] = PREDICTIONS, output_hash(evaluate, PREDICTIONS)
+    expected = _inputs(train) | _inputs(evaluate)
+    seeds = params.get("replicate_seeds") or []
+    for seed in seeds if isinstance(seeds, list) else []:
+        replicate, path = stages.get(f"replicate@{seed}", {}), REPLICATE.format(seed=seed)
+        inputs = _inputs(replicate)
+        differing = sorted(name for name in inputs.keys() & expected.keys() if inputs[name] != expected[name])
+        if seed in runs.paths:
+            runs.notes.append(f"{revision.name}: seed {seed} occurs twice in seed and replicate_seeds; it counts once.")
+        elif not replicate:
+            runs.notes.append(f"{revision.name}: the replicate of seed {seed} has not run; `dvc repro` runs it.")
+        elif differing:
+            runs.notes.append(
+                f"{revision.name}: the replicate of seed {seed} is not used, because it had other inputs than the "
+                f"model ({', '.join(differing)}); `dvc repro` runs it again."
+            )
+        else:
+            runs.paths[seed], runs.hashes[seed] = path, output_hash(replicate, path)
+    return runs
+
+
+def read_runs(revision: Revision, runs: RevisionRuns) -> None:
+    """Read the tables. Those whose examples differ from the examples of the first are left out."""
+    for seed, path in runs.paths.items():
+        table = revision.read_table(path)
+        if table is None:  # the report lists missing files
+            continue
+        first = next(iter(runs.tables.values()), None)
+        problem = find_problem(table)
+        if not problem and first is not None and set(table["example_id"]) != set(first["example_id"]):
+            problem = "it has other examples than the first run"
+        if problem:
+            runs.notes.append(f"{revision.name}: {path} is not used, because {problem}; `dvc repro` writes it again.")
+        else:
+            runs.tables[seed] = table.set_index("example_id", drop=False)
+
+
+def find_problem(table: pd.DataFrame) -> str | None:
+    """Why a table can't be predictions; None if it can."""
+    if "example_id" not in table:
+        return "it has no column example_id"
+    if table["example_id"].isna().any() or table["example_id"].duplicated().any():
+        return "it has an example twice or without an id"
+    return None if len(table) else "it has no examples"
+
+
+def output_hash(stage: Mapping[str, Any], path: str) -> str:
+    """The MD5 of an output of a stage in `dvc.lock`; empty if it has no such output."""
+    return next((str(out["md5"]) for out in stage.get("outs", []) if out["path"] == path), "")
+
+
+def _inputs(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """Hashes and parameters on which a stage depends, except its model, which a replicate does not have."""
+    params: dict[str, Any] = {}
+    for values in stage.get("params", {}).values():
+        params |= values
+    hashes = {dep["path"]: dep["md5"] for dep in stage.get("deps", []) if dep["path"] != "models/tuned"}
+    return {name: value for name, value in {**params, **hashes}.items() if name != "seed"}

@@ -1,0 +1,30 @@
+"""Split text of any language into words."""
+
+import unicodedata
+
+import regex
+
+WITHOUT_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"  # scripts
+WORD = regex.compile(
+    "|".join(
+        (
+            rf"[{WITHOUT_SPACES}]\p{{M}}*",
+            r"(?<![\p{L}\p{M}\p{N}])-?\p{N}[\p{L}\p{M}\p{N}]*",  # a number with its sign
+            rf"(?:(?![{WITHOUT_SPACES}])[\p{{L}}\p{{N}}]\p{{M}}*)+",
+            r"(?<=[\p{N})]\s?)-(?=\s?[\p{N}(])",  # the minus of 5 - 3
+            # One symbol: an operator (5 + 3 differs from 5 * 3), a currency, or an emoji with its modifiers.
+            r"[\p{Sm}\p{Sc}\p{So}*/%&#@](?:[\p{M}\U0001f3fb-\U0001f3ff]|\u200d\p{So})*",
+        )
+    )
+)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, ignoring case, punctuation and Unicode form; single characters in scripts without spaces.
+
+    Example:
+        >>> words("It's −5 °C, 巴黎!")
+        ['it', 's', '-5', '°', 'c', '巴', '黎']
+    """
+    found: list[str] = WORD.findall(unicodedata.normalize("NFKC", text).replace("\N{MINUS SIGN}", "-").casefold())
+    return found

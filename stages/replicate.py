@@ -1,0 +1,47 @@
+"""Train once more with another seed and score the test split → `data/predictions/replicates/<seed>.parquet`.
+
+The predictions of several seeds show how much results vary from run to run; a review needs that for a verdict on a
+change. The weights are not kept.
+"""
+
+import argparse
+from pathlib import Path
+
+from stages.data.tables import write_parquet
+from stages.evaluate import PREDICTIONS_SCHEMA, compute_metrics, predict
+from stages.runtime.files import remove
+from stages.runtime.params import ReplicateParams, TrainingParams, TrainParams, load_params
+from stages.runtime.run import run
+from stages.runtime.terminal import summary
+from stages.train import train_model
+
+
+def main() -> None:
+    params = load_params(ReplicateParams)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("seed", type=int)
+    seed = parser.parse_args().seed
+    tuned = Path(f".scratch/.replicate-{seed}.partial")
+    predictions = Path(f"data/predictions/replicates/{seed}.parquet")
+
+    training = TrainParams(**params.model_dump(include=set(TrainingParams.model_fields)), seed=seed)
+    metrics = train_model(training, tuned)
+    if metrics is None:  # not the main process
+        return
+    try:
+        rows = predict(tuned, params)
+    finally:
+        remove(tuned)
+    write_parquet(predictions, rows.to_dict("records"), PREDICTIONS_SCHEMA)
+    summary(
+        {
+            "validation": f"loss {metrics['validation_loss']:.4f} at step {metrics['best_step']:,}, the best",
+            "test": f"loss {compute_metrics(rows)['loss']:.4f}",
+        },
+        wrote=[predictions],
+        then="make review BASE=main",
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,40 @@
+"""The simulation of `make verdicts`, and what it published."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import verdicts
+from review.statistics import compare
+from tests.clone import ROOT
+
+PAGE = (ROOT / "docs/verdicts.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("design", "seeds"), [("same seeds", {0, 1, 2}), ("other seeds", set())])
+def test_simulated_reviews_have_the_true_difference_on_average(design: str, seeds: set[int]) -> None:
+    random = np.random.default_rng(0)
+    found = [
+        compare(*verdicts.simulated_review(random, design, 3, 50, true=0.04), np.arange(50)).value for _ in range(300)
+    ]
+    assert np.mean(found) == pytest.approx(0.04, abs=0.003)
+    before, after = verdicts.simulated_review(random, design, 3, 50, true=0.04)
+    assert set(before.seeds) & set(after.seeds) == seeds
+
+
+def test_the_page_has_the_published_numbers() -> None:
+    results = json.loads(verdicts.RESULTS.read_text(encoding="utf-8"))
+    shown = PAGE.split("<!-- verdicts -->\n")[1].split("\n<!-- /verdicts -->")[0]
+    assert shown == verdicts.tables(results)
+
+
+def test_the_published_intervals_cover_the_truth_and_real_runs_of_other_seeds_do_not_differ() -> None:
+    results = json.loads(verdicts.RESULTS.read_text(encoding="utf-8"))
+    assert len(results["simulation"]) == 24
+    assert min(cell["coverage"] for cell in results["simulation"]) >= 0.94
+    false_alarms = [cell["significant"]["0"] for cell in results["simulation"]]
+    assert np.mean(false_alarms) <= 0.05
+    assert len(results["test_losses"]) == 6
+    assert results["pairs"]["number"] == 15
+    assert results["pairs"]["different"]["with replicates"] == {"loss": 0, "any metric": 0}

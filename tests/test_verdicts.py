@@ -1,0 +1,189 @@
+"""Verdicts on pairs of revisions whose true difference is known."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from review.runs import RevisionRuns, find_problem
+from review.verdicts import Results, compare_runs, describe_difference
+
+NUM = 100
+LOSSES = np.linspace(1, 3, NUM)
+ALTERNATING = np.tile([0.5, -0.5], NUM // 2)  # differences of single examples
+NOISE = {42: 0.0, 1: 0.03, 2: -0.03}  # of the test loss, by training seed
+MARGINS = {"loss": 0.05}
+
+
+def table(losses: Any = LOSSES, **columns: Any) -> pd.DataFrame:
+    """Predictions with these losses and other columns."""
+    values = {
+        "example_id": [f"id{n}" for n in range(len(losses))],
+        "prompt_id": [f"p{n}" for n in range(len(losses))],
+        "slice": "a",
+        "loss": losses,
+        "tokens": 10,
+        "correct_tokens": 5,
+        "answer": "yes",
+        "answer_tokens": 8,
+        "stopped": True,
+        "reference_fits": True,
+        "exact_match": False,
+        "rouge_l": 0.5,
+        "repetition": 0.0,
+    }
+    return pd.DataFrame(values | columns).set_index("example_id", drop=False)
+
+
+def side(change: Any = 0.0, seeds: tuple[int, ...] = (42,), shift: float = 0.0, **columns: Any) -> RevisionRuns:
+    """Runs of some seeds, whose losses differ from `LOSSES` by a change and by the noise of the seed."""
+    return RevisionRuns(tables={seed: table(LOSSES + change + NOISE[seed] + shift, **columns) for seed in seeds})
+
+
+def compared(before: RevisionRuns, after: RevisionRuns) -> Results:
+    return compare_runs(before, after, ("main", "new"), MARGINS, [])
+
+
+def verdict(before: RevisionRuns, after: RevisionRuns, name: str = "loss") -> str:
+    return next(result.verdict for result in compared(before, after).metrics if result.metric.name == name)
+
+
+ALL = (42, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (side(seeds=ALL), side(-0.2 + ALTERNATING * 0.3, ALL), "better"),
+        (side(-0.2 + ALTERNATING * 0.3, ALL), side(seeds=ALL), "worse"),
+        (side(seeds=ALL), side(ALTERNATING * 0.02, ALL), "equivalent"),  # within ±0.05
+        (side(seeds=ALL), side(ALTERNATING, ALL), "undecided"),  # the interval is wider than ±0.05
+        (side(), side(-0.2 + ALTERNATING * 0.3), "unknown"),  # a single run of each
+        (side(seeds=ALL), side(0.03), "undecided"),  # another seed could explain it
+        (side(seeds=ALL), side(0.6), "worse"),  # no other seed of three could
+        (side(seeds=(1, 2)), side(-0.2 + ALTERNATING * 0.3, (42,)), "undecided"),  # run noise from two runs alone
+        (side(seeds=ALL), side(seeds=ALL), "the same"),
+    ],
+    ids=["better", "worse", "equivalent", "undecided", "unknown", "noise", "beyond", "two runs", "same"],
+)
+def test_verdict(before: RevisionRuns, after: RevisionRuns, expected: str) -> None:
+    assert verdict(before, after) == expected
+
+
+def test_noise_of_seeds_is_not_called_a_difference_but_pairing_finds_small_ones() -> None:
+    assert verdict(side(seeds=ALL), side(seeds=(42,), shift=0.03)) == "undecided"
+    assert verdict(side(seeds=ALL), side(-0.005 + ALTERNATING * 0.01, ALL)) == "better"
+
+
+def test_difference_is_described_with_what_its_interval_covers() -> None:
+    def described(before: RevisionRuns, after: RevisionRuns) -> str:
+        difference = compared(before, after).metrics[0].difference
+        assert difference
+        return describe_difference(difference)
+
+    assert described(side(), side(0.1)) == (
+        "+0.1000, 95% interval +0.1000 to +0.1000; between these two models; run noise is not known"
+    )
+    assert described(side(seeds=ALL), side(0.1, ALL)).endswith("; 3 runs paired by seed")
+    assert described(side(seeds=ALL), side(0.1)).endswith("; run noise pooled over both sides")
+
+
+def test_six_metrics_are_tested_so_that_five_percent_is_the_probability_of_any_false_alarm() -> None:
+    # p = 0.016 of exact_match alone: seven answers became correct, none the opposite. Of six metrics, three differ.
+    found = compared(side(seeds=ALL), side(seeds=ALL, exact_match=[True] * 7 + [False] * 93))
+    result = next(result for result in found.metrics if result.metric.name == "exact_match")
+    assert result.difference
+    assert result.difference.p_value == pytest.approx(0.016, abs=0.003)
+    assert result.p_value == pytest.approx(6 * result.difference.p_value)
+    assert result.verdict == "undecided"
+
+
+def test_metric_without_a_direction_is_higher_or_lower() -> None:
+    after = side(seeds=ALL, answer_tokens=10 + ALTERNATING)
+    assert verdict(side(seeds=ALL), after, "mean_response_tokens") == "higher"
+    assert verdict(after, side(seeds=ALL), "mean_response_tokens") == "lower"
+
+
+@pytest.mark.parametrize(("num", "expected"), [(60, "worse"), (40, "undecided"), (29, "undecided")])
+def test_fewer_than_half_of_the_examples_or_thirty_are_too_few(num: int, expected: str) -> None:
+    after = RevisionRuns(tables={seed: table(LOSSES[:num] + 0.2 + NOISE[seed]) for seed in ALL})
+    found = compared(side(seeds=ALL), after)
+    assert found.metrics[0].verdict == expected
+    assert found.is_small == (expected == "undecided")
+    assert found.notes[0] == (
+        f"The test sets differ: main has 100 examples, new {num}. Only the {num} common ones are compared, so the "
+        "values differ from those in metrics/evaluate/tuned.json."
+    )
+
+
+@pytest.mark.parametrize(
+    ("after", "name", "note"),
+    [
+        (
+            side(tokens=[11] * 40 + [10] * 60),
+            "loss",
+            "loss can't be compared: 40 examples differ in their number of supervised tokens, because of another "
+            "tokenizer, template or max_length.",
+        ),
+        (
+            RevisionRuns(tables={42: table().drop(columns="rouge_l")}),
+            "rouge_l",
+            "rouge_l can't be compared: the predictions of new have no rouge_l.",
+        ),
+        (
+            side(rouge_l=[np.nan] * 3 + [0.5] * 97),
+            "rouge_l",
+            "rouge_l can't be compared: 3 examples of new have no value.",
+        ),
+    ],
+    ids=["tokens", "column", "values"],
+)
+def test_metric_that_one_side_lacks_is_a_note(after: RevisionRuns, name: str, note: str) -> None:
+    found = compared(side(), after)
+    assert {result.metric.name: result.verdict for result in found.metrics}[name] == "can't be compared"
+    assert note in found.notes
+    assert {result.metric.name: result.verdict for result in found.metrics}["exact_match"] == "the same"
+
+
+def test_stop_rate_that_no_example_counts_for_is_not_measured() -> None:
+    after = side(reference_fits=False)
+    assert verdict(side(), after, "stop_rate") == "not measured: no example counts"
+
+
+def test_slices_are_tested_together() -> None:
+    halves = ["a"] * 50 + ["b"] * 50
+    change = np.r_[np.full(50, -0.3), np.zeros(50)] + ALTERNATING * 0.3
+    found = compared(side(seeds=ALL, slice=halves), side(change, ALL, slice=halves))
+    losses = [result for result in found.slices if result.metric.name == "loss"]
+    assert [(result.slice, result.verdict) for result in losses] == [("a", "better"), ("b", "undecided")]
+    assert losses[0].difference
+    assert losses[0].difference.num_prompts == 50
+    assert losses[0].p_value == pytest.approx(12 * losses[0].difference.p_value)  # six metrics of two slices
+
+
+def test_slice_with_a_single_prompt_has_no_interval() -> None:
+    slices = ["a"] * 99 + ["b"]
+    found = compared(side(seeds=ALL, slice=slices), side(0.1, ALL, slice=slices))
+    (single,) = [result for result in found.slices if result.slice == "b" and result.metric.name == "loss"]
+    assert (single.difference, single.verdict) == (None, "undecided: a single prompt")
+
+
+def test_old_predictions_without_prompts_and_slices_are_compared() -> None:
+    old = RevisionRuns(tables={42: table().drop(columns=["prompt_id", "slice"])})
+    assert compared(old, side(0.1)).metrics[0].verdict == "unknown"
+    assert compared(side(), old).metrics[0].verdict == "the same"
+
+
+@pytest.mark.parametrize(
+    ("predictions", "expected"),
+    [
+        (table(), None),
+        (table().drop(columns="example_id"), "it has no column example_id"),
+        (table(example_id="id0"), "it has an example twice or without an id"),
+        (table(example_id=[None] + [f"id{n}" for n in range(99)]), "it has an example twice or without an id"),
+        (table().head(0), "it has no examples"),
+    ],
+)
+def test_table_that_can_not_be_predictions_is_recognized(predictions: pd.DataFrame, expected: str | None) -> None:
+    assert find_problem(predictions) == expected

@@ -1,0 +1,51 @@
+"""Words of texts in several scripts."""
+
+import pytest
+
+from stages.data.words import words
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The cat's hat (well-known) is \u201cnew\u201d!", ["the", "cat", "s", "hat", "well", "known", "is", "new"]),
+        ("", []),
+        ("?! ... - \u2013", []),
+        # Numbers keep their sign; a hyphen between words or numbers is no sign.
+        ("-5, \u22125 and 5", ["-5", "-5", "and", "5"]),
+        ("3-5 of COVID-19", ["3", "-", "5", "of", "covid", "19"]),
+        ("3.14 or 1,000", ["3", "14", "or", "1", "000"]),
+        # Operators and other symbols are words.
+        ("5 + 3 = 4 * 2", ["5", "+", "3", "=", "4", "*", "2"]),
+        ("snake_case", ["snake", "case"]),
+        ("\u20ac5 at 20 \u00b0C", ["\u20ac", "5", "at", "20", "\u00b0", "c"]),
+        # Combining marks belong to their letter.
+        ("दीन दिन", ["दीन", "दिन"]),
+        ("नमस्ते दुनिया", ["नमस्ते", "दुनिया"]),
+        # Scripts without spaces: one word per character, with its marks.
+        ("法国的首都是巴黎。", ["法", "国", "的", "首", "都", "是", "巴", "黎"]),
+        ("コーヒーを飲む", ["コ", "ー", "ヒ", "ー", "を", "飲", "む"]),
+        ("สวัสดี", ["ส", "วั", "ส", "ดี"]),
+        ("用Python写3个", ["用", "python", "写", "3", "个"]),
+        ("한국어를 배워요.", ["한국어를", "배워요"]),
+        # Each emoji is a word.
+        ("Good 👍👍, I \u2764\ufe0f it", ["good", "👍", "👍", "i", "\u2764\ufe0f", "it"]),
+    ],
+)
+def test_words_of_a_text(text: str, expected: list[str]) -> None:
+    assert words(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("CAFE\u0301", "caf\u00e9"),  # a letter and a combining accent
+        ("Straße", "strasse"),
+        ("Привет", "привет"),
+        ("ﾊ\uff9e", "\u30d0"),  # half-width kana with a voicing mark
+        ("\uff21\uff22\uff23\uff11\uff12", "abc12"),  # full-width letters
+    ],
+)
+def test_case_and_unicode_form_are_ignored_and_accents_are_not(text: str, word: str) -> None:
+    assert words(text) == [word]
+    assert words("cafe") != words("café")
