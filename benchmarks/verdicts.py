@@ -1,10 +1,12 @@
 """Validate the verdicts of a review by simulation, where the truth is known, and on real runs that differ in seed only.
 
-Writes `benchmarks/verdicts.json` and `benchmarks/verdicts.png`, and prints a table in Markdown. `make verdicts` first
-runs the experiment `run-noise`, the default with six training seeds.
+Runs the experiments below, then writes `benchmarks/verdicts.json` and `benchmarks/verdicts.png`, and prints tables in
+Markdown.
 """
 
 import json
+import math
+import subprocess
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -18,37 +20,54 @@ from review.revisions import Revision
 from review.runs import RevisionRuns, find_runs, read_runs
 from review.statistics import SIGNIFICANCE, Runs, compare
 from review.verdicts import compare_runs
-from stages.runtime.errors import UserError
+from stages.evaluate import METRICS
 from stages.runtime.files import write_json
 from stages.runtime.run import run
 from stages.runtime.terminal import progress
 
-EXPERIMENT = "run-noise"
+DEFAULT = "run-noise"
+EXPERIMENTS = {  # the default with six training seeds, and changes of it with three of them
+    DEFAULT: ["replicate_seeds=[1,2,3,4,5]"],
+    "lr-1e-4": ["replicate_seeds=[1,2]", "learning_rate=1e-4"],
+    "lr-4e-4": ["replicate_seeds=[1,2]", "learning_rate=4e-4"],
+    "weight-decay": ["replicate_seeds=[1,2]", "weight_decay=0.1"],
+    "batch-size": ["replicate_seeds=[1,2]", "gradient_accumulation_steps=8"],
+    "fewer-rows": ["replicate_seeds=[1,2]", "max_examples=960"],  # 5% fewer
+}
 RESULTS, PICTURE = Path(__file__).with_name("verdicts.json"), Path(__file__).with_name("verdicts.png")
 REVIEWS = 500  # simulated for each combination
 NUM_RUNS, NUM_PROMPTS, EFFECTS = (2, 3, 5), (50, 100, 300, 1000), (0, 1, 2, 4)
 # Standard deviations in nats/token, as measured on the default data: of the test loss between seeds, of the difference
 # between two learning rates between seeds, of this difference between prompts, and of what remains.
 RUN_NOISE, PAIRED_RUN_NOISE, PROMPT_NOISE, RESIDUAL_NOISE = 0.010, 0.004, 0.08, 0.06
-DESIGNS = {"same seeds": "paired", "other seeds": "pooled"}
+LOSS = METRICS[0]
+DESIGNS = {"same seeds": "paired", "other seeds": "pooled", "a single new run": "pooled"}
 
 
 def main() -> None:
-    real = RevisionRuns()
-    revision = Revision(EXPERIMENT)
-    real = find_runs(revision)
-    read_runs(revision, real)
-    if len(real.tables) < 6:
-        raise UserError(f"{EXPERIMENT}: found {len(real.tables)} runs; needs 6; run `make verdicts`")
+    real = {name: run_experiment(name, changes) for name, changes in EXPERIMENTS.items()}
     cells = list(simulated_cells())
     results = {
         "simulation": [simulate(*cell) for cell in progress(cells, "simulate", "setting", len(cells))],
-        "test_losses": {str(seed): loss(table) for seed, table in real.tables.items()},
-        "pairs": compare_pairs(real.tables),
+        "test_losses": {str(seed): loss(table) for seed, table in real[DEFAULT].items()},
+        "changes": {name: paired_noise(real[DEFAULT], tables) for name, tables in real.items() if name != DEFAULT},
+        "pairs": compare_pairs(real[DEFAULT]),
     }
     write_json(RESULTS, results)
     PICTURE.write_bytes(draw(results))
     print(tables(results))
+
+
+def run_experiment(name: str, changes: list[str]) -> dict[int, pd.DataFrame]:
+    """The predictions of an experiment by seed. It runs only if the current commit has no experiment of this name."""
+    known = subprocess.run(["dvc", "exp", "list", "--name-only"], capture_output=True, text=True, check=True)
+    if name not in known.stdout.split():
+        options = [part for change in changes for part in ("--set-param", change)]
+        subprocess.run(["dvc", "exp", "run", "--temp", "--name", name, *options], check=True)
+    revision = Revision(name)
+    runs = find_runs(revision)
+    read_runs(revision, runs)
+    return runs.tables
 
 
 def simulated_cells() -> Iterator[tuple[str, int, int]]:
@@ -60,7 +79,7 @@ def simulated_cells() -> Iterator[tuple[str, int, int]]:
 
 def simulate(design: str, num_runs: int, num_prompts: int) -> dict[str, Any]:
     """Simulate reviews: how often the interval contains the true difference, and how often it is called significant."""
-    random = np.random.default_rng([num_runs, num_prompts, len(design)])
+    random = np.random.default_rng([num_runs, num_prompts, list(DESIGNS).index(design)])
     covered, significant = 0, dict.fromkeys(EFFECTS, 0)
     for effect in EFFECTS:
         true = effect * RUN_NOISE
@@ -86,22 +105,42 @@ def simulated_review(
     def normal(scale: float, *shape: int) -> Any:
         return scale * random.standard_normal(shape)
 
-    shape = num_runs, num_prompts
     difficulty = normal(1.0, 1, num_prompts)
     run_noise = normal(RUN_NOISE, num_runs, 1)
-    before = difficulty + run_noise + normal(RESIDUAL_NOISE, *shape)
+    before = difficulty + run_noise + normal(RESIDUAL_NOISE, num_runs, num_prompts)
     if design == "same seeds":
         seeds, run_noise = range(num_runs), run_noise + normal(PAIRED_RUN_NOISE, num_runs, 1)
     else:
-        seeds, run_noise = range(num_runs, 2 * num_runs), normal(RUN_NOISE, num_runs, 1)
+        num_new = 1 if design == "a single new run" else num_runs
+        seeds, run_noise = range(num_runs, num_runs + num_new), normal(RUN_NOISE, num_new, 1)
     change = true + normal(PROMPT_NOISE, 1, num_prompts)
-    after = difficulty + change + run_noise + normal(RESIDUAL_NOISE, *shape)
-    ones = np.ones(shape)
-    return Runs(range(num_runs), before, ones), Runs(seeds, after, ones)
+    after = difficulty + change + run_noise + normal(RESIDUAL_NOISE, len(seeds), num_prompts)
+    return Runs(range(num_runs), before, np.ones_like(before)), Runs(seeds, after, np.ones_like(after))
 
 
 def loss(table: pd.DataFrame) -> float:
     return float((table["loss"] * table["tokens"]).sum() / table["tokens"].sum())
+
+
+def paired_noise(before: dict[int, pd.DataFrame], after: dict[int, pd.DataFrame]) -> dict[str, Any]:
+    """The difference in test loss of each seed, and its standard deviation between seeds.
+
+    prompts, residual: standard deviations of the differences between prompts, and of what neither explains.
+    """
+    common = next(iter(before.values())).index.intersection(next(iter(after.values())).index)
+    sides = []
+    for tables in (before, after):
+        rows = [tables[seed].loc[common] for seed in after]
+        sides.append(
+            Runs(list(after), *(np.array([cells(one) for one in rows], float) for cells in (LOSS.sums, LOSS.counts)))
+        )
+    found = compare(sides[0], sides[1], np.arange(len(common)))
+    return {
+        "differences": {str(seed): value for seed, value in found.by_seed.items()},
+        "paired": float(np.std(list(found.by_seed.values()), ddof=1)),
+        "prompts": math.sqrt(found.variances.per_prompt),
+        "residual": math.sqrt(found.variances.residual),
+    }
 
 
 def compare_pairs(tables: dict[int, pd.DataFrame]) -> dict[str, Any]:
@@ -120,7 +159,7 @@ def compare_pairs(tables: dict[int, pd.DataFrame]) -> dict[str, Any]:
         for name, (before, after) in sides.items():
             runs = [RevisionRuns(tables={seed: tables[seed] for seed in side}) for side in (before, after)]
             found = compare_runs(runs[0], runs[1], ("before", "after"), {}, [])
-            # Without Holm's correction, which would hide whether the intervals are right.
+            # Of the loss without Holm's correction, which would hide whether the interval is right.
             p_values = {one.metric.name: one.difference.p_value for one in found.metrics if one.difference}
             different[name]["loss"] += p_values["loss"] < SIGNIFICANCE
             different[name]["any metric"] += any(one.is_significant for one in found.metrics)
@@ -129,10 +168,15 @@ def compare_pairs(tables: dict[int, pd.DataFrame]) -> dict[str, Any]:
 
 def tables(results: dict[str, Any]) -> str:
     """Markdown, for the terminal and `docs/verdicts.md`."""
-    lines = ["| seeds | runs per side | prompts | coverage | false alarms | found: 1× | 2× | 4× |", "|---" * 8 + "|"]
+    lines = ["| seeds | runs | prompts | coverage | false alarms | found: 1× | 2× | 4× |", "|---" * 8 + "|"]
     for cell in results["simulation"]:
         shares = " | ".join(f"{share:.0%}" for share in cell["significant"].values())
         lines.append(f"| {cell['seeds']} | {cell['runs']} | {cell['prompts']:,} | {cell['coverage']:.1%} | {shares} |")
+    lines += ["", "| change | difference in test loss of seeds 42, 1, 2 | standard deviation |", "|---" * 3 + "|"]
+    for name, found in results["changes"].items():
+        change = ", ".join(change for change in EXPERIMENTS[name] if "replicate" not in change)
+        listed = ", ".join(f"{value:+.4f}".replace("-", "−") for value in found["differences"].values())
+        lines.append(f"| `{change}` | {listed} | {found['paired']:.4f} |")
     losses = ", ".join(f"{value:.4f}" for value in results["test_losses"].values())
     deviation = np.std(list(results["test_losses"].values()), ddof=1)
     lines += ["", f"Test losses of the real runs: {losses} nats/token; standard deviation {deviation:.4f}.", ""]

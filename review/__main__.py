@@ -34,7 +34,8 @@ def main() -> None:
     write_text(MARKDOWN, report.markdown(comparison, results, plots.as_mermaid(before, after)))
     images = plots.as_images(plots.draw(before, after))
     loss_slices = [result for result in comparison.slices if result.metric.name == "loss"]
-    about = "after − before, with 95% interval; small circles: runs with one seed; green: better, red: worse"
+    about = "after − before, with 95% interval; small circles: runs with one seed; green: better, red: worse, "
+    about += "blue: equivalent"
     figures = plots.forest(comparison.metrics, f"Metrics: {about}") + plots.forest(
         loss_slices, "Loss (nats/token) by slice"
     )

@@ -8,15 +8,13 @@ from typing import Any
 import pandas as pd
 from markdown_it import MarkdownIt
 
-from review.data_changes import TEST, DataChanges
+from review.data_changes import TEST, DataChanges, without_template
 from review.revisions import Revision
 from review.runs import METRICS_FILE
-from stages.data.alpaca import ALPACA, ALPACA_WITH_INPUT
 from stages.evaluate import METRICS
 
 SAMPLES = "metrics/samples/tuned.md"
 NUM_EXAMPLES = 10
-TEMPLATE_LINES = {*ALPACA.splitlines(), *ALPACA_WITH_INPUT.splitlines()}
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,8 @@ def changed_metrics(before: Revision, after: Revision) -> list[Change]:
         changes += [
             Change(f"{name}: {change.name}", change.before, change.after)
             for change in find_changes(*values)
-            if path != METRICS_FILE
-            or not (change.name in with_verdict or change.name.endswith("_se") or change.name.startswith("slices."))
+            if not change.name.startswith("slices.")
+            and not (path == METRICS_FILE and change.name.removesuffix("_se") in with_verdict)
         ]
     return changes
 
@@ -136,7 +134,7 @@ def _samples(revision: Revision) -> dict[str, str]:
     """Answers by prompt, parsed from the Markdown that `generate` writes."""
     samples: dict[str, str] = {}
     prompt = ""
-    tokens = MarkdownIt().parse((revision.read(SAMPLES) or b"").decode())
+    tokens = MarkdownIt().parse((revision.read(SAMPLES) or b"").decode(errors="replace"))
     for token, following in zip(tokens, [*tokens, None][1:], strict=True):
         if token.type == "heading_open" and token.tag == "h2" and following and following.children:
             prompt = "".join(child.content for child in following.children)
@@ -155,10 +153,13 @@ def most_changed_examples(joined: pd.DataFrame, after: Revision, data: DataChang
     test = after.read_table(TEST, ["example_id", "prompt", "response"])
     if test is None:
         test = pd.DataFrame(columns=["example_id", "prompt", "response"])
+    test = test.drop_duplicates("example_id")
     rows = joined.assign(change=joined["loss_after"] - joined["loss_before"]).merge(test, on="example_id", how="left")
     improved = rows[rows["change"] < 0].sort_values("change", kind="stable").head(NUM_EXAMPLES)
     worse = rows[rows["change"] > 0].sort_values("change", kind="stable", ascending=False).head(NUM_EXAMPLES)
-    chosen = pd.concat([improved, worse]).fillna({"prompt": "", "response": ""})
+    chosen = pd.concat([improved, worse]).fillna(
+        {"prompt": "", "response": "", "answer_before": "", "answer_after": ""}
+    )
     nearest = data.nearest_new_prompts(chosen["prompt"].tolist())
     return [
         ExampleChange(
@@ -172,7 +173,3 @@ def most_changed_examples(joined: pd.DataFrame, after: Revision, data: DataChang
         )
         for row, near in zip(chosen.itertuples(), nearest, strict=True)
     ]
-
-
-def without_template(prompt: str) -> str:
-    return "\n".join(line for line in prompt.splitlines() if line not in TEMPLATE_LINES)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from review.revisions import Revision
+from stages.data.alpaca import ALPACA, ALPACA_WITH_INPUT
 from stages.data.near_duplicates import jaccard, shingles
 
 TEST = "data/test.parquet"
@@ -14,6 +15,7 @@ COLUMNS = ["example_id", "prompt_id", "prompt", "response", "source", "slice"]
 CHANGES = ["added", "removed", "edited", "moved"]
 NUM_EXAMPLES = 5  # of each kind of change
 MAX_NEW = 20_000  # so that a review of a large new dataset does not take minutes
+TEMPLATE_LINES = {*ALPACA.splitlines(), *ALPACA_WITH_INPUT.splitlines()}
 MIN_SIMILARITY = 0.2  # of a training prompt that is worth showing next to a test prompt
 
 
@@ -21,7 +23,7 @@ MIN_SIMILARITY = 0.2  # of a training prompt that is worth showing next to a tes
 class DataChanges:
     """The rows that differ between the revisions.
 
-    rows: with `COLUMNS`, the split and the change, one of `CHANGES`; those of `after`, and removed ones of `before`.
+    rows: with `COLUMNS`, the split and the change, one of `CHANGES`; removed rows are from `before`.
         An edited row has a prompt that both revisions have, with another response. A moved row is in another split.
     is_known: False if a split of a revision is not available.
     """
@@ -41,10 +43,10 @@ class DataChanges:
     def nearest_new_prompts(self, prompts: Sequence[str]) -> list[str | None]:
         """For each prompt, the most similar one of the first `MAX_NEW` new training rows; None if none is similar."""
         is_new = (self.rows["split"] == "train") & (self.rows["change"] != "removed")
-        new = [(shingles(prompt), prompt) for prompt in self.rows[is_new]["prompt"].head(MAX_NEW)]
+        new = [(shingles(without_template(prompt)), prompt) for prompt in self.rows[is_new]["prompt"].head(MAX_NEW)]
 
         def nearest(prompt: str) -> str | None:
-            own = shingles(prompt)
+            own = shingles(without_template(prompt))
             found = max(((jaccard(own, other), text) for other, text in new if own or other), default=(0.0, ""))
             return found[1] if found[0] >= MIN_SIMILARITY else None
 
@@ -64,15 +66,21 @@ def changed_data(before: Revision, after: Revision, hashes: Sequence[Mapping[str
         tables = {split: revision.read_table(path, COLUMNS) for split, path in SPLITS.items()}
         if any(table is None for table in tables.values()):
             return DataChanges(is_known=False)
-        sides.append(pd.concat([table.assign(split=split) for split, table in tables.items() if table is not None]))
+        rows = pd.concat([table.assign(split=split) for split, table in tables.items() if table is not None])
+        sides.append(rows.fillna("").drop_duplicates("example_id"))
     first, second = sides
     removed = first[~first["example_id"].isin(second["example_id"])]
     added = second[~second["example_id"].isin(first["example_id"])]
-    is_edited = added["prompt_id"].isin(removed["prompt_id"])
-    removed = removed[~removed["prompt_id"].isin(added["prompt_id"])]
+    is_edited = (added["prompt_id"] != "") & added["prompt_id"].isin(removed["prompt_id"])
+    removed = removed[~removed["prompt_id"].isin(added[is_edited]["prompt_id"])]
     added = added.assign(change=is_edited.map({True: "edited", False: "added"}))
     splits = second["example_id"].map(first.set_index("example_id")["split"])
     moved = second[splits.notna() & (splits != second["split"])].assign(change="moved")
     return DataChanges(
         pd.concat([added, moved, removed.assign(change="removed")]).reindex(columns=[*COLUMNS, "split", "change"])
     )
+
+
+def without_template(prompt: str) -> str:
+    """A prompt without the lines of Alpaca's template."""
+    return "\n".join(line for line in prompt.splitlines() if line not in TEMPLATE_LINES)

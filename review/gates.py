@@ -14,6 +14,7 @@ from stages.evaluate import METRICS
 from stages.runtime.errors import UserError
 from stages.runtime.yaml12 import YAMLError, parse_yaml
 
+NOT_COUNTED = "no test example counts for it"
 GATES = Path("gates.yaml")
 Bound = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -73,13 +74,14 @@ def check_gate(name: str, gate: Gate, comparison: Comparison) -> Iterator[GateRe
     """Check the conditions on one metric; a bound fails if the metric was not measured."""
     metrics = comparison.after.read_json(METRICS_FILE)
     value = metrics.get(name)
-    if value is not None:
+    if isinstance(value, int | float):
         found = f"{value:.4g}"
-    elif name in metrics:
-        found = "no test example counts for it"
+    elif name in metrics and value is None:
+        found = NOT_COUNTED
     else:
         found = f"{METRICS_FILE} of {comparison.after.name} has no value; `dvc repro` writes it"
-    is_empty = value is None and name in metrics  # such as stop_rate if no reference fits into max_new_tokens
+        value = None
+    is_empty = found == NOT_COUNTED  # such as stop_rate if no reference fits into max_new_tokens
     if gate.min is not None:
         yield GateResult(f"{name} at least {gate.min:g}", is_empty or (value is not None and value >= gate.min), found)
     if gate.max is not None:
@@ -100,8 +102,7 @@ def check_not_worse_by(name: str, margin: float, comparison: Comparison) -> Gate
     if not comparison.before.read_json(METRICS_FILE):
         return GateResult(rule, True, f"nothing to compare with: {comparison.before.name} has no {METRICS_FILE}")
     if result.difference is None:
-        advice = "`dvc pull`, then review again" if "predictions" in result.verdict else "see the notes of the review"
-        return GateResult(rule, False, f"undecided ({result.verdict}): {advice}")
+        return GateResult(rule, False, f"undecided, because it is {result.verdict}")
     found = describe_difference(result.difference)
     if comparison.is_small:
         return GateResult(rule, False, f"undecided, because too few examples are common: {found}")

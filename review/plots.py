@@ -18,6 +18,7 @@ from review.revisions import Revision
 from review.verdicts import MetricResult
 from stages.runtime.errors import UserError
 from stages.runtime.files import write_text
+from stages.runtime.text import printable
 
 CURVE = "metrics/curve.csv"
 POINTS = 40  # per curve in Mermaid text
@@ -48,7 +49,10 @@ def forest(results: Sequence[MetricResult], caption: str) -> str:
     rows: list[dict[str, Any]] = []
     for result in results:
         if difference := result.difference:
-            name, color = result.slice or result.metric.name, VERDICT_COLORS.get(result.verdict, "currentColor")
+            name, color = (
+                printable(result.slice or result.metric.name),
+                VERDICT_COLORS.get(result.verdict, "currentColor"),
+            )
             bounds = {"low": difference.low, "high": difference.high, "value": difference.value}
             rows.append({"name": name, "color": color, **bounds})
             if len(difference.by_seed) > 1:
@@ -126,7 +130,8 @@ def as_mermaid(before: Revision, after: Revision) -> str:
 def read_curve(revision: Revision) -> pd.DataFrame:
     """The training curve, indexed by step; NaN for values that were not measured at a step."""
     content = revision.read(CURVE) or b"step,loss,validation_loss"
-    return pd.read_csv(io.BytesIO(content), index_col="step")
+    with revision.user_errors(CURVE):
+        return pd.read_csv(io.BytesIO(content), index_col="step", dtype=float)
 
 
 def resample(curve: "pd.Series[float]", num: int) -> list[float]:

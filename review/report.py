@@ -8,9 +8,9 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 
-from review.changes import Change, ExampleChange, without_template
+from review.changes import Change, ExampleChange
 from review.comparison import Comparison
-from review.data_changes import CHANGES, DataChanges
+from review.data_changes import CHANGES, DataChanges, without_template
 from review.gates import GateResult
 from review.verdicts import MEASURE_NOISE, RUN_NOISE_UNKNOWN, MetricResult, describe_difference, signed
 from stages.runtime.text import code, heading
@@ -21,8 +21,8 @@ RESULT_HEADER = ["before", "after", "difference (95% interval)", "p", "detectabl
 ABOUT_METRICS = (
     "The interval covers the choice of test prompts and, if known, of training seeds. p is the probability of such a "
     "difference if nothing changed, corrected for the number of metrics (Holm). Detectable: the smallest true "
-    "difference that this test set and these runs find in 80% of cases. Needed: what it takes to detect the observed "
-    "difference. docs/verdicts.md explains the method."
+    "difference that this test set and these runs find in 80% of cases, before this correction. Needed: what it takes "
+    "to detect the observed difference. docs/verdicts.md explains the method."
 )
 # Text that begins a mention, a reference or a link on GitHub. An invisible word joiner after it prevents that.
 LINKS = re.compile(r"@(?=\w)|#(?=\d)|www(?=\.)|:(?=//)", re.IGNORECASE)
@@ -108,7 +108,7 @@ def headline(comparison: Comparison) -> str:
 
 
 def label(result: MetricResult) -> str:
-    return text(result.metric.name) + (f" in {code(result.slice)}" if result.slice else "")
+    return text(result.metric.name) + (f" in {code(truncate(result.slice))}" if result.slice else "")
 
 
 def metrics_table(results: Sequence[MetricResult]) -> str:
@@ -119,9 +119,9 @@ def metrics_table(results: Sequence[MetricResult]) -> str:
 def slices_table(results: Sequence[MetricResult]) -> str:
     rows = [
         [
-            code(result.slice),
+            code(truncate(result.slice or "")),
             text(result.metric.name),
-            f"{result.difference.num_prompts:,}" if result.difference else "1",
+            f"{result.difference.variances.num_prompts:,}" if result.difference else "",
             *result_cells(result),
         ]
         for result in results
@@ -145,7 +145,7 @@ def result_cells(result: MetricResult) -> list[str]:
         *values,
         f"{signed(difference.value)} ({signed(difference.low)} to {signed(difference.high)})",
         "<0.001" if result.p_value < 0.001 else f"{result.p_value:.3f}",
-        f"{difference.detectable:.4f}",
+        f"{difference.variances.detectable:.4f}",
         needed,
         verdict,
     ]

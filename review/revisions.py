@@ -55,21 +55,24 @@ class Revision:
         return content
 
     def read_json(self, path: str) -> dict[str, Any]:
-        with self._user_errors(path):
+        with self.user_errors(path):
             return dict(json.loads(self.read(path) or b"{}"))
 
     def read_yaml(self, path: str) -> dict[str, Any]:
-        with self._user_errors(path):
+        with self.user_errors(path):
             return dict(parse_yaml(self.read(path) or b"{}"))
 
     def read_table(self, path: str, columns: list[str] | None = None) -> pd.DataFrame | None:
         """A table, which may be a folder of shards; columns that it lacks have missing values."""
-        is_folder = self._files.isdir(path)
-        shards = [self.read(shard) for shard in sorted(self._files.find(path))] if is_folder else [self.read(path)]
-        with self._user_errors(path):
+        with self.user_errors(path):
+            is_folder = self._files.isdir(path)
+            shards = sorted(self._files.find(path)) if is_folder else [path]
+            if not shards:  # the content of the folder is not available
+                self.missing.append(path)
+                return None
             tables = []
-            for content in shards:
-                if content is None:
+            for shard in shards:
+                if (content := self.read(shard)) is None:
                     return None
                 file = pq.ParquetFile(io.BytesIO(content))
                 names = columns and [name for name in columns if name in file.schema_arrow.names]
@@ -77,7 +80,7 @@ class Revision:
             table = pd.concat(tables, ignore_index=True)
             return table if columns is None else table.reindex(columns=columns)
 
-    def _user_errors(self, path: str) -> AbstractContextManager[None]:
+    def user_errors(self, path: str) -> AbstractContextManager[None]:
         return user_errors(f"{path} of {self.name}", "`dvc repro` in a checkout of that revision writes it again")
 
     def metrics_files(self) -> list[str]:

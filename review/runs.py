@@ -34,13 +34,16 @@ def find_runs(revision: Revision) -> RevisionRuns:
     A replicate counts only if it had the same inputs and parameters as the model; otherwise it is a run of another
     configuration, left from before a change.
     """
-    params, stages = revision.read_yaml("params.yaml"), revision.read_yaml("dvc.lock").get("stages", {})
+    params, stages = revision.read_yaml("params.yaml"), revision.read_yaml("dvc.lock").get("stages") or {}
     train, evaluate = (stages.get(name, {}) for name in ("train", "evaluate@tuned"))
-    runs, seed = RevisionRuns(), params.get("seed", 0)
+    runs, seed = RevisionRuns(), train_seed(train, params)
     runs.paths[seed], runs.hashes[seed] = PREDICTIONS, output_hash(evaluate, PREDICTIONS)
     expected = _inputs(train) | _inputs(evaluate)
     seeds = params.get("replicate_seeds") or []
-    for seed in seeds if isinstance(seeds, list) else []:
+    for seed in seeds if isinstance(seeds, list) else [seeds]:
+        if not isinstance(seed, int):
+            runs.notes.append(f"{revision.name}: replicate_seeds contains {seed!r}, which is not a seed.")
+            continue
         replicate, path = stages.get(f"replicate@{seed}", {}), REPLICATE.format(seed=seed)
         inputs = _inputs(replicate)
         differing = sorted(name for name in inputs.keys() & expected.keys() if inputs[name] != expected[name])
@@ -56,6 +59,12 @@ def find_runs(revision: Revision) -> RevisionRuns:
         else:
             runs.paths[seed], runs.hashes[seed] = path, output_hash(replicate, path)
     return runs
+
+
+def train_seed(train: Mapping[str, Any], params: Mapping[str, Any]) -> int:
+    """The seed with which train ran, or that of `params.yaml` if it has not run."""
+    seed = _params(train).get("seed", params.get("seed"))
+    return seed if isinstance(seed, int) else 0
 
 
 def read_runs(revision: Revision, runs: RevisionRuns) -> None:
@@ -90,8 +99,9 @@ def output_hash(stage: Mapping[str, Any], path: str) -> str:
 
 def _inputs(stage: Mapping[str, Any]) -> dict[str, Any]:
     """Hashes and parameters on which a stage depends, except its model, which a replicate does not have."""
-    params: dict[str, Any] = {}
-    for values in stage.get("params", {}).values():
-        params |= values
-    hashes = {dep["path"]: dep["md5"] for dep in stage.get("deps", []) if dep["path"] != "models/tuned"}
-    return {name: value for name, value in {**params, **hashes}.items() if name != "seed"}
+    hashes = {dep["path"]: dep.get("md5") for dep in stage.get("deps", []) if dep["path"] != "models/tuned"}
+    return {name: value for name, value in {**_params(stage), **hashes}.items() if name != "seed"}
+
+
+def _params(stage: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for values in stage.get("params", {}).values() for name, value in values.items()}

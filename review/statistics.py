@@ -8,7 +8,7 @@ Learning Benchmarks (https://arxiv.org/abs/2103.03098); Miller 2024, Adding Erro
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -18,7 +18,8 @@ from scipy import optimize, stats
 SIGNIFICANCE, POWER = 0.05, 0.8
 MIN_P_VALUE = 1e-9  # smaller ones are not computed
 PERMUTATIONS = 9_999
-MAX_CHANGED = 50  # prompts; if more differ, a permutation test would not change the verdict
+MAX_CHANGED = 50  # prompts; if more differ, the permutation test is skipped
+DECIMALS = 12  # of metrics; smaller differences are rounding errors of sums
 SEED = 0  # so that repeating a review gives the same result
 Array = npt.NDArray[np.float64]
 
@@ -61,6 +62,7 @@ class Variances:
     residual: variance of one run and one prompt that neither explains.
     run_weight: 1 ÷ runs if the runs are paired by seed, otherwise the sum of 1 ÷ runs of both sides.
     freedom: degrees of freedom of `per_run`; 0 if run noise is not known.
+    is_paired: whether runs are paired by seed.
     """
 
     num_prompts: int
@@ -69,6 +71,7 @@ class Variances:
     residual: float
     run_weight: float
     freedom: int
+    is_paired: bool
 
     @property
     def of_prompts(self) -> float:
@@ -95,12 +98,27 @@ class Variances:
         return math.sqrt(of_prompts**2 * self.of_prompts + runs)
 
     def p_value(self, value: float) -> float:
-        """The significance at which the interval of a mean difference ends at 0."""
+        """The smallest significance level at which the interval of a mean difference excludes 0."""
         if not value:
             return 1.0
         if self.half_width(MIN_P_VALUE) <= abs(value):
             return MIN_P_VALUE
         return float(optimize.brentq(lambda p: self.half_width(p) - abs(value), MIN_P_VALUE, 1.0))
+
+    @property
+    def detectable(self) -> float:
+        """The smallest true difference that is significant with a probability of 80%."""
+        return self.half_width() + float(stats.norm.ppf(POWER)) * math.sqrt(self.of_prompts + self.of_runs)
+
+    def with_prompts(self, num_prompts: int) -> "Variances":
+        """The same variances with another number of prompts."""
+        per_run = max(0.0, self.per_run - self.residual / self.num_prompts) + self.residual / num_prompts
+        return replace(self, num_prompts=num_prompts, per_run=per_run)
+
+    def with_runs(self, num_runs: int) -> "Variances":
+        """The same variances with another number of runs of each side."""
+        sides = 1 if self.is_paired else 2
+        return replace(self, run_weight=sides / num_runs, freedom=sides * (num_runs - 1))
 
 
 @dataclass(frozen=True)
@@ -109,11 +127,6 @@ class Difference:
 
     p_value: the probability of a difference at least as large if the configurations are equal.
     by_seed: the difference between the runs of each seed that both sides have.
-    run_noise: how it is known: "paired" by seed, or "pooled" over the runs of both sides. If None, it is not known, so
-        the interval covers the choice of prompts alone, and the difference is one between two models.
-    detectable: the smallest true difference that would be found significant with a probability of 80%.
-    prompts_needed, runs_needed: about how many prompts, or runs per side, it takes to find the observed difference
-        significant; None if more of these alone would not suffice.
     """
 
     before: float
@@ -122,15 +135,36 @@ class Difference:
     high: float
     p_value: float
     by_seed: dict[int, float]
-    run_noise: Literal["paired", "pooled"] | None
-    num_prompts: int
-    detectable: float
-    prompts_needed: int | None
-    runs_needed: int | None
+    variances: Variances
 
     @property
     def value(self) -> float:
         return self.after - self.before
+
+    @property
+    def run_noise(self) -> Literal["paired", "pooled"] | None:
+        """How run noise is known: from runs paired by seed, or pooled over both sides.
+
+        If None, it is not known, so the interval covers the choice of prompts alone, and the difference is one between
+        two models.
+        """
+        if not self.variances.freedom:
+            return None
+        return "paired" if self.variances.is_paired else "pooled"
+
+    @property
+    def prompts_needed(self) -> int | None:
+        """How many prompts it takes to detect the observed difference; None if prompts alone do not suffice."""
+        current = self.variances.num_prompts
+        numbers = (math.ceil(current * 1.1**power) for power in range(100))  # up to 12,500 times as many
+        return next((n for n in numbers if self.variances.with_prompts(n).detectable <= abs(self.value)), None)
+
+    @property
+    def runs_needed(self) -> int | None:
+        """How many runs per side it takes to detect the observed difference; None if runs alone do not suffice."""
+        if not self.variances.freedom:
+            return None
+        return next((n for n in range(2, 100) if self.variances.with_runs(n).detectable <= abs(self.value)), None)
 
 
 def compare(before: Runs, after: Runs, prompts: npt.NDArray[np.int64]) -> Difference:
@@ -147,18 +181,15 @@ def compare(before: Runs, after: Runs, prompts: npt.NDArray[np.int64]) -> Differ
     if is_paired:
         before, after = before.select(common), after.select(common)
     first, second = before.by_prompt(prompts), after.by_prompt(prompts)
-    if is_paired:
-        variances = components([second - first], 1 / len(common), second.mean(0) - first.mean(0))
-    else:
-        weight = 1 / len(first) + 1 / len(second)
-        variances = components([first, second], weight, second.mean(0) - first.mean(0))
-    value = float(second.mean() - first.mean())
-    half_width, p_value = variances.half_width(), variances.p_value(value)
-    if p_value < SIGNIFICANCE:  # otherwise a permutation test would not change the verdict
-        p_value = max(p_value, permutation_p_value(first.mean(0), second.mean(0)))
+    groups = [second - first] if is_paired else [first, second]
+    difference = np.round(second.mean(0) - first.mean(0), DECIMALS)  # of each prompt
+    variances, value = components(groups, difference, is_paired), float(difference.mean())
+    before_mean, half_width, p_value = float(first.mean()), variances.half_width(), variances.p_value(value)
+    if p_value < SIGNIFICANCE:
+        p_value = max(p_value, permutation_p_value(difference))
     return Difference(
-        before=float(first.mean()),
-        after=float(second.mean()),
+        before=before_mean,
+        after=before_mean + value,
         low=value - half_width,
         high=value + half_width,
         p_value=p_value,
@@ -166,17 +197,15 @@ def compare(before: Runs, after: Runs, prompts: npt.NDArray[np.int64]) -> Differ
             seed: float(second[after.seeds.index(seed)].mean() - first[before.seeds.index(seed)].mean())
             for seed in common
         },
-        run_noise=("paired" if is_paired else "pooled") if variances.freedom else None,
-        num_prompts=variances.num_prompts,
-        detectable=half_width + float(stats.norm.ppf(POWER)) * math.sqrt(variances.of_prompts + variances.of_runs),
-        **sample_sizes(value, variances, 1 if is_paired else 2),
+        variances=variances,
     )
 
 
-def components(groups: Sequence[Array], run_weight: float, difference: Array) -> Variances:
-    """The variance components of runs in one or two groups, each (runs, prompts). Runs differ only within a group.
+def components(groups: Sequence[Array], difference: Array, is_paired: bool) -> Variances:
+    """The variance components of a difference.
 
     Args:
+        groups: the differences of paired runs, or the values of the runs of both sides, each (runs, prompts).
         difference: the run-averaged difference of each prompt.
     """
     num_prompts = len(difference)
@@ -188,51 +217,33 @@ def components(groups: Sequence[Array], run_weight: float, difference: Array) ->
         per_run = sum(float(((mean - mean.mean()) ** 2).sum()) for mean in means) / freedom
         rest = [group - mean - group.mean(0) + group.mean() for group, mean in zip(groups, means, strict=True)]
         residual = sum(float((part**2).sum()) for part in rest) / (freedom * (num_prompts - 1))
-    return Variances(num_prompts, float(difference.var(ddof=1)), per_run, residual, run_weight, freedom)
+    run_weight = sum(1 / len(group) for group in groups)
+    return Variances(num_prompts, float(difference.var(ddof=1)), per_run, residual, run_weight, freedom, is_paired)
 
 
-def permutation_p_value(first: Array, second: Array) -> float:
+def permutation_p_value(difference: Array) -> float:
     """The p-value of a paired permutation test over prompts, which needs no assumption about their distribution.
 
     It prevents errors with few or discrete values: if four answers of a hundred became correct, an interval excludes 0,
-    although four coin flips are equal one time in eight. Returns 0 if more than `MAX_CHANGED` prompts differ.
+    although four coin flips are equal one time in eight. It is skipped (0) if more than `MAX_CHANGED` prompts differ.
     """
-    changed = first != second  # only these matter, because swapping equal values has no effect
-    if changed.sum() < 2 or changed.sum() > MAX_CHANGED:
-        return float(changed.sum() < 2)
+    changed = difference[difference != 0]  # only these matter, because swapping equal values has no effect
+    if len(changed) < 2 or len(changed) > MAX_CHANGED:
+        return float(len(changed) < 2)
 
-    def difference(before: Array, after: Array, axis: int) -> Array:
-        values: Array = after.mean(axis) - before.mean(axis)
+    def mean_difference(after: Array, before: Array, axis: int) -> Array:
+        values: Array = (after - before).mean(axis)
         return values
 
     test = stats.permutation_test(
-        (first[changed], second[changed]),
-        difference,
+        (changed, np.zeros(len(changed))),
+        mean_difference,
         permutation_type="samples",
         n_resamples=PERMUTATIONS,
         vectorized=True,
         rng=SEED,
     )
     return float(test.pvalue)
-
-
-def sample_sizes(value: float, variances: Variances, run_factor: int) -> dict[str, int | None]:
-    """How many prompts, or runs per side, it takes to detect `value` with the power 80%, in a normal approximation.
-
-    Args:
-        run_factor: the run weight of one run per side.
-    """
-    quantiles = float(stats.norm.ppf(1 - SIGNIFICANCE / 2) + stats.norm.ppf(POWER))
-    allowed = (value / quantiles) ** 2  # the variance of the mean difference at which `value` is detectable
-    run_variance = variances.of_runs / variances.run_weight
-
-    def needed(variance: float, fixed: float) -> int | None:
-        return math.ceil(variance / (allowed - fixed)) if allowed > fixed else None
-
-    return {
-        "prompts_needed": needed(variances.per_prompt, variances.of_runs),
-        "runs_needed": needed(run_factor * run_variance, variances.of_prompts) if variances.freedom else None,
-    }
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

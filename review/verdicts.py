@@ -13,7 +13,7 @@ from review.statistics import SIGNIFICANCE, Difference, Runs, compare, holm
 from stages.evaluate import METRICS, Metric
 
 MIN_EXAMPLES, MIN_SHARE = 30, 0.5  # of the test examples; with fewer in common, every verdict is "undecided"
-MEASURE_NOISE = "dvc exp run -S 'replicate_seeds=[1,2]'"
+MEASURE_NOISE = "dvc exp run -S 'replicate_seeds=[1,2]'"  # with other numbers if one is the seed of train
 RUN_NOISE_UNKNOWN = "run noise is not known"
 
 
@@ -46,7 +46,7 @@ class Results:
 
     notes: sentences about the limits of the comparison.
     is_small: whether too few examples are common for a verdict.
-    joined: the predictions of the first run of both sides, if available.
+    joined: `example_id`, and loss and answer of both sides, for one run of each, with the same seed if possible.
     """
 
     metrics: list[MetricResult]
@@ -83,7 +83,7 @@ def compare_predictions(before: Revision, after: Revision, margins: Mapping[str,
         read_runs(revision, side)
     notes = [note for side in runs for note in side.notes]
     if not all(side.tables for side in runs):
-        return without_difference("not measured: no predictions")
+        return without_difference("not measured: no predictions; `dvc pull` gets them")
     return compare_runs(runs[0], runs[1], (before.name, after.name), margins, notes)
 
 
@@ -107,7 +107,8 @@ def compare_runs(
             "test set.",
         ]
     sides = [{seed: table.loc[common] for seed, table in side.tables.items()} for side in (before, after)]
-    columns = second.loc[common].reindex(columns=["prompt_id", "slice"])
+    origins = [side.loc[common].reindex(columns=["prompt_id", "slice"]) for side in (second, first)]
+    columns = origins[0].combine_first(origins[1]).loc[common]  # older predictions do not have them
     prompts = columns["prompt_id"].where(columns["prompt_id"].notna(), columns.index.to_series())
     results, slices = [], []
     for metric in METRICS:
@@ -123,11 +124,13 @@ def compare_runs(
                 found = compare_metric(metric, cells, prompts, (columns["slice"] == value).to_numpy())
                 slices.append(replace(found, slice=value))
     results, slices = judge(results, margins, is_small), judge(slices, {}, is_small)
-    joined = (
-        first.loc[common]
-        .reset_index(drop=True)
-        .merge(second.loc[common].reset_index(drop=True), on="example_id", suffixes=("_before", "_after"))
-    )
+    seed = next((seed for seed in sides[0] if seed in sides[1]), None)
+    pair = [side[seed] if seed in side else next(iter(side.values())) for side in sides]
+    answers = [
+        table.reindex(columns=["loss", "answer"]).add_suffix(name)
+        for table, name in zip(pair, ("_before", "_after"), strict=True)
+    ]
+    joined = pd.concat(answers, axis=1).reset_index()
     return Results(results, notes, slices, is_small, joined)
 
 
@@ -159,14 +162,14 @@ def metric_runs(
 def compare_metric(
     metric: Metric, cells: Sequence[Runs], prompts: "pd.Series[str]", chosen: npt.NDArray[np.bool_]
 ) -> MetricResult:
-    """Compare a metric on the chosen examples. Without a verdict yet, because that depends on the other p-values."""
-    chosen = chosen & np.any([runs.counts.any(axis=0) for runs in cells], axis=0)  # the others do not count
-    parts = [Runs(runs.seeds, runs.sums[:, chosen], runs.counts[:, chosen]) for runs in cells]
-    if not all(runs.counts.any(axis=1).all() for runs in parts):
+    """Compare a metric on the chosen examples that count for it in all runs. Its verdict is still missing."""
+    chosen = chosen & np.all([runs.counts.all(axis=0) for runs in cells], axis=0)
+    if not chosen.any():
         return MetricResult(metric, None, None, verdict="not measured: no example counts")
-    before, after = (float((runs.sums.sum(1) / runs.counts.sum(1)).mean()) for runs in parts)
+    parts = [Runs(runs.seeds, runs.sums[:, chosen], runs.counts[:, chosen]) for runs in cells]
     numbers = pd.factorize(prompts[chosen])[0]
     if numbers.max() < 1:
+        before, after = (float((runs.sums.sum(1) / runs.counts.sum(1)).mean()) for runs in parts)
         return MetricResult(metric, before, after, verdict="undecided: a single prompt")
     difference = compare(parts[0], parts[1], numbers)
     return MetricResult(metric, difference.before, difference.after, difference, difference.p_value)
@@ -188,10 +191,10 @@ def judge(results: list[MetricResult], margins: Mapping[str, float], is_small: b
 
 
 def verdict_of(result: MetricResult, difference: Difference, margin: float | None, is_small: bool) -> str:
-    if difference.value == difference.low == difference.high == 0:
-        return "the same"
     if is_small:
         return "undecided"
+    if difference.value == difference.low == difference.high == 0:
+        return "the same"
     if difference.run_noise is None:
         return "unknown"
     direction = result.metric.direction

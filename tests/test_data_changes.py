@@ -6,6 +6,7 @@ import pandas as pd
 
 from review.data_changes import SPLITS, DataChanges, changed_data
 from review.report import data_tables
+from stages.data.alpaca import render_alpaca
 
 
 @dataclass
@@ -64,6 +65,9 @@ def test_tables_show_five_examples_of_each_change() -> None:
 def test_nearest_new_training_row_is_found() -> None:
     found = changes(Splits({"train": [BLUE]}), Splits({"train": [BLUE, RED, SUM], "test": [GREEN]}))
     assert found.nearest_new_prompts(["Name a very warm color.", "Who wrote Faust?"]) == ["Name a warm color.", None]
+    # The template does not count.
+    rendered = changes(Splits(), Splits({"train": [("1", render_alpaca("Name a warm color."), "Red.", "colors")]}))
+    assert rendered.nearest_new_prompts([render_alpaca("Who wrote Faust?")]) == [None]
 
 
 def test_equal_data_is_not_read_and_missing_data_is_reported() -> None:

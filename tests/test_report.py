@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 
 from review import plots, report
 from review.gates import Gate, read_gates
-from review.statistics import Difference
+from review.statistics import Difference, Variances
 from review.verdicts import MetricResult
 from stages.evaluate import METRICS
 from stages.runtime.errors import UserError
@@ -155,7 +155,8 @@ def test_missing_gates_file_means_no_gates(tmp_path: Path) -> None:
 
 
 def result(low: float, high: float, verdict: str, by_seed: dict[int, float], **changes: Any) -> MetricResult:
-    difference = Difference(1.0, 1.0 + (low + high) / 2, low, high, 0.01, by_seed, "paired", 50, 0.1, 200, None)
+    variances = Variances(50, 0.1, 0.0, 0.0, 1 / 3, 2, is_paired=True)
+    difference = Difference(1.0, 1.0 + (low + high) / 2, low, high, 0.01, by_seed, variances)
     return MetricResult(METRICS[0], 1.0, difference.after, difference, 0.01, verdict, **changes)
 
 
@@ -185,6 +186,6 @@ def test_page_has_the_figures_after_the_summary_and_no_script() -> None:
 def test_needed_examples_and_runs_are_shown_for_differences_that_are_not_significant() -> None:
     undecided = replace(result(-0.3, 0.1, "undecided", {}), p_value=0.4)
     assert report.result_cells(undecided) == [
-        *("1.0000", "0.9000", "−0.1000 (−0.3000 to +0.1000)", "0.400", "0.1000", "200 prompts", "undecided")
+        *("1.0000", "0.9000", "−0.1000 (−0.3000 to +0.1000)", "0.400", "0.1275", "81 prompts", "undecided")
     ]
     assert report.result_cells(result(-0.3, -0.1, "better", {}))[5:] == ["", "✅ better"]

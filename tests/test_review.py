@@ -292,10 +292,10 @@ def test_without_predictions_everything_but_the_intervals_is_reported(folder: Pa
     output = review(folder, "before", "better", exit_code=1)
     assert (
         "failed: loss not worse than in before by more than 0.05; "
-        "found: undecided (not measured: no predictions): `dvc pull`, then review again"
+        "found: undecided, because it is not measured: no predictions; `dvc pull` gets them"
     ) in output
     report = Path("review.md").read_text()
-    assert "| loss | 2.0000 | 1.8000 |  |  |  |  | not measured: no predictions |" in report
+    assert "| loss | 2.0000 | 1.8000 |  |  |  |  | not measured: no predictions; \\`dvc pull\\` gets them |" in report
     assert "**Not available**: `data/predictions/replicates/1.parquet` of `before`" in report
     assert "`data/predictions/tuned.parquet` of `better`" in report
     assert "`dvc pull --all-commits data/predictions/replicates/1.parquet data/predictions/rep" in report
@@ -309,7 +309,7 @@ def test_damaged_file_is_named_with_its_revision(folder: Path) -> None:
     assert "error: metrics/evaluate/tuned.json of workspace: can't be read: Expecting property name" in output
 
 
-@pytest.mark.parametrize("name", ["dvc.lock", "params.yaml", "dvc.yaml"])
+@pytest.mark.parametrize("name", ["dvc.lock", "params.yaml", "dvc.yaml", "metrics/curve.csv"])
 @pytest.mark.parametrize("is_committed", [False, True])
 def test_conflict_markers_are_reported_with_file_and_revision(folder: Path, name: str, is_committed: bool) -> None:
     path = Path(name)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from review.statistics import Difference, Runs, compare, components, holm, sample_sizes
+from review.statistics import Difference, Runs, compare, components, holm
 
 Array = npt.NDArray[np.float64]
 
@@ -71,7 +71,7 @@ def test_examples_of_one_prompt_count_once() -> None:
     difference = np.repeat(np.tile([1.0, -1.0], 13)[:25], 4) + 0.3
     once = compare_means(runs(LOSSES[::4]), runs(LOSSES[::4] + difference[::4]))
     found = compare_means(runs(LOSSES), runs(LOSSES + difference), np.repeat(np.arange(25), 4))
-    assert found.num_prompts == 25
+    assert found.variances.num_prompts == 25
     assert found.high - found.low == pytest.approx(once.high - once.low)
 
 
@@ -111,7 +111,7 @@ def test_run_noise_of_one_side_serves_for_both() -> None:
 def test_variance_components_of_a_known_table() -> None:
     # Two runs whose means differ by 2, four prompts, and a residual of ±0.5.
     table = np.array([[0.0, 1, 2, 3], [2, 3, 4, 5]]) + 0.5 * np.array([[1, -1, 1, -1], [-1, 1, -1, 1]])
-    found = components([table], 1 / 2, table.mean(0))
+    found = components([table], table.mean(0), is_paired=True)
     assert found.per_run == pytest.approx(2)  # (0.5 − 2.5)² ÷ 2
     assert found.residual == pytest.approx(2 * 4 * 0.25 / 3)
     assert found.per_prompt == pytest.approx(5 / 3)  # of 1, 2, 3, 4
@@ -120,17 +120,34 @@ def test_variance_components_of_a_known_table() -> None:
 
 
 def test_needed_numbers_make_the_observed_difference_detectable() -> None:
-    prompts = components([np.array([ALTERNATING])], 2.0, ALTERNATING)
-    # (1.960 + 0.842)² × variance ÷ difference²
-    assert sample_sizes(0.1, prompts, 2) == {"prompts_needed": 793, "runs_needed": None}
-    noisy = components([np.array([ALTERNATING + 1, ALTERNATING - 1])], 1 / 2, ALTERNATING)
-    assert sample_sizes(0.1, noisy, 1)["prompts_needed"] is None  # run noise alone is larger
-    assert sample_sizes(0.5, noisy, 1)["runs_needed"] == 92
+    found = compare_means(runs(LOSSES), runs(LOSSES + 0.1 + ALTERNATING))
+    # (1.96 + 0.84)² × variance ÷ difference² = 785; numbers are tried in steps of 10%.
+    assert found.prompts_needed == 815
+    assert found.runs_needed is None  # run noise is not known
+    before = runs(LOSSES + 1, LOSSES - 1, LOSSES)
+    noisy = compare_means(before, runs(LOSSES + 1.6 + ALTERNATING * 0.1, LOSSES - 0.8, LOSSES + 0.4))
+    assert noisy.by_seed == pytest.approx({0: 0.6, 1: 0.2, 2: 0.4})
+    assert noisy.prompts_needed is None  # run noise alone is larger
+    # (2.776 + 0.842) × 0.2 ÷ √5 = 0.32, but with four runs (3.182 + 0.842) × 0.2 ÷ √4 = 0.402.
+    assert noisy.runs_needed == 5
+
+
+def test_two_paired_runs_are_rarely_enough() -> None:
+    before = runs(LOSSES + 0.02, LOSSES)
+    found = compare_means(before, runs(LOSSES - 0.2, LOSSES - 0.26))
+    assert found.p_value > 0.05
+    assert found.runs_needed == 3
+
+
+def test_rounding_errors_are_no_difference() -> None:
+    third = np.full(100, 0.1)
+    found = compare_means(runs(third, third, third), runs(third))
+    assert (found.value, found.p_value) == (pytest.approx(0, abs=1e-15), 1)
 
 
 def test_minimum_detectable_difference_is_that_of_80_percent_power() -> None:
     found = compare_means(runs(LOSSES), runs(LOSSES + ALTERNATING))
-    assert found.detectable == pytest.approx((1.984 + 0.842) * 0.1005, rel=0.03)
+    assert found.variances.detectable == pytest.approx((1.984 + 0.842) * 0.1005, rel=0.03)
 
 
 def test_holm_multiplies_the_smallest_by_their_number_and_keeps_the_order() -> None:

@@ -89,11 +89,12 @@ def test_the_table_of_the_page_equals_sweep_csv() -> None:
     assert PAGE.split("<!-- sweep -->\n")[1].split("\n<!-- /sweep -->")[0].splitlines()[2:] == expected
 
 
-@pytest.mark.parametrize("name", ["better", "worse", "within-noise"])
+@pytest.mark.parametrize("name", ["better", "worse", "equivalent"])
 def test_the_verdicts_of_the_page_equal_those_of_its_reviews(name: str) -> None:
     headline = (ROOT / f"docs/reviews/{name}.md").read_text(encoding="utf-8").splitlines()[2]
-    found = re.fullmatch(r"\*\*Test loss: (?:. )?(.+), (.+ → .+), .+ nats/token, 95% interval (.+)\.\*\*", headline)
+    pattern = r"\*\*Test loss: (?:. )?(\w+)\. (.+ → .+) nats/token, (.+), 95% interval (.+); 3 runs paired by seed\.\*\*"
+    found = re.fullmatch(pattern, headline)
     assert found
-    verdict, losses, interval = found.groups()
-    assert verdict == name.replace("-", " ")
-    assert f"| {losses} | {interval} | [{verdict}](reviews/{name}.md) |" in PAGE
+    verdict, losses, difference, interval = found.groups()
+    assert verdict == name
+    assert f"| {losses} | {difference} ({interval}) | [{verdict}](reviews/{name}.md) |" in PAGE

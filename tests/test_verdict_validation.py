@@ -31,10 +31,11 @@ def test_the_page_has_the_published_numbers() -> None:
 
 def test_the_published_intervals_cover_the_truth_and_real_runs_of_other_seeds_do_not_differ() -> None:
     results = json.loads(verdicts.RESULTS.read_text(encoding="utf-8"))
-    assert len(results["simulation"]) == 24
+    assert len(results["simulation"]) == 36
     assert min(cell["coverage"] for cell in results["simulation"]) >= 0.94
     false_alarms = [cell["significant"]["0"] for cell in results["simulation"]]
     assert np.mean(false_alarms) <= 0.05
     assert len(results["test_losses"]) == 6
+    assert max(change["paired"] for change in results["changes"].values()) < np.std([*results["test_losses"].values()])
     assert results["pairs"]["number"] == 15
     assert results["pairs"]["different"]["with replicates"] == {"loss": 0, "any metric": 0}

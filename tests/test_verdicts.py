@@ -1,12 +1,13 @@
 """Verdicts on pairs of revisions whose true difference is known."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from review.runs import RevisionRuns, find_problem
+from review.runs import RevisionRuns, find_problem, find_runs
 from review.verdicts import Results, compare_runs, describe_difference
 
 NUM = 100
@@ -146,6 +147,54 @@ def test_metric_that_one_side_lacks_is_a_note(after: RevisionRuns, name: str, no
     assert {result.metric.name: result.verdict for result in found.metrics}["exact_match"] == "the same"
 
 
+def test_equal_values_of_too_few_examples_are_undecided() -> None:
+    after = RevisionRuns(tables={seed: table(LOSSES[:5]) for seed in ALL})
+    assert verdict(side(seeds=ALL), after, "exact_match") == "undecided"
+
+
+def test_predictions_without_losses_and_answers_still_give_the_other_metrics() -> None:
+    found = compared(side(), RevisionRuns(tables={42: table().drop(columns=["loss", "answer"])}))
+    assert "loss can't be compared: the predictions of new have no loss." in found.notes
+    assert found.joined is not None
+    assert found.joined["loss_after"].isna().all()
+
+
+def test_stop_rate_counts_the_examples_that_count_on_both_sides() -> None:
+    before = side(stopped=[True] * 50 + [False] * 50)
+    found = compared(before, side(reference_fits=[True] * 50 + [False] * 50)).metrics
+    result = next(result for result in found if result.metric.name == "stop_rate")
+    assert (result.before, result.after) == (1, 1)
+
+
+@dataclass
+class Files:
+    """A revision with the content of params.yaml and dvc.lock."""
+
+    params: dict[str, Any]
+    stages: Any
+    name: str = "main"
+
+    def read_yaml(self, path: str) -> dict[str, Any]:
+        return self.params if path == "params.yaml" else {"stages": self.stages}
+
+
+@pytest.mark.parametrize(
+    ("params", "stages", "seed", "notes"),
+    [
+        ({}, None, 0, []),
+        ({"seed": [1]}, {}, 0, []),
+        ({"seed": 7}, {"train": {"params": {"params.yaml": {"seed": 42}}}}, 42, []),  # edited after train ran
+        ({"replicate_seeds": 3}, {}, 0, ["main: the replicate of seed 3 has not run; `dvc repro` runs it."]),
+        ({"replicate_seeds": [[1]]}, {}, 0, ["main: replicate_seeds contains [1], which is not a seed."]),
+        ({"replicate_seeds": ["1"]}, {}, 0, ["main: replicate_seeds contains '1', which is not a seed."]),
+    ],
+)
+def test_unusual_seeds_are_no_error(params: Any, stages: Any, seed: int, notes: list[str]) -> None:
+    found = find_runs(Files(params, stages))  # type: ignore[arg-type]
+    assert list(found.paths) == [seed]
+    assert found.notes == notes
+
+
 def test_stop_rate_that_no_example_counts_for_is_not_measured() -> None:
     after = side(reference_fits=False)
     assert verdict(side(), after, "stop_rate") == "not measured: no example counts"
@@ -158,7 +207,7 @@ def test_slices_are_tested_together() -> None:
     losses = [result for result in found.slices if result.metric.name == "loss"]
     assert [(result.slice, result.verdict) for result in losses] == [("a", "better"), ("b", "undecided")]
     assert losses[0].difference
-    assert losses[0].difference.num_prompts == 50
+    assert losses[0].difference.variances.num_prompts == 50
     assert losses[0].p_value == pytest.approx(12 * losses[0].difference.p_value)  # six metrics of two slices
 
 
