@@ -14,7 +14,7 @@ from stages.evaluate import METRICS
 from stages.runtime.errors import UserError
 from stages.runtime.yaml12 import YAMLError, parse_yaml
 
-NOT_COUNTED = "no test example counts for it"
+NOT_COUNTED = "applies to no test example"
 GATES = Path("gates.yaml")
 Bound = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -102,7 +102,7 @@ def check_not_worse_by(name: str, margin: float, comparison: Comparison) -> Gate
     if not comparison.before.read_json(METRICS_FILE):
         return GateResult(rule, True, f"nothing to compare with: {comparison.before.name} has no {METRICS_FILE}")
     if result.difference is None:
-        return GateResult(rule, False, f"undecided, because it is {result.verdict}")
+        return GateResult(rule, False, f"undecided, because the verdict is {result.verdict!r}")
     found = describe_difference(result.difference)
     if comparison.is_small:
         return GateResult(rule, False, f"undecided, because too few examples are common: {found}")

@@ -19,10 +19,11 @@ MAX_CELL_LENGTH = 240  # characters of an example's text in a table
 SIGN = {"better": "✅ better", "worse": "❌ worse"}
 RESULT_HEADER = ["before", "after", "difference (95% interval)", "p", "detectable", "needed", "verdict"]
 ABOUT_METRICS = (
-    "The interval covers the choice of test prompts and, if known, of training seeds. p is the probability of such a "
-    "difference if nothing changed, corrected for the number of metrics (Holm). Detectable: the smallest true "
-    "difference that this test set and these runs find in 80% of cases, before this correction. Needed: what it takes "
-    "to detect the observed difference. docs/verdicts.md explains the method."
+    "The interval covers the choice of test prompts and, if run noise is known, of training seeds. p: the probability "
+    "of a difference at least this large if the true difference is 0, corrected for the number of tests (Holm). "
+    "Detectable: the smallest true difference that this test set and these runs detect in 80% of cases, before this "
+    "correction. Needed: the total number of test prompts, or of runs per revision, with which the observed difference "
+    "would be detectable. docs/verdicts.md explains the method."
 )
 # Text that begins a mention, a reference or a link on GitHub. An invisible word joiner after it prevents that.
 LINKS = re.compile(r"@(?=\w)|#(?=\d)|www(?=\.)|:(?=//)", re.IGNORECASE)
@@ -79,7 +80,7 @@ def summary_in_words(comparison: Comparison, gates: Sequence[GateResult]) -> lis
     parts = [f"**{headline(comparison)}**"]
     others = [result for result in comparison.metrics if result.metric.name != "loss" and result.is_significant]
     others += [result for result in comparison.slices if result.is_significant]
-    titles = {**SIGN, "higher": "Higher", "lower": "Lower", "unknown": "These two models also differ in"}
+    titles = {**SIGN, "higher": "Higher", "lower": "Lower", "unknown": "These two models differ in"}
     for verdict, title in titles.items():
         if names := [label(result) for result in others if result.verdict == verdict]:
             parts.append(f"{title}: {', '.join(names)}.")

@@ -103,8 +103,8 @@ def compare_runs(
     if is_small:
         notes = [
             *notes,
-            f"{len(common):,} common examples are too few for a verdict; it takes {MIN_EXAMPLES}, and half of each "
-            "test set.",
+            f"{len(common):,} common examples are too few for a verdict; at least {MIN_EXAMPLES} and at least half of "
+            "each test set are needed.",
         ]
     sides = [{seed: table.loc[common] for seed, table in side.tables.items()} for side in (before, after)]
     origins = [side.loc[common].reindex(columns=["prompt_id", "slice"]) for side in (second, first)]
@@ -165,7 +165,7 @@ def compare_metric(
     """Compare a metric on the chosen examples that count for it in all runs. Its verdict is still missing."""
     chosen = chosen & np.all([runs.counts.all(axis=0) for runs in cells], axis=0)
     if not chosen.any():
-        return MetricResult(metric, None, None, verdict="not measured: no example counts")
+        return MetricResult(metric, None, None, verdict="not measured: applies to no example")
     parts = [Runs(runs.seeds, runs.sums[:, chosen], runs.counts[:, chosen]) for runs in cells]
     numbers = pd.factorize(prompts[chosen])[0]
     if numbers.max() < 1:

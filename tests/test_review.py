@@ -292,7 +292,7 @@ def test_without_predictions_everything_but_the_intervals_is_reported(folder: Pa
     output = review(folder, "before", "better", exit_code=1)
     assert (
         "failed: loss not worse than in before by more than 0.05; "
-        "found: undecided, because it is not measured: no predictions; `dvc pull` gets them"
+        "found: undecided, because the verdict is 'not measured: no predictions; `dvc pull` gets them'"
     ) in output
     report = Path("review.md").read_text()
     assert "| loss | 2.0000 | 1.8000 |  |  |  |  | not measured: no predictions; \\`dvc pull\\` gets them |" in report

@@ -197,7 +197,7 @@ def test_unusual_seeds_are_no_error(params: Any, stages: Any, seed: int, notes: 
 
 def test_stop_rate_that_no_example_counts_for_is_not_measured() -> None:
     after = side(reference_fits=False)
-    assert verdict(side(), after, "stop_rate") == "not measured: no example counts"
+    assert verdict(side(), after, "stop_rate") == "not measured: applies to no example"
 
 
 def test_slices_are_tested_together() -> None:
