@@ -203,7 +203,10 @@ def compute_metrics(rows: "pd.DataFrame") -> dict[str, Any]:
     """All metrics with their standard errors; None if no example counts, or for the standard error of a single one."""
     metrics: dict[str, Any] = {"examples": len(rows), "supervised_tokens": int(rows["tokens"].sum())}
     for metric in METRICS:
-        value, error = ratio(*(np.asarray(cells(rows), float) for cells in (metric.sums, metric.counts)))
+        by_prompt = (
+            cells(rows).astype(float).groupby(rows["prompt_id"]).sum() for cells in (metric.sums, metric.counts)
+        )
+        value, error = ratio(*(cells.to_numpy() for cells in by_prompt))
         metrics |= {metric.name: value, f"{metric.name}_se": error}
         if metric.name == "loss" and value is not None and value < MAX_LOSS:
             perplexity = math.exp(value)
@@ -212,19 +215,19 @@ def compute_metrics(rows: "pd.DataFrame") -> dict[str, Any]:
 
 
 def ratio(sums: Array, counts: Array) -> tuple[float | None, float | None]:
-    """sums / counts over all examples, and its standard error with the example as the sampling unit.
+    """sums / counts over all prompts, and its standard error with the prompt as the sampling unit.
 
-    Tokens of one example are not independent, so a standard error over tokens would be too small. This is the ratio
-    estimator (Cochran, Sampling Techniques, 1977, ch. 6). sums and counts: (examples,).
+    Tokens of the same prompt are not independent, so a standard error over tokens would be too small. This is the ratio
+    estimator (Cochran, Sampling Techniques, 1977, ch. 6). sums and counts: (prompts,).
     """
     if not counts.any():
         return None, None
     value = float(sums.sum() / counts.sum())
-    num_examples = int(np.count_nonzero(counts))
-    if num_examples < 2:
+    num_prompts = int(np.count_nonzero(counts))
+    if num_prompts < 2:
         return value, None
     residuals = sums - value * counts
-    return value, float(math.sqrt((residuals**2).sum() * num_examples / (num_examples - 1)) / counts.sum())
+    return value, float(math.sqrt((residuals**2).sum() * num_prompts / (num_prompts - 1)) / counts.sum())
 
 
 def rouge_l(answer: str, reference: str) -> float:
@@ -240,7 +243,7 @@ def rouge_l(answer: str, reference: str) -> float:
 def repetition(answer: str) -> float:
     """The share of 4-grams of words that repeat an earlier one (seq-rep-4, Welleck et al. 2019); 0 for a short answer.
 
-    It measures loops. Unlike distinct-2, it does not improve if answers get longer, or rise if they get shorter.
+    It measures loops within an answer. The shares of distinct words of all answers would rise if answers got shorter.
     """
     found = words(answer)
     grams = [tuple(found[start : start + NGRAM]) for start in range(len(found) - NGRAM + 1)]

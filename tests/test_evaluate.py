@@ -17,10 +17,12 @@ from tests.clone import edit
 
 def predictions(*rows: dict[str, Any]) -> pd.DataFrame:
     """Predictions with these values and others that are the same in each row."""
-    same: dict[str, Any] = {"prompt_id": "p", "slice": "s", "loss": 1.0, "tokens": 2, "correct_tokens": 1}
+    same: dict[str, Any] = {"slice": "s", "loss": 1.0, "tokens": 2, "correct_tokens": 1}
     same |= {"answer": "a", "answer_tokens": 1, "stopped": True, "reference_fits": True, "exact_match": False}
     same |= {"rouge_l": 0.5, "repetition": 0.0}
-    return pd.DataFrame([{"example_id": str(n), **same, **row} for n, row in enumerate(rows)])[PREDICTIONS_SCHEMA.names]
+    ids = [{"example_id": str(n), "prompt_id": f"p{n}"} for n in range(len(rows))]
+    table = pd.DataFrame([one | same | row for one, row in zip(ids, rows, strict=True)])
+    return table[PREDICTIONS_SCHEMA.names]
 
 
 def test_loss_and_accuracy_are_means_over_all_tokens() -> None:
@@ -46,6 +48,14 @@ def test_loss_and_accuracy_are_means_over_all_tokens() -> None:
         "mean_response_tokens": 4.0,
         "mean_response_tokens_se": 1.0,
     }
+
+
+def test_examples_of_one_prompt_are_one_sample() -> None:
+    rows = [
+        {"prompt_id": prompt, "rouge_l": score} for prompt, score in (("a", 0.2), ("a", 0.2), ("b", 0.8), ("b", 0.8))
+    ]
+    metrics = compute_metrics(predictions(*rows))
+    assert (metrics["rouge_l"], metrics["rouge_l_se"]) == (pytest.approx(0.5), pytest.approx(0.3))  # as of two prompts
 
 
 def test_stop_rate_counts_only_examples_whose_reference_fits() -> None:

@@ -53,11 +53,11 @@ def parse_slice(row: dict[str, Any] | BadRowError, column: str) -> str | None:
         BadRowError: the value is not a text, number or truth value.
     """
     value = row.get(column) if isinstance(row, dict) else None
-    if value is None or value == "":
+    if value is None:
         return None
     if not isinstance(value, str | int | float):
         raise BadRowError("not_text", f"{column!r} (slice_column) is {_shown(value)}; must be text or a number")
-    return _require_text(repr(column), str(value), "must be text")
+    return _require_text(repr(column), str(value).strip(), "must be text") or None
 
 
 def find_schema(columns: Iterable[str]) -> tuple[str, ...]:

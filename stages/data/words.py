@@ -9,8 +9,8 @@ WORD = regex.compile(
     "|".join(
         (
             rf"[{WITHOUT_SPACES}]\p{{M}}*",
-            r"(?<![\p{L}\p{M}\p{N}])-?\p{N}[\p{L}\p{M}\p{N}]*",  # a number with its sign
-            rf"(?:(?![{WITHOUT_SPACES}])[\p{{L}}\p{{N}}]\p{{M}}*)+",
+            # A word of letters and digits; a number has its sign.
+            rf"(?:(?<![\p{{L}}\p{{M}}\p{{N}}])-(?=\p{{N}}))?(?:(?![{WITHOUT_SPACES}])[\p{{L}}\p{{N}}]\p{{M}}*)+",
             r"(?<=[\p{N})]\s?)-(?=\s?[\p{N}(])",  # the minus of 5 - 3
             # One symbol: an operator (5 + 3 differs from 5 * 3), a currency, or an emoji with its modifiers.
             r"[\p{Sm}\p{Sc}\p{So}*/%&#@](?:[\p{M}\U0001f3fb-\U0001f3ff]|\u200d\p{So})*",
