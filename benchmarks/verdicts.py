@@ -171,7 +171,7 @@ def tables(results: dict[str, Any]) -> str:
     for cell in results["simulation"]:
         shares = " | ".join(f"{share:.0%}" for share in cell["significant"].values())
         lines.append(f"| {cell['seeds']} | {cell['runs']} | {cell['prompts']:,} | {cell['coverage']:.1%} | {shares} |")
-    lines += ["", "| change | difference in test loss of seeds 42, 1, 2 | standard deviation |", "|---" * 3 + "|"]
+    lines += ["", "| change | difference in test loss, by seed | standard deviation |", "|---" * 3 + "|"]
     for name, found in results["changes"].items():
         change = ", ".join(change for change in EXPERIMENTS[name] if "replicate" not in change)
         listed = ", ".join(f"{value:+.4f}".replace("-", "−") for value in found["differences"].values())
