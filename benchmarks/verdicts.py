@@ -205,7 +205,8 @@ def draw(results: dict[str, Any]) -> bytes:
     for kind, low, high, target in (("coverage", 0.88, 1.0, 0.95), ("false alarms", 0.0, 0.12, 0.05)):
         scale = {"domain": [low, high]}
         y = {"field": "share", "type": "quantitative", "scale": scale, "title": kind, "axis": {"format": "%"}}
-        x = {"field": "prompts", "type": "quantitative", "scale": {"type": "log"}, "title": "test prompts"}
+        x_scale = {"type": "log", "domain": [40, 1200]}
+        x = {"field": "prompts", "type": "quantitative", "scale": x_scale, "title": "test prompts"}
         lines = {
             "mark": {"type": "line", "point": True},
             "encoding": {

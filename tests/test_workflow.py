@@ -295,7 +295,7 @@ def test_missing_lock_means_that_no_stage_ran(clone: Path) -> None:
     ("change", "message"),
     [
         (append("dvc.lock", "<<<<<<< HEAD\n"), "unable to read: 'dvc.lock', YAML file structure is corrupted"),
-        (delete("params.yaml"), "Could not find 'dataset_file'"),
+        (delete("params.yaml"), "Could not find 'replicate_seeds'"),
         (delete("dvc.yaml"), "dvc.yaml is missing or has no stages; restore it with git"),
         (append("dvc.yaml", "unknown: 1\n"), "'./dvc.yaml' validation failed"),
     ],
