@@ -309,8 +309,16 @@ def test_damaged_file_is_named_with_its_revision(folder: Path) -> None:
     assert "error: metrics/evaluate/tuned.json of workspace: can't be read: Expecting property name" in output
 
 
-@pytest.mark.parametrize("name", ["dvc.lock", "params.yaml", "dvc.yaml", "metrics/curve.csv"])
-@pytest.mark.parametrize("is_committed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "is_committed"),
+    [
+        ("dvc.lock", False),
+        ("params.yaml", False),
+        ("dvc.yaml", False),
+        ("metrics/curve.csv", False),
+        ("dvc.lock", True),
+    ],
+)
 def test_conflict_markers_are_reported_with_file_and_revision(folder: Path, name: str, is_committed: bool) -> None:
     path = Path(name)
     path.write_text(f"<<<<<<< HEAD\n{path.read_text()}=======\n{path.read_text()}>>>>>>> other\n")
