@@ -19,7 +19,7 @@ import vl_convert
 from review.revisions import Revision
 from review.runs import RevisionRuns, find_runs, read_runs
 from review.statistics import SIGNIFICANCE, Runs, compare
-from review.verdicts import compare_runs
+from review.verdicts import compare_runs, metric_runs, signed
 from stages.evaluate import METRICS
 from stages.runtime.files import write_json
 from stages.runtime.run import run
@@ -118,7 +118,7 @@ def simulated_review(
 
 
 def loss(table: pd.DataFrame) -> float:
-    return float((table["loss"] * table["tokens"]).sum() / table["tokens"].sum())
+    return float(LOSS.sums(table).sum() / LOSS.counts(table).sum())
 
 
 def paired_noise(before: dict[int, pd.DataFrame], after: dict[int, pd.DataFrame]) -> dict[str, Any]:
@@ -127,13 +127,9 @@ def paired_noise(before: dict[int, pd.DataFrame], after: dict[int, pd.DataFrame]
     prompts, residual: standard deviations of the differences between prompts, and of what neither explains.
     """
     common = next(iter(before.values())).index.intersection(next(iter(after.values())).index)
-    sides = []
-    for tables in (before, after):
-        rows = [tables[seed].loc[common] for seed in after]
-        sides.append(
-            Runs(list(after), *(np.array([cells(one) for one in rows], float) for cells in (LOSS.sums, LOSS.counts)))
-        )
-    found = compare(sides[0], sides[1], np.arange(len(common)))
+    sides = [{seed: tables[seed].loc[common] for seed in after} for tables in (before, after)]
+    cells, _ = metric_runs(LOSS, sides, ("before", "after"))
+    found = compare(cells[0], cells[1], np.arange(len(common)))
     return {
         "differences": {str(seed): value for seed, value in found.by_seed.items()},
         "paired": float(np.std(list(found.by_seed.values()), ddof=1)),
@@ -174,7 +170,7 @@ def tables(results: dict[str, Any]) -> str:
     lines += ["", "| change | difference in test loss, by seed | standard deviation |", "|---" * 3 + "|"]
     for name, found in results["changes"].items():
         change = ", ".join(change for change in EXPERIMENTS[name] if "replicate" not in change)
-        listed = ", ".join(f"{value:+.4f}".replace("-", "−") for value in found["differences"].values())
+        listed = ", ".join(map(signed, found["differences"].values()))
         lines.append(f"| `{change}` | {listed} | {found['paired']:.4f} |")
     losses = ", ".join(f"{value:.4f}" for value in results["test_losses"].values())
     deviation = np.std(list(results["test_losses"].values()), ddof=1)

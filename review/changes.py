@@ -9,7 +9,7 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from review.data_changes import TEST, DataChanges, without_template
-from review.revisions import Revision
+from review.revisions import Revision, hashes
 from review.runs import METRICS_FILE
 from stages.evaluate import METRICS
 
@@ -107,22 +107,13 @@ def stages_that_ran(before: Mapping[str, Any], after: Mapping[str, Any]) -> list
             for change in find_changes(flatten(old.get("params", {})), flatten(new.get("params", {})))
         ]
         deps, outs = (
-            [change.name for change in find_changes(_hashes(old.get(kind, [])), _hashes(new.get(kind, [])))]
+            [change.name for change in find_changes(hashes(old.get(kind, [])), hashes(new.get(kind, [])))]
             for kind in ("deps", "outs")
         )
         changed_inputs = (["its command"] if old["cmd"] != new["cmd"] else []) + params + deps
         if changed_inputs or outs:
             found.append(StageRun(name, changed_inputs, outs))
     return found
-
-
-def _hashes(entries: list[dict[str, Any]]) -> dict[str, str]:
-    return {entry["path"]: entry["md5"] for entry in entries}
-
-
-def output_hashes(lock: Mapping[str, Any]) -> dict[str, str]:
-    """The MD5 of each output in a `dvc.lock` file."""
-    return {path: md5 for stage in lock.get("stages", {}).values() for path, md5 in _hashes(stage["outs"]).items()}
 
 
 def changed_samples(before: Revision, after: Revision) -> list[Change]:

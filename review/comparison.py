@@ -11,11 +11,10 @@ from review.changes import (
     changed_samples,
     find_changes,
     most_changed_examples,
-    output_hashes,
     stages_that_ran,
 )
 from review.data_changes import DataChanges, changed_data
-from review.revisions import Revision
+from review.revisions import Revision, output_hashes
 from review.verdicts import MetricResult, compare_predictions
 
 

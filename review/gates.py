@@ -14,7 +14,6 @@ from stages.evaluate import METRICS
 from stages.runtime.errors import UserError
 from stages.runtime.yaml12 import YAMLError, parse_yaml
 
-NOT_COUNTED = "applies to no test example"
 GATES = Path("gates.yaml")
 Bound = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -74,18 +73,22 @@ def check_gate(name: str, gate: Gate, comparison: Comparison) -> Iterator[GateRe
     """Check the conditions on one metric; a bound fails if the metric was not measured."""
     metrics = comparison.after.read_json(METRICS_FILE)
     value = metrics.get(name)
-    if isinstance(value, int | float):
-        found = f"{value:.4g}"
-    elif name in metrics and value is None:
-        found = NOT_COUNTED
+    number = value if isinstance(value, int | float) else None
+    applies_to_none = name in metrics and value is None  # such as stop_rate if no reference fits into max_new_tokens
+    if number is not None:
+        found = f"{number:.4g}"
+    elif applies_to_none:
+        found = "applies to no test example"
     else:
         found = f"{METRICS_FILE} of {comparison.after.name} has no value; `dvc repro` writes it"
-        value = None
-    is_empty = found == NOT_COUNTED  # such as stop_rate if no reference fits into max_new_tokens
     if gate.min is not None:
-        yield GateResult(f"{name} at least {gate.min:g}", is_empty or (value is not None and value >= gate.min), found)
+        yield GateResult(
+            f"{name} at least {gate.min:g}", applies_to_none or (number is not None and number >= gate.min), found
+        )
     if gate.max is not None:
-        yield GateResult(f"{name} at most {gate.max:g}", is_empty or (value is not None and value <= gate.max), found)
+        yield GateResult(
+            f"{name} at most {gate.max:g}", applies_to_none or (number is not None and number <= gate.max), found
+        )
     if gate.not_worse_by is not None:
         yield check_not_worse_by(name, gate.not_worse_by, comparison)
 

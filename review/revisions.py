@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -86,3 +87,14 @@ class Revision:
     def metrics_files(self) -> list[str]:
         """The JSON files in metrics/ of this revision."""
         return sorted(path for path in self._files.find("metrics") if path.endswith(".json"))
+
+
+def hashes(entries: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """The MD5 of each dependency or output in a list of `dvc.lock`; empty if it has none."""
+    return {entry["path"]: entry.get("md5", "") for entry in entries}
+
+
+def output_hashes(lock: Mapping[str, Any]) -> dict[str, str]:
+    """The MD5 of each output in a `dvc.lock` file."""
+    stages = (lock.get("stages") or {}).values()
+    return {path: md5 for stage in stages for path, md5 in hashes(stage.get("outs", [])).items()}

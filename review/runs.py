@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from review.revisions import Revision
+from review.revisions import Revision, hashes, output_hashes
 
 PREDICTIONS, METRICS_FILE = "data/predictions/tuned.parquet", "metrics/evaluate/tuned.json"
 REPLICATE = "data/predictions/replicates/{seed}.parquet"
@@ -34,10 +34,11 @@ def find_runs(revision: Revision) -> RevisionRuns:
     A replicate counts only if it had the same inputs and parameters as the model; otherwise it is a run of another
     configuration, left from before a change.
     """
-    params, stages = revision.read_yaml("params.yaml"), revision.read_yaml("dvc.lock").get("stages") or {}
+    params, lock = revision.read_yaml("params.yaml"), revision.read_yaml("dvc.lock")
+    stages, outputs = lock.get("stages") or {}, output_hashes(lock)
     train, evaluate = (stages.get(name, {}) for name in ("train", "evaluate@tuned"))
     runs, seed = RevisionRuns(), train_seed(train, params)
-    runs.paths[seed], runs.hashes[seed] = PREDICTIONS, output_hash(evaluate, PREDICTIONS)
+    runs.paths[seed], runs.hashes[seed] = PREDICTIONS, outputs.get(PREDICTIONS, "")
     expected = _inputs(train) | _inputs(evaluate)
     seeds = params.get("replicate_seeds") or []
     for seed in seeds if isinstance(seeds, list) else [seeds]:
@@ -57,7 +58,7 @@ def find_runs(revision: Revision) -> RevisionRuns:
                 f"model ({', '.join(differing)}); `dvc repro` runs it again."
             )
         else:
-            runs.paths[seed], runs.hashes[seed] = path, output_hash(replicate, path)
+            runs.paths[seed], runs.hashes[seed] = path, outputs.get(path, "")
     return runs
 
 
@@ -92,15 +93,10 @@ def find_problem(table: pd.DataFrame) -> str | None:
     return None if len(table) else "it has no examples"
 
 
-def output_hash(stage: Mapping[str, Any], path: str) -> str:
-    """The MD5 of an output of a stage in `dvc.lock`; empty if it has no such output."""
-    return next((str(out["md5"]) for out in stage.get("outs", []) if out["path"] == path), "")
-
-
 def _inputs(stage: Mapping[str, Any]) -> dict[str, Any]:
     """Hashes and parameters on which a stage depends, except its model, which a replicate does not have."""
-    hashes = {dep["path"]: dep.get("md5") for dep in stage.get("deps", []) if dep["path"] != "models/tuned"}
-    return {name: value for name, value in {**_params(stage), **hashes}.items() if name != "seed"}
+    inputs = _params(stage) | hashes(stage.get("deps", []))
+    return {name: value for name, value in inputs.items() if name not in ("seed", "models/tuned")}
 
 
 def _params(stage: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ Learning Benchmarks (https://arxiv.org/abs/2103.03098); Miller 2024, Adding Erro
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -152,14 +153,14 @@ class Difference:
             return None
         return "paired" if self.variances.is_paired else "pooled"
 
-    @property
+    @cached_property
     def prompts_needed(self) -> int | None:
         """How many prompts it takes to detect the observed difference; None if prompts alone do not suffice."""
         current = self.variances.num_prompts
         numbers = (math.ceil(current * 1.1**power) for power in range(100))  # up to 12,500 times as many
         return next((n for n in numbers if self.variances.with_prompts(n).detectable <= abs(self.value)), None)
 
-    @property
+    @cached_property
     def runs_needed(self) -> int | None:
         """How many runs per side it takes to detect the observed difference; None if runs alone do not suffice."""
         if not self.variances.freedom:

@@ -64,14 +64,16 @@ def compare_predictions(before: Revision, after: Revision, margins: Mapping[str,
     """
     known = [side.read_json(METRICS_FILE) for side in (before, after)]
     runs = [find_runs(side) for side in (before, after)]
-    notes = [note for side in runs for note in side.notes]
+
+    def notes() -> list[str]:
+        return [note for side in runs for note in side.notes]
 
     def without_difference(verdict: str, *more: str) -> Results:
         first, second = known
         results = [
             MetricResult(metric, first.get(metric.name), second.get(metric.name), verdict=verdict) for metric in METRICS
         ]
-        return Results(results, [*notes, *more], [])
+        return Results(results, [*notes(), *more], [])
 
     if not all(known):
         missing = " and ".join(side.name for side, metrics in zip((before, after), known, strict=True) if not metrics)
@@ -81,10 +83,9 @@ def compare_predictions(before: Revision, after: Revision, margins: Mapping[str,
         return without_difference("the same", "Both revisions have bit-identical predictions on the test split.")
     for revision, side in zip((before, after), runs, strict=True):
         read_runs(revision, side)
-    notes = [note for side in runs for note in side.notes]
     if not all(side.tables for side in runs):
         return without_difference("not measured: no predictions; `dvc pull` gets them")
-    return compare_runs(runs[0], runs[1], (before.name, after.name), margins, notes)
+    return compare_runs(runs[0], runs[1], (before.name, after.name), margins, notes())
 
 
 def compare_runs(

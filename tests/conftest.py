@@ -5,8 +5,10 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from filelock import FileLock
 
@@ -154,3 +156,24 @@ def example(prompt: list[int], response: list[int], example_id: str = "x") -> Ex
     """An example with literal token ids; the response includes its EOS token."""
     ids = np.array(prompt + response, np.int32)
     return Example(example_id, ids, np.array([-100] * len(prompt) + response, np.int32))
+
+
+def predictions(losses: Any, **columns: Any) -> pd.DataFrame:
+    """Predictions with these losses, and other columns with these values or the same value in each row."""
+    numbers = range(len(losses))
+    values = {
+        "example_id": [f"id{n}" for n in numbers],
+        "prompt_id": [f"p{n}" for n in numbers],
+        "slice": "all",
+        "loss": losses,
+        "tokens": 10,
+        "correct_tokens": 5,
+        "answer": [f"answer {n}" for n in numbers],
+        "answer_tokens": 8,
+        "stopped": True,
+        "reference_fits": True,
+        "exact_match": False,
+        "rouge_l": 0.5,
+        "repetition": 0.0,
+    }
+    return pd.DataFrame(values | columns)

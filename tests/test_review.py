@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +18,7 @@ from stages.data.alpaca import render_alpaca
 from stages.data.tables import write_parquet
 from stages.evaluate import PREDICTIONS_SCHEMA, compute_metrics
 from tests.clone import ROOT, commit, run
+from tests.conftest import predictions
 
 pytestmark = pytest.mark.subprocess
 NUM = 100
@@ -54,25 +54,9 @@ def write_revision(
         seeds: of the replicates, whose losses differ by `NOISE`.
         changes: other values of columns of the predictions, as lists.
     """
-    ids = [f"id{n}" for n in range(len(losses))]
-    columns: dict[str, Any] = {
-        "example_id": ids,
-        "prompt_id": ids,
-        "slice": "all",
-        "loss": losses,
-        "tokens": 10,
-        "correct_tokens": 5,
-        "answer": [f"answer {n}" for n in range(len(losses))],
-        "answer_tokens": 8,
-        "stopped": True,
-        "reference_fits": True,
-        "exact_match": False,
-        "rouge_l": 0.5,
-        "repetition": 0.0,
-    }
-    rows = pd.DataFrame(columns | changes)
+    rows = predictions(losses, **changes)
     texts = rows[["example_id", "prompt_id", "slice"]].assign(response="r", source="a.jsonl")
-    texts["prompt"] = [render_alpaca(f"Say {example_id}.") for example_id in ids]
+    texts["prompt"] = [render_alpaca(f"Say {example_id}.") for example_id in rows["example_id"]]
     for path in ("data/predictions/replicates", "metrics/evaluate", "metrics/samples"):
         (folder / path).mkdir(parents=True, exist_ok=True)
     write_parquet(folder / PREDICTIONS, rows.to_dict("records"), PREDICTIONS_SCHEMA)

@@ -9,6 +9,7 @@ import pytest
 
 from review.runs import RevisionRuns, find_problem, find_runs
 from review.verdicts import Results, compare_runs, describe_difference
+from tests.conftest import predictions
 
 NUM = 100
 LOSSES = np.linspace(1, 3, NUM)
@@ -18,23 +19,7 @@ MARGINS = {"loss": 0.05}
 
 
 def table(losses: Any = LOSSES, **columns: Any) -> pd.DataFrame:
-    """Predictions with these losses and other columns."""
-    values = {
-        "example_id": [f"id{n}" for n in range(len(losses))],
-        "prompt_id": [f"p{n}" for n in range(len(losses))],
-        "slice": "a",
-        "loss": losses,
-        "tokens": 10,
-        "correct_tokens": 5,
-        "answer": "yes",
-        "answer_tokens": 8,
-        "stopped": True,
-        "reference_fits": True,
-        "exact_match": False,
-        "rouge_l": 0.5,
-        "repetition": 0.0,
-    }
-    return pd.DataFrame(values | columns).set_index("example_id", drop=False)
+    return predictions(losses, **columns).set_index("example_id", drop=False)
 
 
 def side(change: Any = 0.0, seeds: tuple[int, ...] = (42,), shift: float = 0.0, **columns: Any) -> RevisionRuns:
@@ -225,7 +210,7 @@ def test_old_predictions_without_prompts_and_slices_are_compared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("predictions", "expected"),
+    ("found", "expected"),
     [
         (table(), None),
         (table().drop(columns="example_id"), "it has no column example_id"),
@@ -234,5 +219,5 @@ def test_old_predictions_without_prompts_and_slices_are_compared() -> None:
         (table().head(0), "it has no examples"),
     ],
 )
-def test_table_that_can_not_be_predictions_is_recognized(predictions: pd.DataFrame, expected: str | None) -> None:
-    assert find_problem(predictions) == expected
+def test_table_that_can_not_be_predictions_is_recognized(found: pd.DataFrame, expected: str | None) -> None:
+    assert find_problem(found) == expected
