@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -29,6 +30,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, ran: Path, fast_stages: None
     status = "Queued"
     while re.search("Queued|Running", status):
         devices |= worker_devices(clone)
+        time.sleep(1)  # `dvc queue status` would take a core from the workers
         status = run(clone, "dvc", "queue", "status").stdout
     (clone / "devices").write_text(" ".join(sorted(devices)))
     run(clone, "dvc", "queue", "stop")
