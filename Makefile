@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 pytest --numprocesses $(shell $(PYTHON) -c 'import o
 	--dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help repro review chat export test test-fast lint check-lock audit chaos clean bench scaling verdicts
+.PHONY: help repro review chat export test test-fast lint check-lock audit chaos architectures clean bench scaling verdicts
 # `make review` compares BASE with REV; each is a branch, a commit, an experiment or the workspace.
 BASE ?= main
 REV ?= workspace
@@ -53,6 +53,9 @@ audit: $(INSTALLED)  ## check for known vulnerabilities and secrets
 
 chaos: $(INSTALLED)  ## kill the pipeline at 100 random moments and check that nothing is lost (10 min)
 	python -m tests.chaos
+
+architectures: $(INSTALLED)  ## compare every architecture in transformers with the plain model (10 min)
+	python -m tests.architectures
 
 clean: $(INSTALLED)  ## delete checkpoints and leftovers of killed runs; results are kept
 	python -m tools.clean

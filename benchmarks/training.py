@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.memory import peak_memory
 from stages.data.examples import IGNORE_INDEX, Example
-from stages.engine.batches import PackedBatches, shuffled_batches
+from stages.engine.batches import Limits, PackedBatches, shuffled_batches
 from stages.runtime.params import TrainParams
 
 BASE, TOKENIZER = Path("models/base").absolute(), Path("models/tokenizer").absolute()
@@ -216,7 +216,10 @@ def measure(
         "real_tokens": [sum(len(example.input_ids) for example in batch) for batch in batches],
         # Without padding and repeated prefixes.
         "distinct_tokens": [
-            sum(micro_batch.inputs["input_ids"].numel() for micro_batch in PackedBatches(2**31).micro_batches(batch))
+            sum(
+                micro_batch.inputs["input_ids"].numel()
+                for micro_batch in PackedBatches(Limits(2**31, 2**31)).micro_batches(batch)
+            )
             for batch in batches
         ],
         "supervised_tokens": [sum(example.num_supervised for example in batch) for batch in batches],

@@ -133,20 +133,20 @@ def predict(folder: Path, params: EvaluateParams) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    from stages.engine.decoding import generate_answers
-    from stages.engine.loss import choose_batches
+    from stages.engine.decoding import generate_answers, generation_settings
     from stages.engine.models import autocast, load_model
+    from stages.engine.probe import choose_batches
 
     examples = read_split(TEST)
     test = read_table(TEST, ["example_id", "prompt_id", "slice", "response"]).to_pandas()
     model, tokenizer = load_model(folder).eval(), load_tokenizer()
-    batches, reason = choose_batches(model, examples, TOKENS_PER_MICRO_BATCH)
-    print(f"Engine: {reason}", flush=True)
+    batches, messages = choose_batches(model, examples, TOKENS_PER_MICRO_BATCH)
+    print(*messages, sep="\n", flush=True)
     prompts = [example.input_ids[: example.last_response].tolist() for example in examples]
-    eos_token_id = load_template(params.template, tokenizer).eos_token_id
+    settings = generation_settings(load_template(params.template, tokenizer).eos_token_id, params.max_new_tokens)
     with autocast(params.precision, model.device):
         scores = score_tokens(model, batches, examples)
-        answers = generate_answers(model, tokenizer, prompts, eos_token_id, params.max_new_tokens)
+        answers = generate_answers(model, tokenizer, prompts, settings)
     rows = [
         {
             "loss": score.loss_sum / score.num_tokens,
@@ -192,7 +192,7 @@ def score_tokens(model: "PreTrainedModel", batches: "Batches", examples: list[Ex
             lengths = [example.num_supervised for example in batch.examples]
             result = token_losses(model, batch)
             parts = zip(
-                batch.examples, result.losses.double().split(lengths), result.correct.split(lengths), strict=True
+                batch.examples, result.losses.cpu().double().split(lengths), result.correct.split(lengths), strict=True
             )
             for example, losses, correct in parts:
                 scores[example.example_id] = Score(losses.sum().item(), len(losses), int(correct.sum()))

@@ -23,26 +23,19 @@ def main() -> None:
 
     from transformers import set_seed
 
-    from stages.engine.decoding import generate_answers
+    from stages.engine.decoding import generate_answers, generation_settings
     from stages.engine.models import autocast, check_context_length, load_model
 
     model, tokenizer = load_model(Path("models") / name).eval(), load_tokenizer()
     template = load_template(params.template, tokenizer)
     prompts = template.encode_prompts(params.sample_prompts)
-    check_context_length(model, max(map(len, prompts)), "sample_prompts")
+    check_context_length(model, max(map(len, prompts)), "the longest of sample_prompts")
     set_seed(params.seed)
+    settings = generation_settings(template.eos_token_id, params.max_new_tokens, params.temperature, params.top_p)
     with autocast(params.precision, model.device):
-        answers = generate_answers(
-            model,
-            tokenizer,
-            prompts,
-            template.eos_token_id,
-            params.max_new_tokens,
-            params.temperature,
-            params.top_p,
-        )
-    settings = f"temperature {params.temperature:g}, top_p {params.top_p:g}, seed {params.seed}"
-    parts = [f"# Answers of the {name} model\n\nAt most {params.max_new_tokens} tokens, {settings}.\n"]
+        answers = generate_answers(model, tokenizer, prompts, settings)
+    shown = f"temperature {params.temperature:g}, top_p {params.top_p:g}, seed {params.seed}"
+    parts = [f"# Answers of the {name} model\n\nAt most {params.max_new_tokens} tokens, {shown}.\n"]
     for instruction, answer in zip(params.sample_prompts, answers, strict=True):
         end = "" if answer.stopped else f"\n*(cut at {answer.num_tokens} tokens)*\n"
         parts.append(f"## {heading(instruction)}\n\n{block(answer.text)}\n{end}")
@@ -50,7 +43,7 @@ def main() -> None:
     write_text(path, "\n".join(parts))
     stopped = sum(answer.stopped for answer in answers)
     summary(
-        {"model": name, "answers": f"{len(answers):,}, of which {stopped:,} ended with EOS; {settings}"},
+        {"model": name, "answers": f"{len(answers):,}, of which {stopped:,} ended with EOS; {shown}"},
         wrote=[path],
         then="make chat",
     )

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from stages.engine.engine import Engine
     from stages.engine.training_log import TrainingLog
 
+# Parameters that may differ when a run is resumed: any number of processes can read its checkpoints.
+RESUMABLE = {"launcher", "logging_steps", "save_steps"}
 TUNED, METRICS, CURVE = Path("models/tuned"), Path("metrics/train.json"), Path("metrics/curve.csv")
 
 
@@ -62,10 +64,10 @@ def train_model(params: TrainParams, tuned: Path, curve: Path | None = None) -> 
     from stages.runtime.environment import environment
 
     context = init_distributed()
-    run_environment = environment(context.device, str(context) if context.world_size > 1 else None)
+    run_environment = environment(context.device)
     with ExitStack() as stack:
         # The main process locks the folder of the run; the other ranks only read it.
-        open_run = Checkpoints.open_run("train", params.model_dump(), run_environment)
+        open_run = Checkpoints.open_run("train", params.model_dump(exclude=RESUMABLE), run_environment)
         folder = context.broadcast_from_main(lambda: stack.enter_context(open_run).folder)
         checkpoints = Checkpoints(folder, read_only=not context.is_main_process)
         engine = Engine.load(params, [*train, *validation], num_steps, context)
@@ -78,6 +80,8 @@ def train_model(params: TrainParams, tuned: Path, curve: Path | None = None) -> 
         if context.is_main_process:
             save_tuned(engine, metrics, checkpoints, tuned)
     context.shutdown()
+    if context.world_size > 1:
+        run_environment["processes"] = str(context)
     return {**metrics, "environment": run_environment} if context.is_main_process else None
 
 

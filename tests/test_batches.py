@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.engine.batches import PackedBatches, PaddedBatches, shuffled_batches
+from stages.engine.batches import Limits, PackedBatches, PaddedBatches, shuffled_batches
 from tests.conftest import example
 
 FIRST = example([5, 6, 7], [8, 2])
@@ -11,56 +11,56 @@ SECOND = example([5, 6, 9], [1, 3, 2])
 
 
 def test_packed_batch_has_the_shared_prefix_once() -> None:
-    batch = PackedBatches(100).collate([[FIRST, SECOND]])
+    batch = PackedBatches(Limits(100, 1000)).collate([[FIRST, SECOND]])
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 3]]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4]]
-    assert batch.target_positions.tolist() == [2, 3, 4, 5, 6]
-    assert batch.targets.tolist() == [8, 2, 1, 3, 2]
+    assert batch.columns.tolist() == [2, 3, 4, 5, 6]
+    assert batch.labels.tolist() == [[8, 2, 1, 3, 2]]
 
 
 def test_packed_batch_without_sharing_concatenates_the_examples() -> None:
-    batch = PackedBatches(100, share_prefix=False).collate([[FIRST, SECOND]])
+    batch = PackedBatches(Limits(100, 1000), share_prefix=False).collate([[FIRST, SECOND]])
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 5, 6, 9, 1, 3]]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4]]
-    assert batch.target_positions.tolist() == [2, 3, 6, 7, 8]
+    assert batch.columns.tolist() == [2, 3, 6, 7, 8]
 
 
 def test_last_prompt_token_is_not_shared_because_it_predicts_the_response() -> None:
-    batch = PackedBatches(100).collate([[example([5, 6], [8, 2]), example([5, 6], [9, 2])]])
+    batch = PackedBatches(Limits(100, 1000)).collate([[example([5, 6], [8, 2]), example([5, 6], [9, 2])]])
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 8, 6, 9]]
-    assert batch.target_positions.tolist() == [1, 2, 3, 4]
+    assert batch.columns.tolist() == [1, 2, 3, 4]
 
 
 def test_packed_batch_concatenates_groups() -> None:
-    batch = PackedBatches(100).collate([[FIRST, SECOND], [example([9, 9], [4])]])
+    batch = PackedBatches(Limits(100, 1000)).collate([[FIRST, SECOND], [example([9, 9], [4])]])
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 3, 9, 9]]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1]]
-    assert batch.target_positions.tolist() == [2, 3, 4, 5, 6, 8]
-    assert batch.targets.tolist() == [8, 2, 1, 3, 2, 4]
+    assert batch.columns.tolist() == [2, 3, 4, 5, 6, 8]
+    assert batch.labels.tolist() == [[8, 2, 1, 3, 2, 4]]
 
 
 def test_padded_batch_targets_only_supervised_tokens() -> None:
-    batch = PaddedBatches(100).collate([FIRST, SECOND])
+    batch = PaddedBatches(Limits(100, 1000)).collate([FIRST, SECOND])
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 2, 0], [5, 6, 9, 1, 3, 2]]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
-    assert batch.target_positions.tolist() == [2, 3, 8, 9, 10]
-    assert batch.targets.tolist() == [8, 2, 1, 3, 2]
+    assert batch.columns.tolist() == [2, 3, 4]
+    assert batch.labels.tolist() == [[8, 2, -100], [1, 3, 2]]
 
 
 def test_examples_with_different_prefixes_are_in_different_groups() -> None:
     alike = [example([1] * 20 + [i], [2]) for i in range(3)]
     other = [example([9] * 20 + [i], [2]) for i in range(3)]
     mixed = [alike[0], other[0], alike[1], other[1], alike[2], other[2]]
-    (batch,) = PackedBatches(1000).micro_batches(mixed)
+    (batch,) = PackedBatches(Limits(1000, 1000)).micro_batches(mixed)
     assert batch.inputs["input_ids"].tolist() == [[1] * 20 + [0, 1, 2] + [9] * 20 + [0, 1, 2]]
-    assert [len(batch.examples) for batch in PackedBatches(27).micro_batches(mixed)] == [3, 3]
+    assert [len(batch.examples) for batch in PackedBatches(Limits(27, 1000)).micro_batches(mixed)] == [3, 3]
 
 
 def test_micro_batches_do_not_exceed_the_token_limit() -> None:
     examples = [example([1, i], [2, 3]) for i in range(5)]
-    assert [len(batch.examples) for batch in PaddedBatches(8).micro_batches(examples)] == [2, 2, 1]
-    assert [len(batch.examples) for batch in PackedBatches(7).micro_batches(examples)] == [2, 2, 1]
-    assert [len(batch.examples) for batch in PaddedBatches(1).micro_batches(examples)] == [1, 1, 1, 1, 1]
+    assert [len(batch.examples) for batch in PaddedBatches(Limits(8, 1000)).micro_batches(examples)] == [2, 2, 1]
+    assert [len(batch.examples) for batch in PackedBatches(Limits(7, 1000)).micro_batches(examples)] == [2, 2, 1]
+    assert [len(batch.examples) for batch in PaddedBatches(Limits(1, 1000)).micro_batches(examples)] == [1, 1, 1, 1, 1]
 
 
 def test_last_effective_batch_of_an_epoch_is_smaller_and_kept() -> None:
@@ -98,9 +98,14 @@ def test_every_supervised_token_is_in_exactly_one_micro_batch(
 ) -> None:
     examples = [example(prompt, response, str(i)) for i, (prompt, response) in enumerate(pairs)]
     expected = sorted(token for _, response in pairs for token in response)
-    for batches in (PackedBatches(limit), PackedBatches(limit, share_prefix=False), PaddedBatches(limit)):
+    for batches in (
+        PackedBatches(Limits(limit, limit)),
+        PackedBatches(Limits(limit, limit), share_prefix=False),
+        PaddedBatches(Limits(limit, limit)),
+    ):
         found = list(batches.micro_batches(examples))
         assert sorted(e.example_id for batch in found for e in batch.examples) == sorted(map(str, range(len(pairs))))
-        assert sorted(token for batch in found for token in batch.targets.tolist()) == expected
+        labels = [batch.labels for batch in found]
+        assert sorted(token for one in labels for token in one[one != -100].tolist()) == expected
         for batch in found:
-            assert len(batch.target_positions) == len(batch.targets)
+            assert batch.labels.shape[1] == len(batch.columns)

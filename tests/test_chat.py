@@ -6,9 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from stages.data.chat_template import ChatTemplate
-from stages.data.templates import select_template
+from stages.data.masking import load_tokenizer
+from stages.data.templates import load_template, select_template
 from tests.clone import ROOT, edit
 from tools import chat
 
@@ -26,7 +29,8 @@ def chat_with(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *lines: str
 ) -> list[tuple[str, str]]:
     """Enter these lines; returns the model that each input prompt names, and the text printed after it."""
-    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    typed = "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
     capsys.readouterr()
     chat.main()
     _, *parts = re.split(r"(tuned|base)> ", capsys.readouterr().out)
@@ -88,9 +92,32 @@ def test_a_question_longer_than_the_context_does_not_end_the_chat(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     printed = chat_with(monkeypatch, capsys, "color " * 600, "/quit")
-    assert "the question: found" in printed[0][1]
+    assert "the conversation (/new clears it): found" in printed[0][1]
     assert "this model has 512 positions" in printed[0][1]
     assert printed[1] == ("tuned", "")
+
+
+def test_an_answer_ends_when_the_context_is_full_and_the_chat_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "models/tuned")
+    edit(folder, max_new_tokens="64")
+    question = "\N{GREEK CAPITAL LETTER OMEGA}" * 104
+    (prompt,) = load_template("alpaca", load_tokenizer()).encode_prompts([question])
+    assert len(prompt) == 238
+    printed = chat_with(monkeypatch, capsys, question, "Still there?", "/quit")
+    assert 0 < len(printed[0][1].removesuffix("\n")) <= 19  # bytes; positions 238 to 255, and a last token
+    assert [name for name, _ in printed] == ["tuned", "tuned", "tuned"]
+
+
+def test_a_line_that_is_not_utf8_is_reported_and_the_chat_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = chat_with(monkeypatch, capsys, "Name a color.", "caf\udcc3", "/tuned", "/quit")
+    assert printed[1] == ("tuned", "this line is not valid UTF-8 and was ignored; enter it again\n")
+    assert printed[2] == printed[0]  # the last question, repeated
 
 
 def test_an_answer_cannot_control_the_terminal(

@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from stages import train
 from stages.data.examples import read_split
-from stages.engine.batches import PackedBatches, PaddedBatches, partition_by_cost, shuffled_batches
+from stages.engine.batches import Limits, PackedBatches, PaddedBatches, partition_by_cost, shuffled_batches
+from stages.engine.checkpoints import Checkpoints
 from stages.engine.distributed import DistributedContext
 from stages.engine.models import load_model
 from tests.clone import copy_clone, edit, environment
@@ -30,7 +33,8 @@ pytestmark = [pytest.mark.subprocess, pytest.mark.usefixtures("fast_stages")]
 
 TORCHRUN = "torchrun --standalone --nproc-per-node 2"
 ACCELERATE = "accelerate launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+LIMITS = Limits(100, 100)
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false"}
 
 
 def launch(launcher: str, **env: str) -> subprocess.Popen[str]:
@@ -64,6 +68,16 @@ def kill_after_a_checkpoint(launcher: str, **env: str) -> None:
             os.kill(child, signal.SIGKILL)
 
 
+def interrupt_after(save: Callable[..., None]) -> Callable[..., None]:
+    """Save a checkpoint, then interrupt the run."""
+
+    def save_and_interrupt(*args: object) -> None:
+        save(*args)
+        raise KeyboardInterrupt
+
+    return save_and_interrupt
+
+
 def workers() -> list[int]:
     """The processes in this folder; a launcher starts each in its own session."""
     here, found = Path.cwd(), []
@@ -83,15 +97,21 @@ def curve(column: str) -> list[float]:
 
 @pytest.mark.usefixtures("training_inputs")
 @pytest.mark.parametrize(
-    ("launcher", "env", "finetuning", "is_killed", "processes"),
+    ("launcher", "env", "finetuning", "killed", "processes"),
     [
-        (TORCHRUN, {}, "full", True, "2 processes, weights replicated"),
-        (TORCHRUN, SHARDED, "full", False, "2 processes, weights sharded (FSDP2)"),
-        (f"{ACCELERATE} --use_fsdp --fsdp_version 2", {}, "lora", True, "2 processes, weights sharded (FSDP2)"),
+        (TORCHRUN, {}, "full", "one process", "2 processes, weights replicated"),
+        (TORCHRUN, SHARDED, "full", "", "2 processes, weights sharded (FSDP2)"),
+        (
+            f"{ACCELERATE} --use_fsdp --fsdp_version 2",
+            {},
+            "lora",
+            "two processes",
+            "2 processes, weights sharded (FSDP2)",
+        ),
     ],
 )
 def test_two_processes_train_like_one_also_after_a_kill(
-    launcher: str, env: dict[str, str], finetuning: str, is_killed: bool, processes: str
+    launcher: str, env: dict[str, str], finetuning: str, killed: str, processes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Batches of 7 examples, of which the last of an epoch has one: the second process has none. Micro-batches of 140
     # tokens: the processes differ in their number.
@@ -105,12 +125,16 @@ def test_two_processes_train_like_one_also_after_a_kill(
     for folder in (".scratch", "models/tuned", "metrics"):
         shutil.rmtree(folder)
 
-    if is_killed:
+    if killed == "one process":  # any number of processes can read a checkpoint
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Checkpoints, "save", interrupt_after(Checkpoints.save))
+            train.main()
+    elif killed:
         kill_after_a_checkpoint(launcher, **env)
     status, log = finish(launcher, **env)
     assert status == 0, log
     assert f"Launcher: {launcher}: {processes}\n" in log
-    assert log.count("Resuming from the checkpoint at step ") == is_killed  # only the main process prints
+    assert log.count("Resuming from the checkpoint at step ") == bool(killed)  # only the main process prints
     for name in columns:
         assert curve(name) == pytest.approx(expected[name], rel=1e-5), name
     found = load_file("models/tuned/model.safetensors")
@@ -147,15 +171,31 @@ def test_an_error_in_one_process_ends_all() -> None:
     assert not Path("models/tuned").exists()
 
 
+def test_weights_that_no_rank_uses_keep_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    used, used_elsewhere, unused = model = torch.nn.ParameterList(torch.zeros(2) for _ in range(3))
+    used.grad = torch.ones(2)
+
+    def all_reduce(tensor: torch.Tensor, *_: object, **__: object) -> Mock:
+        """With another rank that uses the first two weights; their gradients are 3."""
+        tensor += torch.tensor([0, 1, 0], dtype=torch.uint8) if tensor.dtype == torch.uint8 else 3
+        return Mock()
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    DistributedContext(torch.device("cpu"), world_size=2).all_reduce_gradients(model)  # type: ignore[arg-type]
+    assert used.grad.tolist() == [4, 4]
+    assert used_elsewhere.grad.tolist() == [3, 3]
+    assert unused.grad is None  # so AdamW does not decay it
+
+
 def test_examples_are_partitioned_by_cost() -> None:
     assert partition_by_cost([3, 9, 4, 1], 2) == [[1], [2, 0, 3]]
     assert partition_by_cost([5], 3) == [[0], [], []]
     assert partition_by_cost([1, 1, 1, 1], 2) == [[0, 2], [1, 3]]
     # A prefix common to all costs nothing because it is computed once.
     examples = [example([5, 6, 7, 8], [9, 2]), example([5, 6, 7, 10, 11], [2])]
-    assert PackedBatches(100).costs(examples) == [3, 3]
-    assert PackedBatches(100, share_prefix=False).costs(examples) == [6, 6]
-    assert PaddedBatches(100).costs(examples) == [6, 6]
+    assert PackedBatches(LIMITS).costs(examples) == [3, 3]
+    assert PackedBatches(LIMITS, share_prefix=False).costs(examples) == [6, 6]
+    assert PaddedBatches(LIMITS).costs(examples) == [6, 6]
 
 
 def test_all_ranks_together_have_the_whole_batch() -> None:
@@ -163,7 +203,7 @@ def test_all_ranks_together_have_the_whole_batch() -> None:
     parts = []
     for rank in range(3):
         context = DistributedContext(torch.device("cpu"), rank=rank, world_size=3)
-        micro_batches = list(context.micro_batches(PackedBatches(12), examples))
+        micro_batches = list(context.micro_batches(PackedBatches(Limits(12, 100)), examples))
         assert not any(is_padding_step for _, is_padding_step in micro_batches)
         parts.append([one.example_id for micro_batch, _ in micro_batches for one in micro_batch.examples])
     assert sorted((number for part in parts for number in part), key=int) == [str(n) for n in range(11)]

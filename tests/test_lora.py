@@ -1,6 +1,7 @@
 """LoRA: compared with plain `peft` in a textbook loop, on a tiny model."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,15 +16,16 @@ from stages import train
 from stages.data.examples import read_split
 from stages.engine.batches import shuffled_batches
 from stages.engine.lora import add_adapters, merge, save_adapter, store_frozen_in_bf16
-from stages.engine.loss import choose_batches
 from stages.engine.models import load_model
 from stages.engine.optimizer import trainable_parameters
+from stages.engine.probe import choose_batches
 from stages.runtime.errors import UserError
 from stages.runtime.params import TrainParams, load_params
 from tests.clone import edit
 from tests.test_loss import CONFIGS, make
 from tests.test_train import curve, interrupt_at
 from tests.textbook import textbook_steps
+from tests.tiny_models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("training_inputs")
 BASE, TUNED = Path("models/base"), Path("models/tuned")
@@ -147,6 +149,17 @@ def test_an_unknown_target_module_is_an_error_that_lists_the_linear_layers(name:
         f"lora_target_modules: found '{name}'; must be all-linear, or a list of this model's linear layers: "
         "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     )
+
+
+def test_a_layer_that_peft_does_not_support_is_an_error_that_names_the_parameter() -> None:
+    with pytest.raises(UserError) as error:
+        add_adapters(tiny_model("mamba"), edit_lora())
+    assert re.match(
+        r"lora_target_modules: peft can't adapt one of these layers: .* 'out_proj' is incomp", str(error.value)
+    )
+    assert str(error.value).endswith("must be a list without it, from: dt_proj, in_proj, out_proj, x_proj")
+    message = add_adapters(tiny_model("mamba"), edit_lora(lora_target_modules="[in_proj, x_proj]"))
+    assert message.startswith("LoRA of rank 4 on in_proj, x_proj: ")
 
 
 @pytest.mark.parametrize(("dropout", "shared"), [(0.0, True), (0.1, False)])

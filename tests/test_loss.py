@@ -1,5 +1,6 @@
 """Packed batches, padded batches and a textbook loop give the same losses and gradients."""
 
+import re
 from typing import Any
 
 import pytest
@@ -8,18 +9,21 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen3Config,
 )
 
 from stages.data.examples import Example
-from stages.engine import loss
-from stages.engine.batches import PackedBatches, PaddedBatches
-from stages.engine.loss import accumulate_gradient, choose_batches, token_losses
+from stages.engine.batches import Limits, PackedBatches, PaddedBatches
+from stages.engine.loss import summed_loss, token_losses
 from stages.engine.models import autocast
+from stages.engine.probe import choose_batches
+from stages.runtime.errors import UserError
 from tests.conftest import example
 
 SMALL: dict[str, Any] = {
@@ -59,7 +63,12 @@ EXAMPLES = [
 
 def make(config: PreTrainedConfig) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim >= 2:  # as far from 0 as trained weights; otherwise greedy answers repeat one token
+                weight.add_(0.15 * torch.randn_like(weight))
+    return model
 
 
 def textbook_losses(model: Any, examples: list[Example]) -> dict[str, list[float]]:
@@ -86,11 +95,11 @@ def test_every_code_path_gives_the_textbook_losses(name: str) -> None:
     model = make(CONFIGS[name]).eval()
     expected = textbook_losses(model, EXAMPLES)
     assert list(map(len, expected.values())) == [3, 2, 6, 2, 1]
-    padded = losses_by_example(model, PaddedBatches(30))
-    batches, reason = choose_batches(model, EXAMPLES, 30)
-    assert reason == "packed batches with shared prefixes"
+    padded = losses_by_example(model, PaddedBatches(Limits(30, 30)))
+    batches, messages = choose_batches(model, EXAMPLES, 30)
+    assert messages == ["Engine: packed batches with shared prefixes"]
     packed = losses_by_example(model, batches)
-    unshared = losses_by_example(model, PackedBatches(30, share_prefix=False))
+    unshared = losses_by_example(model, PackedBatches(Limits(30, 30), share_prefix=False))
     for key in expected:
         assert padded[key] == pytest.approx(expected[key], rel=1e-5)
         assert packed[key] == pytest.approx(expected[key], rel=1e-5)
@@ -101,7 +110,7 @@ def gradient(model: Any, batches: Any, precision: str = "fp32") -> torch.Tensor:
     model.zero_grad()
     for batch in batches.micro_batches(EXAMPLES):
         with autocast(precision, model.device):
-            accumulate_gradient(model, batch, 14)
+            (summed_loss(model, batch) / 14).backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
@@ -109,29 +118,28 @@ def gradient(model: Any, batches: Any, precision: str = "fp32") -> torch.Tensor:
 @pytest.mark.parametrize("batches", [PackedBatches, PaddedBatches])
 def test_gradient_does_not_depend_on_the_size_of_micro_batches(name: str, batches: Any) -> None:
     model = make(CONFIGS[name])
-    one, some, all_examples = (gradient(model, batches(max_tokens)) for max_tokens in (1, 12, 1000))
+    one, some, all_examples = (gradient(model, batches(Limits(size, size))) for size in (1, 12, 1000))
     torch.testing.assert_close(some, one, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(all_examples, one, rtol=1e-5, atol=1e-6)
 
 
-def test_logits_are_computed_in_chunks_and_only_at_supervised_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_computed_only_where_a_token_is_supervised() -> None:
     model = make(CONFIGS["llama"])
     shapes: list[tuple[int, ...]] = []
     model.lm_head.register_forward_hook(lambda _, inputs, logits: shapes.append(tuple(logits.shape)))
-    expected = gradient(model, PackedBatches(1000))
-    assert shapes == [(1, 14, 50)]
+    gradient(model, PackedBatches(Limits(1000, 1000)))
+    gradient(model, PackedBatches(Limits(1000, 6)))
+    assert shapes == [(1, 14, 50), (1, 5, 50), (1, 6, 50), (1, 3, 50)]
     shapes.clear()
-    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", 50 * 6 + 49)
-    torch.testing.assert_close(gradient(model, PackedBatches(1000)), expected, rtol=1e-5, atol=1e-6)
-    assert shapes == [(1, 6, 50), (1, 6, 50), (1, 2, 50)]
+    gradient(model, PaddedBatches(Limits(1000, 1000)))
+    assert shapes == [(5, 9, 50)]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_bf16_gradient_equals_fp32_up_to_rounding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_gradient_equals_fp32_up_to_rounding(name: str) -> None:
     model = make(CONFIGS[name])
-    expected = gradient(model, PackedBatches(1000))
-    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", 50 * 6)
-    found = gradient(model, PackedBatches(1000), "bf16")
+    expected = gradient(model, PackedBatches(Limits(1000, 1000)))
+    found = gradient(model, PackedBatches(Limits(1000, 6)), "bf16")
     assert found.dtype == torch.float32
     assert 1e-5 < (found - expected).norm() / expected.norm() < 2e-2
 
@@ -139,23 +147,69 @@ def test_bf16_gradient_equals_fp32_up_to_rounding(name: str, monkeypatch: pytest
 def test_window_shorter_than_an_example_uses_padded_batches() -> None:
     model = make(SLIDING_WINDOW).eval()
     expected = textbook_losses(model, EXAMPLES)
-    batches, reason = choose_batches(model, EXAMPLES, 30)
-    assert reason.startswith("padded batches: packed batches differ by up to ")
-    assert reason.endswith(" nats/token")
+    batches, (message,) = choose_batches(model, EXAMPLES, 30)
+    assert re.fullmatch(
+        r"Engine: padded batches; packed batches with shared prefixes: losses differ by up to [\d.]+ nats/token",
+        message,
+    )
     found = losses_by_example(model, batches)
     for key in expected:
         assert found[key] == pytest.approx(expected[key], rel=1e-5)
 
 
+def test_examples_are_computed_alone_if_positions_depend_on_the_longest_one() -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 16.0}
+    longrope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 8, **factors}
+    model = make(Phi3Config(**SMALL, original_max_position_embeddings=8, rope_parameters=longrope)).eval()
+    batches, (message,) = choose_batches(model, EXAMPLES, 60)
+    assert message.startswith("Engine: one example at a time; packed batches with shared prefixes: losses differ by ")
+    expected = textbook_losses(model, EXAMPLES)
+    found = losses_by_example(model, batches)
+    for key in expected:
+        assert found[key] == pytest.approx(expected[key], rel=1e-5)
+
+
+def test_a_prefix_that_only_later_examples_share_is_probed() -> None:
+    model = make(GPTJConfig(**GPT2, rotary_dim=4, **NO_DROPOUT)).eval()  # its attention does not receive the layout
+    _, (message,) = choose_batches(model, EXAMPLES[3:] + EXAMPLES[:3], 13)
+    assert message.startswith("Engine: padded batches; ")
+
+
+def test_a_model_without_an_exact_kind_of_batch_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.engine.probe.TOLERANCE", -1)
+    with pytest.raises(UserError) as error:
+        choose_batches(make(CONFIGS["llama"]).eval(), EXAMPLES, 30)
+    assert re.fullmatch(
+        r"no kind of batch gives the losses of the plain model \(packed batches with shared prefixes: losses differ by "
+        r"up to .*; one example at a time: losses differ by up to .* nats/token\); set model_name to another model",
+        str(error.value),
+    )
+
+
+def test_examples_beyond_the_limits_are_reported_and_computed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.engine.batches.MAX_LOGITS", 50 * 4)
+    batches, messages = choose_batches(make(CONFIGS["llama"]).eval(), EXAMPLES, 30)
+    assert messages[1:] == [
+        "Examples with more than 30 tokens or 4 supervised tokens, each a micro-batch of its own: 1"
+    ]
+    assert [[e.example_id for e in batch.examples] for batch in batches.micro_batches(EXAMPLES)] == [
+        ["a"],
+        ["b"],
+        ["c"],
+        ["e", "d"],
+    ]
+
+
 def test_dropout_prevents_shared_prefixes_in_training_only() -> None:
     model = make(GPT2Config(**GPT2))
-    assert choose_batches(model.train(), EXAMPLES, 30)[1] == "packed batches; no shared prefixes because of dropout"
-    assert choose_batches(model.eval(), EXAMPLES, 30)[1] == "packed batches with shared prefixes"
+    messages = ["Engine: packed batches; no shared prefixes because of dropout"]
+    assert choose_batches(model.train(), EXAMPLES, 30)[1] == messages
+    assert choose_batches(model.eval(), EXAMPLES, 30)[1] == ["Engine: packed batches with shared prefixes"]
 
 
 def test_token_is_correct_if_the_most_likely_one_is_the_target() -> None:
     model = make(CONFIGS["llama"]).eval()
-    (batch,) = PaddedBatches(1000).micro_batches(EXAMPLES[:1])
+    (batch,) = PaddedBatches(Limits(1000, 1000)).micro_batches(EXAMPLES[:1])
     logits = model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10]])).logits[0, 3:]
     expected = (logits.argmax(-1) == torch.tensor([9, 10, 2])).tolist()
     assert token_losses(model, batch).correct.tolist() == expected

@@ -18,20 +18,21 @@ from transformers import PreTrainedConfig
 from stages import train
 from stages.data.examples import read_split
 from stages.engine import engine as engine_module
-from stages.engine import loss
-from stages.engine.batches import Batches, PackedBatches, PaddedBatches, shuffled_batches
+from stages.engine.batches import Batches, Limits, PackedBatches, PaddedBatches, shuffled_batches
 from stages.engine.checkpoints import Checkpoints
 from stages.engine.distributed import DistributedContext
 from stages.engine.engine import Engine
 from stages.engine.models import load_model
 from stages.engine.optimizer import count_warmup_steps, parameter_groups
+from stages.engine.probe import choose_batches
 from stages.engine.training_log import TrainingLog
 from stages.runtime.errors import UserError
 from stages.runtime.params import TrainParams, load_params
 from tests.clone import edit
 from tests.conftest import example
-from tests.test_loss import CONFIGS, SLIDING_WINDOW, make
+from tests.test_loss import CONFIGS, make
 from tests.textbook import textbook_steps
+from tests.tiny_models import tiny_config, tiny_model
 
 ONE_PROCESS = DistributedContext(torch.device("cpu"))
 
@@ -85,11 +86,11 @@ def test_losses_and_weights_equal_those_of_the_textbook_loop(training_inputs: Pa
 
 
 BATCHES: dict[str, Batches] = {
-    "padded": PaddedBatches(1000),
-    "padded, small micro-batches": PaddedBatches(40),
-    "packed": PackedBatches(1000),
-    "packed, small micro-batches": PackedBatches(40),
-    "packed, prefix not shared": PackedBatches(1000, share_prefix=False),
+    "padded": PaddedBatches(Limits(1000, 1000)),
+    "padded, small micro-batches": PaddedBatches(Limits(40, 1000)),
+    "packed": PackedBatches(Limits(1000, 1000)),
+    "packed, few supervised tokens": PackedBatches(Limits(1000, 20)),
+    "packed, prefix not shared": PackedBatches(Limits(1000, 1000), share_prefix=False),
 }
 
 
@@ -119,7 +120,7 @@ def assert_trains_like_the_textbook_loop(config: PreTrainedConfig, batches: Batc
     losses, expected_weights = TEXTBOOK_RUNS[key]
 
     model = make(config).train()
-    batches = batches or loss.choose_batches(model, examples, 1000)[0]
+    batches = batches or choose_batches(model, examples, 1000)[0]
     engine = Engine(model, batches, params, 24, ONE_PROCESS)
     log = TrainingLog(24, params.logging_steps, train.CURVE)
     train.fit(engine, examples, examples[:3], Checkpoints(Path("checkpoints")), log)
@@ -127,28 +128,36 @@ def assert_trains_like_the_textbook_loop(config: PreTrainedConfig, batches: Batc
     assert losses[-1] < losses[0] - 0.2
     for (name, weight), found in zip(expected_weights.items(), model.parameters(), strict=True):
         difference = found - weight
+        # A key's bias adds the same value to all scores, so its gradient is 0 and Adam amplifies rounding errors.
+        if name.endswith("k_proj.bias"):
+            continue
         if name.endswith("c_attn.bias"):
-            # A key's bias adds the same value to all scores, so its gradient is 0 and Adam amplifies rounding errors.
             difference = torch.cat([difference[:32], difference[64:]])
         assert difference.norm() <= 1e-5 * weight.norm(), name
 
 
-@pytest.mark.parametrize(
-    ("path", "logits_per_chunk"),
-    [*((path, 2**25) for path in BATCHES), ("padded", 50 * 7), ("packed, small micro-batches", 50 * 7)],
-)
+@pytest.mark.parametrize("path", BATCHES)
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3"])
 @pytest.mark.usefixtures("training_inputs")
-def test_every_kind_of_batch_trains_like_the_textbook_loop(
-    architecture: str, path: str, logits_per_chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", logits_per_chunk)
+def test_every_kind_of_batch_trains_like_the_textbook_loop(architecture: str, path: str) -> None:
     assert_trains_like_the_textbook_loop(CONFIGS[architecture], BATCHES[path])
 
 
+@pytest.mark.parametrize("name", ["gemma3_text", "mistral", "opt", "lfm2", "mamba"])
 @pytest.mark.usefixtures("training_inputs")
-def test_a_model_with_a_sliding_window_trains_like_the_textbook_loop() -> None:
-    assert_trains_like_the_textbook_loop(SLIDING_WINDOW)
+def test_the_batches_that_the_engine_chooses_train_like_the_textbook_loop(name: str) -> None:
+    assert_trains_like_the_textbook_loop(tiny_config(name))
+
+
+@pytest.mark.usefixtures("training_inputs")
+def test_the_log_says_that_the_load_balancing_loss_of_experts_is_not_added() -> None:
+    model = tiny_model("mixtral")
+    model.config.output_router_logits = True
+    model.save_pretrained("models/base")
+    engine = Engine.load(load_params(TrainParams), read_split(Path("data/train.parquet")), 20, ONE_PROCESS)
+    assert engine.messages[1] == (
+        "The load-balancing loss of the experts is not added, because it depends on micro-batches"
+    )
 
 
 @pytest.mark.usefixtures("training_inputs")
@@ -195,7 +204,7 @@ def test_the_tuned_model_has_the_lowest_validation_loss(training_inputs: Path, m
 
 
 def validation_loss(folder: Path, examples: Any) -> float:
-    engine = Engine(load_model(folder), PaddedBatches(1000), load_params(TrainParams), 10, ONE_PROCESS)
+    engine = Engine(load_model(folder), PaddedBatches(Limits(1000, 1000)), load_params(TrainParams), 10, ONE_PROCESS)
     return engine.validation_loss(examples)
 
 
@@ -246,6 +255,26 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     capsys.readouterr()
     train.main()
     assert f"Resuming from the checkpoint at step {resumed_from}\n" in capsys.readouterr().out
+    assert outcome() == expected
+
+
+def test_logging_and_saving_may_change_when_a_run_is_resumed(
+    training_inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(training_inputs, logging_steps="4")
+    train.main()
+    expected = outcome()
+    for folder in ("models/tuned", "metrics", ".scratch"):
+        shutil.rmtree(folder)
+    edit(training_inputs, logging_steps="1")
+    undo = interrupt_at(14, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train.main()
+    undo()
+    edit(training_inputs, logging_steps="4", save_steps="7")
+    capsys.readouterr()
+    train.main()
+    assert "Resuming from the checkpoint at step 10\n" in capsys.readouterr().out
     assert outcome() == expected
 
 

@@ -24,9 +24,8 @@ def textbook_steps(
     Args:
         pad_to: tokens; None pads to the longest example of a micro-batch.
     """
-    no_decay = ("norm", "ln_", "bias")
-    decayed = [p for name, p in model.named_parameters() if not any(word in name for word in no_decay)]
-    not_decayed = [p for name, p in model.named_parameters() if any(word in name for word in no_decay)]
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    not_decayed = [p for p in model.parameters() if p.ndim == 1]  # biases and norms
     groups = [{"params": decayed, "weight_decay": params.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=params.learning_rate)
     for step, batch in enumerate(batches):

@@ -4,9 +4,12 @@ With a chat template, each question follows the history of the conversation. Wit
 as in training.
 """
 
+import re
+import sys
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.data.examples import Message
 from stages.data.masking import load_tokenizer
@@ -32,6 +35,8 @@ def main() -> None:
     with suppress(ImportError):
         import readline  # noqa: F401 (`input` gets line editing and a history)
 
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is not UTF-8 must not end the conversation
     tokenizer = load_tokenizer()
     template = load_template(params.template, tokenizer)
     models = {"tuned": load_model(Path("models/tuned")).eval()}
@@ -49,6 +54,9 @@ def main() -> None:
             elif line.startswith("/"):
                 print(HELP)
                 continue
+            elif not is_unicode(line):
+                print("this line is not valid UTF-8 and was ignored; enter it again")
+                continue
             else:
                 if reply:
                     history += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
@@ -60,6 +68,11 @@ def main() -> None:
                     print()
                 except UserError as error:
                     print(error)
+
+
+def is_unicode(line: str) -> bool:
+    """Whether a line was UTF-8; `surrogateescape` decodes other bytes to surrogates."""
+    return not re.search("[\ud800-\udfff]", line)
 
 
 def answer(
@@ -76,8 +89,9 @@ def answer(
         UserError: the conversation is longer than the model's context, or the template can't render it.
     """
     import torch
-    from transformers import GenerationConfig, TextStreamer
+    from transformers import TextStreamer
 
+    from stages.engine.decoding import generation_settings, within_context
     from stages.engine.models import autocast, check_context_length
 
     class Printer(TextStreamer):
@@ -85,22 +99,14 @@ def answer(
             print(printable(text), end="\n" if stream_end else "", flush=True)
 
     (prompt,) = template.encode_prompts([question], history)
-    check_context_length(model, len(prompt), "the question")
-    sampling: dict[str, Any] = {"do_sample": False}
-    if params.temperature:
-        sampling = {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p, "top_k": 0}
-    settings = GenerationConfig(
-        max_new_tokens=params.max_new_tokens,
-        eos_token_id=template.eos_token_id,
-        pad_token_id=template.eos_token_id,
-        **sampling,
-    )
+    check_context_length(model, len(prompt), "the conversation (/new clears it)")
+    settings = generation_settings(template.eos_token_id, params.max_new_tokens, params.temperature, params.top_p)
     input_ids = torch.tensor([prompt], device=model.device)
     with torch.inference_mode(), autocast(params.precision, model.device):
         (output,) = model.generate(  # type: ignore[operator]
             input_ids,
             attention_mask=torch.ones_like(input_ids),
-            generation_config=settings,
+            generation_config=within_context(settings, model, prompt),
             streamer=Printer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
     return str(tokenizer.decode(output[len(prompt) :], skip_special_tokens=True)).strip()

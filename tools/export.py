@@ -142,13 +142,12 @@ def tuned_answers(
     Raises:
         UserError: a prompt is longer than the model's context.
     """
-    from stages.engine.decoding import choose_prefill, generate_batch
+    from stages.engine.decoding import generate, generation_settings
     from stages.engine.models import check_context_length, load_model
 
     model = load_model(TUNED).eval()
-    check_context_length(model, max(map(len, prompts)), "sample_prompts")
-    eos_token_id, prefill = int(tokenizer.eos_token_id), choose_prefill(model, prompts)
-    return generate_batch(model, prompts, eos_token_id, max_new_tokens, None, prefill)
+    check_context_length(model, max(map(len, prompts)), "the longest of sample_prompts")
+    return generate(model, prompts, generation_settings(int(tokenizer.eos_token_id), max_new_tokens))
 
 
 def gguf_answers(path: Path, questions: list[str], prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:

@@ -8,7 +8,7 @@ every token attends, causally, to its own example and to the prefix of its group
 blocks of queries, keys and values; all other layers see the packed row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from stages.runtime.errors import is_out_of_memory
-
 NAME = "packed"
-TOLERANCE = 1e-4  # nats/token; fp32 rounding gives a hundredth of this, a different attention pattern far more
 EXAMPLES_PER_BLOCK = 8
 # On a CPU two plain matrix multiplications take a third of the fused kernel's time, but the score matrices of longer
 # examples would need too much memory.
@@ -128,7 +125,12 @@ def packed_attention(
 
     query: (1, heads, tokens, head size); key and value: (1, key heads, tokens, head size).
     Returns (1, tokens, heads, head size).
+
+    Raises:
+        ValueError: the model has made a mask of its own, which can have learned values.
     """
+    if attention_mask is not None:
+        raise ValueError("packed attention supports no other mask")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head size)
     outs = []
     for block in layout.blocks:
@@ -169,39 +171,16 @@ AttentionInterface.register(NAME, packed_attention)
 
 @contextmanager
 def use_packed_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block the model attends to packed rows, and its calls need the argument `layout`."""
+    """Inside the block the model attends to packed rows, and its calls need the argument `layout`.
+
+    Raises:
+        TypeError: the model does not call its attention through `transformers.AttentionInterface`.
+    """
+    if not model._can_set_attn_implementation():
+        raise TypeError(f"{type(model).__name__} has attention of its own")
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     try:
         yield
     finally:
         model.set_attn_implementation(before)
-
-
-def packed_is_exact(
-    model: PreTrainedModel, padded: Callable[[], torch.Tensor], packed: Callable[[], torch.Tensor]
-) -> tuple[bool, str]:
-    """Whether packed and padded batches give this model the same results, and a log message with the difference.
-
-    Both are computed, in fp32 and without dropout, because the name of an architecture is not sufficient. An attention
-    window shorter than an example, or an attention function of the model's own, shows up as a difference.
-
-    Args:
-        padded, packed: return log-probabilities or losses of the same tokens, of the same shape.
-    """
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            expected = padded()
-            try:
-                difference = float((packed() - expected).abs().max())
-            except Exception as error:  # a model can raise anything for arguments that it does not know
-                if is_out_of_memory(error):
-                    raise
-                if reset := getattr(model, "reset_iter_state", None):  # FSDP2 still expects the interrupted call
-                    reset()
-                return False, f"this model does not support packed batches ({type(error).__name__})"
-    finally:
-        model.train(training)
-    return difference <= TOLERANCE, f"packed batches differ by up to {difference:.2g} nats/token"

@@ -11,24 +11,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from stages.data.examples import IGNORE_INDEX, Example
 from stages.engine.attention import PackedLayout
 
+MAX_LOGITS = 2**26  # of a micro-batch, supervised tokens × vocabulary; 256 MiB per fp32 copy
+# Each example of a micro-batch has its own copy of the keys of a shared prefix. Keys take far less memory than the
+# other activations, but without a limit many short examples with a long prefix would not fit.
+KEYS_PER_TOKEN = 4
+
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The inputs of one forward pass and its targets.
+    """The inputs of one forward pass, and its targets.
 
-    inputs: arguments of the model's `forward`.
-    target_positions: int64 (supervised tokens,), positions in the output with batch and time flattened.
-    targets: int64 (supervised tokens,), the token ids to predict at these positions.
+    inputs: arguments of the model's `forward`; the tensors are (rows, time).
+    columns: int64 (columns,), the positions in a row whose logits are needed.
+    labels: int64 (rows, columns), the token ids to predict; -100 where not supervised.
     """
 
     examples: Sequence[Example]
     inputs: dict[str, Any]
-    target_positions: torch.Tensor
-    targets: torch.Tensor
+    columns: torch.Tensor
+    labels: torch.Tensor
 
 
 def shuffled_batches(examples: Sequence[Example], batch_size: int, seed: int, epoch: int) -> list[list[Example]]:
@@ -64,36 +70,61 @@ def partition_by_cost(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
     return partition
 
 
+@dataclass(frozen=True)
+class Limits:
+    """The limits of a micro-batch. An example that exceeds one by itself is a micro-batch of its own.
+
+    tokens: computed tokens, including padding.
+    supervised: supervised tokens, because their logits take most of the memory.
+    """
+
+    tokens: int
+    supervised: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, max_tokens: int) -> "Limits":
+        return cls(max_tokens, MAX_LOGITS // model.config.get_text_config().vocab_size)
+
+    def exceeded_by(self, example: Example) -> bool:
+        return len(example.input_ids) > self.tokens or example.num_supervised > self.supervised
+
+
+@dataclass(frozen=True)
 class PackedBatches:
     """Micro-batches of packed examples: no padding, and a common prefix is computed once (see `attention`).
 
-    Args:
-        max_tokens: tokens per micro-batch; a single longer example is a micro-batch of its own.
-        share_prefix: False with dropout, because all examples would share one dropout mask.
+    share_prefix: False with dropout, because all examples would share one dropout mask.
     """
 
-    def __init__(self, max_tokens: int, share_prefix: bool = True):
-        self.max_tokens = max_tokens
-        self.share_prefix = share_prefix
+    limits: Limits
+    share_prefix: bool = True
 
     def micro_batches(self, examples: Sequence[Example]) -> Iterator[MicroBatch]:
         groups: list[list[Example]] = []
-        sizes: list[int] = []  # tokens of each group
+        size = tokens = keys = supervised = 0  # size: tokens of the last group; the others are of the micro-batch
         # In this order, examples with a common prefix are adjacent, and the first and the last example of a group have
         # the shortest common prefix.
         for example in sorted(examples, key=lambda example: example.input_ids.tobytes()):
             length = len(example.input_ids)
-            # The tokens of the last group if the example joins it.
-            joined_size = self._num_tokens([*groups[-1], example]) if groups else 0
-            if groups and sum(sizes) + min(joined_size - sizes[-1], length) > self.max_tokens:
+            # The tokens that the example adds to the last group. More than its own if the common prefix gets shorter.
+            added = self._num_tokens([*groups[-1], example]) - size if groups else length
+            joins = bool(groups) and added <= length
+            if groups and (
+                tokens + min(added, length) > self.limits.tokens
+                or keys + length > KEYS_PER_TOKEN * self.limits.tokens
+                or supervised + example.num_supervised > self.limits.supervised
+            ):
                 yield self.collate(groups)
-                groups, sizes = [], []
-            if groups and joined_size - sizes[-1] <= length:
+                groups, joins, tokens, keys, supervised = [], False, 0, 0, 0
+            if joins:
                 groups[-1].append(example)
-                sizes[-1] = joined_size
             else:
                 groups.append([example])
-                sizes.append(length)
+                size, added = 0, length
+            size += added
+            tokens += added
+            keys += length
+            supervised += example.num_supervised
         if groups:
             yield self.collate(groups)
 
@@ -118,7 +149,8 @@ class PackedBatches:
             "layout": PackedLayout.build(layout),
         }
         members = [example for group in groups for example in group]
-        return MicroBatch(members, inputs, _concatenate(target_positions), _targets(members))
+        labels = [example.labels[example.labels != IGNORE_INDEX] for example in members]
+        return MicroBatch(members, inputs, _concatenate(target_positions), _concatenate(labels)[None])
 
     def costs(self, examples: Sequence[Example]) -> list[int]:
         """The tokens that each example adds to a packed batch; a prefix common to all is not counted."""
@@ -140,20 +172,16 @@ class PackedBatches:
         return int(longest if equal.all() else equal.argmin())
 
 
+@dataclass(frozen=True)
 class PaddedBatches:
-    """Micro-batches padded on the right to their longest example: exact for every causal architecture.
+    """Micro-batches padded on the right to their longest example: exact for almost every causal architecture."""
 
-    Args:
-        max_tokens: tokens per micro-batch, including padding; a single longer example is a micro-batch of its own.
-    """
-
-    def __init__(self, max_tokens: int):
-        self.max_tokens = max_tokens
+    limits: Limits
 
     def micro_batches(self, examples: Sequence[Example]) -> Iterator[MicroBatch]:
         group: list[Example] = []
         for example in sorted(examples, key=lambda example: len(example.input_ids)):
-            if group and (len(group) + 1) * len(example.input_ids) > self.max_tokens:
+            if group and self._exceeds_limits([*group, example]):
                 yield self.collate(group)
                 group = []
             group.append(example)
@@ -168,21 +196,24 @@ class PaddedBatches:
         """Pad a group on the right with zeros, which the attention mask excludes."""
         shape = len(group), max(len(example.input_ids) for example in group)
         input_ids, attention_mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        supervised = np.zeros(shape, bool)
+        labels = np.full(shape, IGNORE_INDEX, np.int64)  # shifted: the label of a token is the one after it
         for row, example in enumerate(group):
             length = len(example.input_ids)
             input_ids[row, :length] = example.input_ids
             attention_mask[row, :length] = 1
-            supervised[row, : length - 1] = example.labels[1:] != IGNORE_INDEX
+            labels[row, : length - 1] = example.labels[1:]
+        columns = np.flatnonzero((labels != IGNORE_INDEX).any(0))
         inputs = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask)}
-        return MicroBatch(group, inputs, torch.from_numpy(np.flatnonzero(supervised)), _targets(group))
+        return MicroBatch(group, inputs, torch.from_numpy(columns), torch.from_numpy(labels[:, columns]))
+
+    def _exceeds_limits(self, group: Sequence[Example]) -> bool:
+        """Whether a group, sorted by length, exceeds a limit."""
+        longest = len(group[-1].input_ids)
+        num_columns = longest - min(example.prompt_length for example in group)
+        return len(group) * longest > self.limits.tokens or len(group) * num_columns > self.limits.supervised
 
 
 Batches = PackedBatches | PaddedBatches
-
-
-def _targets(group: Sequence[Example]) -> torch.Tensor:
-    return _concatenate([example.labels[example.labels != IGNORE_INDEX] for example in group])
 
 
 def _concatenate(parts: Sequence[np.ndarray[Any, Any]]) -> torch.Tensor:

@@ -1,13 +1,16 @@
 """Batched generation: prompts → answers, up to the EOS token."""
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import cycle, islice, takewhile
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
     DynamicCache,
+    GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -15,14 +18,35 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from stages.engine.attention import PackedLayout, packed_is_exact, suffix_positions, use_packed_attention
-from stages.engine.models import context_length
+from stages.engine.attention import PackedLayout, use_packed_attention
+from stages.engine.models import context_length, probing
+from stages.runtime.errors import UserError, is_out_of_memory
 from stages.runtime.terminal import progress
 
 PROMPTS_PER_BATCH = 128
-# The logits after each prompt (prompts, vocabulary), its keys and values, and the attention mask (prompts, tokens).
-Prefill = tuple[torch.Tensor, DynamicCache, torch.Tensor]
-PrefillFunction = Callable[[PreTrainedModel, Sequence[Sequence[int]]], Prefill]
+PROBE_TOKENS = 4  # decoded to find out whether a method is exact
+TOLERANCE = 1e-4  # of a logit, absolute and relative; fp32 rounding gives a tenth of this
+TokenIds = Sequence[int]
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """The new token ids of a prompt, ending with EOS if it was generated, and the highest logit at each step."""
+
+    ids: list[int]
+    top_logits: list[float]
+
+    def until(self, token: int | None) -> "NewTokens":
+        """The tokens up to and including the first one with this id; all of them if none has it."""
+        length = self.ids.index(token) + 1 if token in self.ids else len(self.ids)
+        return NewTokens(self.ids[:length], self.top_logits[:length])
+
+    def agrees_with(self, other: "NewTokens") -> bool:
+        return self.ids == other.ids and np.allclose(self.top_logits, other.top_logits, TOLERANCE, TOLERANCE)
+
+
+# Model, prompts and settings → the new tokens of each prompt.
+Method = Callable[[PreTrainedModel, Sequence[TokenIds], GenerationConfig], list[NewTokens]]
 
 
 @dataclass(frozen=True)
@@ -38,73 +62,109 @@ class Answer:
     stopped: bool
 
 
+def generation_settings(
+    eos_token_id: int | None, max_new_tokens: int, temperature: float = 0, top_p: float = 1
+) -> GenerationConfig:
+    """Settings for the library's `generate`. A temperature of 0 always takes the most likely token."""
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos_token_id,
+        pad_token_id=eos_token_id or 0,
+        **(sampling if temperature else {"do_sample": False}),
+    )
+
+
+def within_context(settings: GenerationConfig, model: PreTrainedModel, prompt: TokenIds) -> GenerationConfig:
+    """The settings, with fewer new tokens if the context would be full. The last new token needs no position."""
+    limited = copy(settings)
+    limited.max_new_tokens = min(settings.max_new_tokens, context_length(model) - len(prompt) + 1)
+    return limited
+
+
 def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    eos_token_id: int,
-    max_new_tokens: int,
-    temperature: float = 0,
-    top_p: float = 1,
+    prompts: Sequence[TokenIds],
+    settings: GenerationConfig,
 ) -> list[Answer]:
-    """Generate answers, in the order of `prompts`, which are token ids.
-
-    Args:
-        temperature: 0 always takes the most likely token.
-    """
-    sampling = None
-    if temperature:
-        sampling = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)])
-    prefill = choose_prefill(model, prompts)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    new_ids: dict[int, list[int]] = {}
-    for start in range(0, len(order), PROMPTS_PER_BATCH):
-        indices = order[start : start + PROMPTS_PER_BATCH]
-        batch = [prompts[index] for index in indices]
-        rows = generate_batch(model, batch, eos_token_id, max_new_tokens, sampling, prefill)
-        new_ids |= dict(zip(indices, rows, strict=True))
-
+    """Generate answers, in the order of `prompts`, which are token ids."""
     answers = []
-    for index in range(len(prompts)):
-        stopped = new_ids[index][-1] == eos_token_id
-        kept = new_ids[index][:-1] if stopped else new_ids[index]
+    for new_ids in generate(model, prompts, settings):
+        stopped = new_ids[-1] == settings.eos_token_id
+        kept = new_ids[:-1] if stopped else new_ids
         text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         answers.append(Answer(str(text).strip(), len(kept), stopped))
     return answers
 
 
 @torch.inference_mode()
-def generate_batch(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    eos_token_id: int,
-    max_new_tokens: int,
-    sampling: LogitsProcessorList | None,
-    prefill: PrefillFunction,
-) -> list[list[int]]:
+def generate(model: PreTrainedModel, prompts: Sequence[TokenIds], settings: GenerationConfig) -> list[list[int]]:
     """The new token ids of each prompt, ending with EOS if it was generated.
 
-    Unlike `model.generate`, this removes rows that have stopped from the batch. If one answer in twenty never stops, it
-    takes a fifth of the time.
-
-    Args:
-        sampling: temperature and top-p; None always takes the most likely token.
+    An answer also ends when the model's context is full.
     """
-    logits, cache, mask = prefill(model, prompts)
+    name = choose_method(model, prompts, settings.max_new_tokens)
+    print(f"Generation: {name}", flush=True)
+    method = METHODS[name]
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # saves padding
+    new_ids: dict[int, list[int]] = {}
+    for start in range(0, len(order), PROMPTS_PER_BATCH):
+        indices = order[start : start + PROMPTS_PER_BATCH]
+        rows = method(model, [prompts[index] for index in indices], settings)
+        new_ids |= {index: row.ids for index, row in zip(indices, rows, strict=True)}
+    return [new_ids[index] for index in range(len(prompts))]
+
+
+def choose_method(model: PreTrainedModel, prompts: Sequence[TokenIds], max_new_tokens: int) -> str:
+    """The fastest of `METHODS` that decodes as the library's `generate` does for single prompts.
+
+    A few tokens are decoded in fp32, and tokens and logits are compared. One answer ends before the others if possible,
+    because some caches can't drop a row. The longest prompt is extended by `max_new_tokens`, because attention can
+    change with the length, as with a sliding window.
+    """
+    length = min(max(map(len, prompts)) + max_new_tokens, context_length(model) - PROBE_TOKENS)
+    shortest, *_, longest = sorted([prompts[0], *prompts], key=len)
+    probe = [list(islice(cycle(longest), length)), shortest[:length]]
+    with probing(model):
+        endless = generate_alone(model, probe, generation_settings(None, PROBE_TOKENS))
+        tokens = (token for row in endless for token in row.ids[1:-1])
+        early = next((token for token in tokens if len({len(row.until(token).ids) for row in endless}) > 1), None)
+        for name, method in METHODS.items():
+            try:
+                found = method(model, probe, generation_settings(early, PROBE_TOKENS))
+            except Exception as error:  # a model can raise anything for arguments that it does not know
+                if is_out_of_memory(error):
+                    raise
+                continue
+            if all(row.agrees_with(other.until(early)) for row, other in zip(found, endless, strict=True)):
+                return name
+    raise UserError("this model's answers differ from call to call; set model_name to another model")
+
+
+def generate_packed(model: PreTrainedModel, prompts: Sequence[TokenIds], settings: GenerationConfig) -> list[NewTokens]:
+    """Prefill packed prompts (see `attention`), then decode; an answer that has ended is dropped from the batch.
+
+    If one answer in twenty never stops, this takes a fifth of the time of `generate_padded`.
+    """
+    warpers = LogitsProcessorList()
+    if settings.do_sample:
+        warpers += [TemperatureLogitsWarper(settings.temperature), TopPLogitsWarper(settings.top_p)]
+    logits, cache, mask = prefill_packed(model, prompts)
     context = context_length(model)
-    new_ids: list[list[int]] = [[] for _ in prompts]
-    active = list(range(len(prompts)))
-    for num_new in progress(range(1, max_new_tokens + 1), f"answer {len(prompts):,} prompts", "token"):
-        if sampling is None:
-            chosen = logits.argmax(-1)
-        else:
-            warped = sampling(torch.LongTensor(), logits.float())  # neither warper looks at the previous tokens
+    rows = [NewTokens([], []) for _ in prompts]
+    active = list(rows)
+    for num_new in progress(range(1, settings.max_new_tokens + 1), f"answer {len(prompts):,} prompts", "token"):
+        top_logits, chosen = logits.max(-1)
+        if settings.do_sample:
+            warped = warpers(torch.LongTensor(), logits.float())  # neither warper looks at the previous tokens
             chosen = torch.multinomial(warped.softmax(-1), 1).squeeze(1)
-        for row, token in zip(active, chosen.tolist(), strict=True):
-            new_ids[row].append(token)
-        keep = (chosen != eos_token_id) & (mask.sum(1) < context)  # an answer ends when the context is full
+        for row, token, logit in zip(active, chosen.tolist(), top_logits.tolist(), strict=True):
+            row.ids.append(token)
+            row.top_logits.append(logit)
+        keep = (chosen != settings.eos_token_id) & (mask.sum(1) < context)
         active = [row for row, is_kept in zip(active, keep.tolist(), strict=True) if is_kept]
-        if not active or num_new == max_new_tokens:
+        if not active or num_new == settings.max_new_tokens:
             break
         if not keep.all():
             cache.batch_select_indices(keep)
@@ -114,54 +174,77 @@ def generate_batch(
         logits = model(
             input_ids=chosen[keep, None], attention_mask=mask, position_ids=positions, past_key_values=cache
         ).logits[:, -1]
-    return new_ids
+    return rows
 
 
-def choose_prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> PrefillFunction:
-    """`prefill_packed` if it is exact for this model, else `prefill_padded`."""
-    probe = [max(prompts, key=len), prompts[0]]
-    exact, _ = packed_is_exact(
-        model,
-        lambda: prefill_padded(model, probe)[0].float().log_softmax(-1),
-        lambda: prefill_packed(model, probe)[0].float().log_softmax(-1),
-    )
-    return prefill_packed if exact else prefill_padded
-
-
-def prefill_padded(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Prefill:
-    """Prefill with padded prompts: exact for every causal architecture."""
-    # Padding on the left puts the last prompt token of all rows into the last column.
-    width = max(map(len, prompts))
-    input_ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
-    output = model(
-        input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-    )
-    return output.logits[:, -1], cache, mask
-
-
-def prefill_packed(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Prefill:
-    """Prefill with packed prompts (see `attention`): no padding, and the common prefix is computed once."""
+def prefill_packed(
+    model: PreTrainedModel, prompts: Sequence[TokenIds]
+) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
+    """The logits after each prompt (prompts, vocabulary), its keys and values, and the mask (prompts, tokens)."""
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
     prefix = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
     lengths = [len(prompt) - prefix for prompt in prompts]
     packed = list(prompts[0][:prefix]) + [token for prompt in prompts for token in prompt[prefix:]]
     positions = [*range(prefix)] + [position for prompt in prompts for position in range(prefix, len(prompt))]
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache()  # without a config, so that all layers keep all tokens; masks exclude those out of a window
+    ends = torch.tensor(lengths).cumsum(0) + prefix
     with use_packed_attention(model):
         output = model(
             input_ids=torch.tensor([packed], device=model.device),
             position_ids=torch.tensor([positions], device=model.device),
             past_key_values=cache,
-            logits_to_keep=(torch.tensor(lengths).cumsum(0) + prefix - 1).to(model.device),
+            logits_to_keep=(ends - 1).to(model.device),
             layout=PackedLayout.build([(prefix, lengths)]).to(model.device),
         )
-    # Unpack the cache to one row per prompt: the prefix, its own tokens, then padding that the mask hides.
-    rows = suffix_positions(prefix, lengths)
-    rows = torch.cat([torch.arange(prefix).expand(len(rows), -1), rows], 1).to(model.device)
+    # Unpack the cache to one row per prompt, padded on the left, so that distances in a row are those of positions.
+    rows = torch.full((len(prompts), max(map(len, prompts))), -1)
+    for row, end, length in zip(rows, ends.tolist(), lengths, strict=True):
+        row[-prefix - length :] = torch.cat([torch.arange(prefix), torch.arange(end - length, end)])
+    rows = rows.to(model.device)
     layers: list[Any] = cache.layers
     for layer in layers:
         layer.keys, layer.values = (x[0][:, rows.clamp(min=0)].transpose(0, 1) for x in (layer.keys, layer.values))
     return output.logits[0], cache, (rows >= 0).long()
+
+
+def generate_padded(model: PreTrainedModel, prompts: Sequence[TokenIds], settings: GenerationConfig) -> list[NewTokens]:
+    """The library's `generate` for prompts padded on the left."""
+    width = max(map(len, prompts))
+    if width + settings.max_new_tokens - 1 > context_length(model):
+        return generate_alone(model, prompts, settings)  # a full context would end all rows
+    rows = [[settings.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    masks = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return _generate(model, rows, masks, settings)
+
+
+def generate_alone(model: PreTrainedModel, prompts: Sequence[TokenIds], settings: GenerationConfig) -> list[NewTokens]:
+    """The library's `generate` for one prompt at a time."""
+    rows = []
+    for prompt in progress(prompts, f"answer {len(prompts):,} prompts", "prompt"):
+        rows += _generate(model, [prompt], [[1] * len(prompt)], within_context(settings, model, prompt))
+    return rows
+
+
+METHODS: dict[str, Method] = {  # the fastest first
+    "packed prompts": generate_packed,
+    "padded prompts": generate_padded,
+    "one prompt at a time": generate_alone,
+}
+
+
+def _generate(
+    model: PreTrainedModel, rows: Sequence[TokenIds], masks: Sequence[Sequence[int]], settings: GenerationConfig
+) -> list[NewTokens]:
+    input_ids, attention_mask = torch.tensor([rows, masks], device=model.device)
+    top_logits: list[torch.Tensor] = []
+
+    def record(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        top_logits.append(logits.max(-1).values)
+        return logits
+
+    output: torch.Tensor = model.generate(  # type: ignore[operator]
+        input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, logits_processor=[record]
+    )
+    new_ids = output[:, input_ids.shape[1] :].tolist()
+    columns = torch.stack(top_logits, 1).tolist()
+    return [NewTokens(*row).until(settings.eos_token_id) for row in zip(new_ids, columns, strict=True)]

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import compress
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +29,6 @@ class DistributedContext:
 
     sharded: True if each rank holds a part of every weight, gradient and moment (FSDP2); False if it holds all of them.
     reshard_after_forward: free a layer's weights between forward and backward (FSDP2).
-    gradients: the buffer of all gradients of replicated weights (see `bucket_gradients`); None with one process.
     """
 
     device: torch.device
@@ -36,7 +36,6 @@ class DistributedContext:
     world_size: int = 1
     sharded: bool = False
     reshard_after_forward: bool = True
-    gradients: torch.Tensor | None = None
 
     @property
     def is_main_process(self) -> bool:
@@ -82,23 +81,23 @@ class DistributedContext:
             else:
                 yield micro_batch, False
 
-    def bucket_gradients(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Make all gradients of replicated weights views of one buffer, so that one all-reduce sums them.
+    def all_reduce_gradients(self, model: PreTrainedModel) -> None:
+        """Sum the gradients of replicated weights over all ranks; FSDP2 sums those of sharded weights itself.
 
-        DDP does the same, but expects one backward pass per step through each weight. Here the head has one for each
-        chunk of logits.
+        A weight that no rank has used keeps no gradient, so that AdamW does not decay it, as with one process.
         """
-        if self.world_size > 1 and not self.sharded:
-            self.gradients = torch.zeros(sum(p.numel() for p in parameters), device=self.device)
-            start = 0
-            for parameter in parameters:
-                parameter.grad = self.gradients[start : start + parameter.numel()].view(parameter.shape)
-                start += parameter.numel()
-
-    def all_reduce_gradients(self) -> None:
-        """Sum the gradients of replicated weights over all ranks; FSDP2 sums those of sharded weights itself."""
-        if self.gradients is not None:
-            torch.distributed.all_reduce(self.gradients)
+        if self.world_size == 1 or self.sharded:
+            return
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        is_used = torch.tensor([parameter.grad is not None for parameter in parameters], device=self.device).byte()
+        torch.distributed.all_reduce(is_used, torch.distributed.ReduceOp.MAX)
+        pending = []
+        for parameter in compress(parameters, is_used.tolist()):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            pending.append(torch.distributed.all_reduce(parameter.grad, async_op=True))
+        for work in pending:
+            work.wait()
 
     def shutdown(self) -> None:
         if self.world_size > 1:
@@ -132,6 +131,16 @@ class DistributedContext:
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
 
+    def reshard(self, model: PreTrainedModel) -> None:
+        """Free the weights that a forward pass without a backward pass has gathered (FSDP2).
+
+        Otherwise the next step would use them, and they would not be updated.
+        """
+        if self.sharded:
+            for module in model.modules():
+                if reshard := getattr(module, "reshard", None):
+                    reshard()
+
     def gather_full_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The full tensors on the main process, gathered one after another; an empty dict on the other ranks."""
         gathered = {}
@@ -152,9 +161,10 @@ class DistributedContext:
         return {f"rng.{rank}.{name}": state for rank, one in enumerate(states) for name, state in one.items()}
 
     def load_random_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        torch.set_rng_state(tensors[f"rng.{self.rank}.cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors[f"rng.{self.rank}.cuda"])
+        """Restore this rank's state. A rank keeps its current state if the checkpoint was written by fewer ranks."""
+        for name, set_state in {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}.items():
+            if (state := tensors.get(f"rng.{self.rank}.{name}")) is not None:
+                set_state(state)
 
 
 def init_distributed() -> DistributedContext:

@@ -14,9 +14,10 @@ from stages.data.examples import Example
 from stages.engine.batches import Batches
 from stages.engine.checkpoints import Checkpoints, load
 from stages.engine.distributed import DistributedContext, full_tensor, shard_like
-from stages.engine.loss import accumulate_gradient, choose_batches, token_losses
+from stages.engine.loss import summed_loss
 from stages.engine.models import autocast, load_model, load_on_meta, uses_bf16
 from stages.engine.optimizer import create_optimizer, trainable_parameters
+from stages.engine.probe import choose_batches
 from stages.runtime.errors import UserError
 from stages.runtime.params import TrainParams
 
@@ -64,7 +65,6 @@ class Engine:
         self.params = params
         self._context = context
         self._optimizer, self._scheduler = create_optimizer(model, params, num_steps)
-        context.bucket_gradients(list(trainable_parameters(model).values()))
 
     @classmethod
     def load(
@@ -96,11 +96,16 @@ class Engine:
             context.shard(model)
         if context.rank:
             set_seed(params.seed + context.rank)  # equal adapters on all ranks, but different dropout
-        batches, reason = choose_batches(model, examples, params.batch_size * params.max_length)
+        # FSDP2 needs all ranks for it; then one choice for all, because rounding could make theirs differ.
+        choice = choose_batches(model, examples, params.batch_size * params.max_length)
+        batches, reasons = context.broadcast_from_main(lambda: choice)
+        context.reshard(model)
         precision = "bf16" if uses_bf16(params.precision, model.device) else "fp32"
         if params.finetuning == "lora" and precision == "bf16" and not context.sharded:
             store_frozen_in_bf16(model)  # only now, because `choose_batches` computes in fp32
-        messages = [f"Precision: {precision} on {model.device}", *messages, f"Engine: {reason}"]
+        if getattr(model.config.get_text_config(), "output_router_logits", False):
+            messages.append("The load-balancing loss of the experts is not added, because it depends on micro-batches")
+        messages = [f"Precision: {precision} on {model.device}", *messages, *reasons]
         return cls(model, batches, params, num_steps, context, messages)
 
     def train_step(self, batch: Sequence[Example]) -> StepResult:
@@ -114,17 +119,18 @@ class Engine:
         loss_sum = 0.0
         with self._autocast():  # around the whole step, so that each weight is cast once
             for micro_batch, is_padding_step in self._context.micro_batches(self._batches, batch):
+                loss = summed_loss(self.model, micro_batch)
                 # Dividing by infinity makes the gradient of a padding step 0.
-                loss = accumulate_gradient(self.model, micro_batch, math.inf if is_padding_step else num_supervised)
-                loss_sum += 0.0 if is_padding_step else require_finite("loss", loss, step, micro_batch.examples)
+                (loss / (math.inf if is_padding_step else num_supervised)).backward()
+                loss_sum += 0.0 if is_padding_step else require_finite("loss", loss.item(), step, micro_batch.examples)
         loss_sum = sum(self._context.gather(loss_sum))
-        self._context.all_reduce_gradients()
+        self._context.all_reduce_gradients(self.model)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.params.max_grad_norm)
         gradient_norm = require_finite("gradient norm", full_tensor(norm).item(), step, batch)
         learning_rate = self._scheduler.get_last_lr()[0]
         self._optimizer.step()
         self._scheduler.step()
-        self._optimizer.zero_grad(set_to_none=self._context.gradients is None)  # the buffer of all gradients is kept
+        self._optimizer.zero_grad()
         num_tokens = sum(len(example.input_ids) for example in batch)
         return StepResult(loss_sum, num_supervised, num_tokens, learning_rate, gradient_norm)
 
@@ -135,8 +141,9 @@ class Engine:
         # Not inference_mode: FSDP2 reuses the gathered weights in training.
         with torch.no_grad(), self._autocast():
             for micro_batch, is_padding_step in self._context.micro_batches(self._batches, examples):
-                loss = token_losses(self.model, micro_batch).losses.sum().item()
+                loss = summed_loss(self.model, micro_batch).item()
                 total += 0.0 if is_padding_step else loss
+        self._context.reshard(self.model)
         self.model.train()
         return sum(self._context.gather(total)) / sum(example.num_supervised for example in examples)
 

@@ -30,7 +30,7 @@ def add_adapters(model: PreTrainedModel, params: TrainParams) -> str:
         A log message that says what is trained.
 
     Raises:
-        UserError: no linear layer has one of the names.
+        UserError: no linear layer has one of the names, or peft does not support one of them.
     """
     linear = dict(linear_layers(model))
     names = sorted({name.rpartition(".")[2] for name in linear})
@@ -48,7 +48,13 @@ def add_adapters(model: PreTrainedModel, params: TrainParams) -> str:
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in linear.values()),  # GPT-2's matrices are transposed
         task_type="CAUSAL_LM",
     )
-    inject_adapter_in_model(config, model)
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:  # such as layers of Mamba whose weights are read by a kernel
+        raise UserError(
+            f"lora_target_modules: peft can't adapt one of these layers: {str(error).rstrip('.')}; "
+            f"must be a list without it, from: {', '.join(names)}"
+        ) from None
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     num_all = sum(parameter.numel() for parameter in model.parameters())
     layers = ", ".join(target_modules)

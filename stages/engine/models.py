@@ -1,13 +1,13 @@
 """Load a model, and choose its device and precision."""
 
 import ctypes
-import math
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from stages.runtime.errors import UserError, user_errors
 
@@ -39,6 +39,8 @@ def load_model(folder: Path, device: torch.device | None = None) -> PreTrainedMo
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, device_map={"": device}
         )
+    # A checkpoint's own settings, such as a repetition penalty, would change greedy answers.
+    model.generation_config = GenerationConfig()
     return model
 
 
@@ -60,15 +62,15 @@ def check_context_length(model: PreTrainedModel, num_tokens: int, parameter: str
     limit = context_length(model)
     if num_tokens > limit:
         raise UserError(
-            f"{parameter}: found {num_tokens:,} tokens in the longest; this model has {limit:,} positions "
+            f"{parameter}: found {num_tokens:,} tokens; this model has {limit:,} positions "
             "(max_position_embeddings): use fewer tokens, or another model"
         )
 
 
-def context_length(model: PreTrainedModel) -> float:
-    """The number of positions of a model; infinity if its config does not have it."""
+def context_length(model: PreTrainedModel) -> int:
+    """The number of positions of a model; the largest integer if its config does not have it."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) else math.inf
+    return limit if isinstance(limit, int) else sys.maxsize
 
 
 def checkpoint_dtype(folder: Path) -> torch.dtype:
@@ -99,3 +101,15 @@ def autocast(precision: str, device: torch.device, cache_enabled: bool = True) -
     if not uses_bf16(precision, device):
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=cache_enabled)
+
+
+@contextmanager
+def probing(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block the model computes in fp32, without dropout and gradients."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            yield
+    finally:
+        model.train(training)

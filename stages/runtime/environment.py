@@ -5,20 +5,14 @@ from importlib.metadata import version
 
 import torch
 
-LIBRARIES = ("numpy", "pyarrow", "tokenizers", "torch", "transformers")
+LIBRARIES = ("accelerate", "numpy", "peft", "pyarrow", "tokenizers", "torch", "transformers")
 
 
-def environment(device: torch.device, distribution: str | None = None) -> dict[str, str]:
-    """Versions, processor and number of threads. Results are bit-identical only if all of these are equal.
-
-    Args:
-        distribution: the number of ranks and how the weights are distributed; None for one process.
-    """
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions, processor and number of threads. Results are bit-identical only if all of these are equal."""
     # Without the local version, such as +cpu in 2.13.0+cpu: "device" says more.
-    releases = {name: version(name).partition("+")[0] for name in LIBRARIES}
-    versions = {"python": platform.python_version(), **releases}
-    if distribution:
-        versions["processes"] = distribution
+    versions = {name: version(name).partition("+")[0] for name in LIBRARIES}
+    versions = {"python": platform.python_version(), **versions}
     if device.type == "cuda":
         return {**versions, "device": f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"}
     bf16 = ", bf16" if torch.cpu._is_avx512_bf16_supported() else ""

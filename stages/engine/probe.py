@@ -1,0 +1,143 @@
+"""Choose the fastest kind of batch that is exact for this model and these data.
+
+The name of an architecture does not say how it handles positions, masks and padding. So some examples are computed in
+fp32 without dropout, and their losses are compared with those of the plain model,
+`model(input_ids, attention_mask).logits` of one example at a time.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from stages.data.examples import IGNORE_INDEX, Example
+from stages.engine.batches import Batches, Limits, PackedBatches, PaddedBatches
+from stages.engine.loss import target_logits, token_losses
+from stages.engine.models import check_context_length, probing
+from stages.runtime.errors import UserError, is_out_of_memory
+
+NO_LIMITS = Limits(sys.maxsize, sys.maxsize)
+TOLERANCE = 1e-4  # nats/token; fp32 rounding gives a hundredth of this, a different attention pattern far more
+
+
+def choose_batches(model: PreTrainedModel, examples: Sequence[Example], max_tokens: int) -> tuple[Batches, list[str]]:
+    """The fastest kind of batch that is exact for this model, and log messages with the reason.
+
+    Raises:
+        UserError: an example is longer than the model's context, or no kind of batch is exact.
+    """
+    longest = max(len(example.input_ids) for example in examples)
+    check_context_length(model, longest, "the longest example (max_length)")
+    limits = Limits.of(model, max_tokens)
+    probe = probe_examples(examples, limits)
+    share_prefix = not (model.training and has_dropout(model, probe[1:]))  # without the longest, which is slow
+    candidates: dict[str, Callable[[Limits], Batches]] = {
+        f"packed batches{' with shared prefixes' if share_prefix else ''}": partial(
+            PackedBatches, share_prefix=share_prefix
+        ),
+        "padded batches": PaddedBatches,
+        "one example at a time": lambda limits: PaddedBatches(replace(limits, tokens=1)),
+    }
+    reasons = [] if share_prefix else ["no shared prefixes because of dropout"]
+    with probing(model):
+        expected = torch.cat([plain_losses(model, example) for example in probe])
+        for name, make_batches in candidates.items():
+            problem = find_difference(model, make_batches(NO_LIMITS), probe, expected)
+            if problem is None:
+                break
+            reasons.append(f"{name}: {problem}")
+        else:
+            raise UserError(
+                f"no kind of batch gives the losses of the plain model ({'; '.join(reasons)}); "
+                "set model_name to another model"
+            )
+    messages = ["; ".join([f"Engine: {name}", *reasons])]
+    if large := sum(map(limits.exceeded_by, examples)):
+        messages.append(
+            f"Examples with more than {limits.tokens:,} tokens or {limits.supervised:,} supervised tokens, "
+            f"each a micro-batch of its own: {large:,}"
+        )
+    return make_batches(limits), messages
+
+
+def probe_examples(examples: Sequence[Example], limits: Limits) -> list[Example]:
+    """About a micro-batch of real examples: the longest, the shortest, the longest prompt twice, then the first ones.
+
+    Two examples have the same prompt, so that a prefix is shared; in each of them one token is supervised.
+    """
+    longest = max(examples, key=lambda example: len(example.input_ids))
+    shortest = min(examples, key=lambda example: len(example.input_ids))
+    prompt = max(examples, key=lambda example: example.prompt_length)
+    end = prompt.prompt_length + 1
+    short = replace(prompt, input_ids=prompt.input_ids[:end], labels=prompt.labels[:end])
+    probe = [longest, shortest, short, short]
+    # All of them must also fit into one padded micro-batch.
+    room = limits.tokens // len(longest.input_ids) - len(probe)
+    num_supervised = longest.num_supervised
+    for example in examples[: max(room, 0)]:
+        num_supervised += example.num_supervised
+        if num_supervised > limits.supervised:
+            break
+        probe.append(example)
+    return [replace(example, example_id=str(number)) for number, example in enumerate(probe)]
+
+
+def plain_losses(model: PreTrainedModel, example: Example) -> torch.Tensor:
+    """The loss at each supervised token of an example, (supervised tokens,), by the plain model.
+
+    Raises:
+        UserError: the model can't compute it.
+    """
+    input_ids = torch.from_numpy(example.input_ids.astype(np.int64)[None]).to(model.device)
+    try:
+        logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits
+    except Exception as error:  # a model can raise anything
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"this model can't compute an example of {input_ids.shape[1]:,} tokens: {error}; "
+            "set model_name to another model"
+        ) from None
+    labels = torch.from_numpy(example.labels[1:].astype(np.int64)).to(model.device)
+    losses = cross_entropy(logits[0, :-1].float(), labels, ignore_index=IGNORE_INDEX, reduction="none")
+    return losses[labels != IGNORE_INDEX]
+
+
+def find_difference(
+    model: PreTrainedModel, batches: Batches, examples: Sequence[Example], expected: torch.Tensor
+) -> str | None:
+    """What is wrong with a kind of batch for this model, or None if its losses are the expected ones."""
+    losses: dict[str, torch.Tensor] = {}
+    try:
+        for batch in batches.micro_batches(examples):
+            parts = token_losses(model, batch).losses.split([example.num_supervised for example in batch.examples])
+            losses |= {example.example_id: part for example, part in zip(batch.examples, parts, strict=True)}
+    except Exception as error:  # a model can raise anything for arguments that it does not know
+        if is_out_of_memory(error):
+            raise
+        if reset := getattr(model, "reset_iter_state", None):  # FSDP2 still expects the interrupted call
+            reset()
+        return f"not supported ({type(error).__name__})"
+    found = torch.cat([losses[example.example_id] for example in examples])
+    # A model with NaN is broken in every kind of batch; training and evaluation report it.
+    is_equal = (found == expected) | (found.isnan() & expected.isnan())
+    difference = float((found - expected).abs().masked_fill(is_equal, 0).max())
+    return None if difference <= TOLERANCE else f"losses differ by up to {difference:.2g} nats/token"
+
+
+def has_dropout(model: PreTrainedModel, examples: Sequence[Example]) -> bool:
+    """Whether the model has dropout or another random operation in training."""
+    # New adapters add 0, so dropout of their inputs does not change the logits.
+    if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):
+        return True
+    batch = PaddedBatches(NO_LIMITS).collate(examples)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with probing(model), torch.random.fork_rng(devices):
+        model.train()
+        first, second = (target_logits(model, batch) for _ in range(2))
+    return bool((first - second).abs().max() > TOLERANCE)
