@@ -9,17 +9,21 @@ were edited together with their MD5 in dvc.lock.
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from dvc.exceptions import DvcException
 from dvc.output import Output
 from dvc.repo import Repo
+
+from stages.download_model import folder_sha256
+from stages.runtime.files import read_json
 
 
 def main() -> None:
     try:
         with Repo() as repo:
             num_stages = len(repo.index.stages)
-            found = list(differences(repo))
+            found = [*differences(repo), *changed_model()]
     except DvcException as error:
         sys.exit(f"dvc.lock: can't be checked: {error}; `dvc status` shows where")
     if not num_stages:
@@ -42,6 +46,15 @@ def differences(repo: Repo) -> Iterator[str]:
         for file in [*stage.deps, *stage.outs]:
             if problem := difference(file, writers.get(file.fs_path)):
                 yield f"{stage.addressing}: {problem}"
+
+
+def changed_model() -> Iterator[str]:
+    """A line if `model_name` is a folder whose files changed after `download_model` ran; DVC does not track them."""
+    path = Path("models/base/source.json")
+    source = read_json(path) if path.exists() else {}
+    folder = Path(source.get("model_name", ""))
+    if "sha256" in source and folder.is_dir() and folder_sha256(folder) != source["sha256"]:
+        yield f"download_model: {folder} changed since it ran; run `dvc repro --force -s download_model`"
 
 
 def difference(file: Output, writer: Output | None) -> str:

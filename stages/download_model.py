@@ -5,6 +5,7 @@ pickle is loaded, and no code of a model is run.
 """
 
 import functools
+import hashlib
 import json
 import re
 import subprocess
@@ -25,6 +26,7 @@ from stages.runtime.terminal import summary
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+PROBE_LENGTHS = (40, 9, 24, 17)  # tokens
 BASE, TOKENIZER = Path("models/base"), Path("models/tokenizer")
 # The files to download from a Hub repository: safetensors weights, and the configuration of model and tokenizer.
 ALLOWED_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -44,11 +46,20 @@ def fetch(name: str, revision: str | None) -> Iterator[tuple[Path, dict[str, Any
         with TemporaryDirectory() as scratch:
             yield fetch_package(**packaged.groupdict(), folder=Path(scratch)), {"model_name": name, "revision": None}
     elif Path(name).is_dir():
-        yield Path(name), {"model_name": name, "revision": None}
+        yield Path(name), {"model_name": name, "revision": None, "sha256": folder_sha256(Path(name))}
     elif name.startswith((".", "/", "~")):
         raise UserError(f"model_name: {name!r} is not a folder; set it to a folder, a Hub id or pypi:...")
     else:
         yield fetch_hub(name, revision)
+
+
+def folder_sha256(folder: Path) -> str:
+    """SHA-256 of the names and contents of a folder's files.
+
+    DVC does not track a local model folder, so `make check-lock` compares this.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return hashlib.sha256("".join(f"{path.name}\0{file_sha256(path)}\n" for path in files).encode()).hexdigest()
 
 
 def fetch_package(package: str, version: str, sha256: str, folder: Path) -> Path:
@@ -88,16 +99,20 @@ def fetch_hub(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
     with user_errors(where, "check HF_ENDPOINT and proxies, and run again"), hub_errors("model_name", name, revision):
         info = HfApi().model_info(name, revision=revision)
         files = [entry.rfilename for entry in info.siblings or []]
+        _reject_adapter(where, files)
         _require_safetensors(where, files)
         folder = snapshot_download(name, revision=info.sha, allow_patterns=ALLOWED_FILES)
     return Path(folder), {"model_name": name, "revision": info.sha}
 
 
 def save(folder: Path, source: dict[str, Any]) -> dict[str, str]:
-    """Load model and tokenizer with transformers, and save them as safetensors in the dtype of the checkpoint.
+    """Load model and tokenizer with transformers, check them, and save them in the dtype of the checkpoint.
 
     Returns:
         The lines of the summary.
+
+    Raises:
+        UserError: this pipeline can't train the model exactly.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
@@ -111,9 +126,11 @@ def save(folder: Path, source: dict[str, Any]) -> dict[str, str]:
         options["gguf_file"] = "model.gguf"
         weights = {"dtype": "bfloat16", "quantization_config": GgufConfig(dequantize=True)}
     else:
-        _require_safetensors(where, [path.name for path in folder.iterdir()])
+        files = [path.name for path in folder.iterdir()]
+        _reject_adapter(where, files)
+        _require_safetensors(where, files)
         with user_errors(where, fix):
-            _require_weights_beside_index(where, folder)
+            _reject_paths(where, folder)
 
     with user_errors(where, fix):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -121,27 +138,64 @@ def save(folder: Path, source: dict[str, Any]) -> dict[str, str]:
         model, info = loaded
         validate_model(where, tokenizer, model, info)
 
-    with atomic_path(TOKENIZER) as partial:
-        tokenizer.save_pretrained(partial)
-    with atomic_path(BASE) as partial:
-        model.save_pretrained(partial)
-        write_json(partial / "source.json", source)
-    return {
+    results = {
         "model": source["model_name"],
         "weights": f"{model.num_parameters():,}, {str(model.dtype).removeprefix('torch.')}, {model.config.model_type}",
         "tokenizer": f"{len(tokenizer):,} tokens, EOS token {tokenizer.eos_token}",
     }
+    with atomic_path(BASE) as base, atomic_path(TOKENIZER) as partial:
+        tokenizer.save_pretrained(partial)
+        model.save_pretrained(base)
+        write_json(base / "source.json", source)
+        del loaded, model  # the saved model is loaded again, in fp32
+        with user_errors(where, fix):
+            results |= probe_model(where, base, sorted(set(tokenizer.get_vocab().values())))
+    return results
+
+
+def probe_model(where: str, folder: Path, token_ids: list[int]) -> dict[str, str]:
+    """Compute losses and answers for random tokens as the other stages will.
+
+    Returns:
+        Lines of the summary: the kind of batch and the method of generation that are exact for this model.
+
+    Raises:
+        UserError: no kind of batch is exact.
+    """
+    import numpy as np
+
+    from stages.data.examples import IGNORE_INDEX, Example
+    from stages.engine.decoding import PROBE_TOKENS, choose_method
+    from stages.engine.models import context_length, load_model
+    from stages.engine.probe import choose_batches
+
+    model = load_model(folder).eval()
+    random = np.random.default_rng(0)
+    examples = []
+    for length in PROBE_LENGTHS:
+        length = min(length, context_length(model))
+        input_ids = random.choice(token_ids, length).astype(np.int32)
+        labels = np.where(np.arange(length) < length // 2, IGNORE_INDEX, input_ids)
+        examples.append(Example(str(length), input_ids, labels))
+    try:
+        _, (engine, *_) = choose_batches(model, examples, sum(PROBE_LENGTHS))
+        method = choose_method(model, [example.input_ids.tolist() for example in examples], PROBE_TOKENS)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return {"engine": engine.removeprefix("Engine: "), "generation": method}
 
 
 def is_causal(model: "PreTrainedModel") -> bool:
-    """Whether logits depend on earlier tokens only: another last token must not change the logits before it."""
+    """Whether logits depend on earlier tokens only: other last tokens must not change the logits before them."""
     import torch
 
-    ids = torch.arange(8)[None]
+    # Long enough for models that attend within chunks or buckets of positions.
+    embeddings: Any = model.get_input_embeddings()
+    ids = torch.arange(48)[None] % len(embeddings.weight)
     other = ids.clone()
-    other[0, -1] = 8
+    other[0, 40:] = 0
     with torch.inference_mode():
-        first, second = (model.eval()(input_ids=x, use_cache=False).logits[0, :-1].float() for x in (ids, other))
+        first, second = (model.eval()(input_ids=x, use_cache=False).logits[0, :40].float() for x in (ids, other))
     return bool((first - second).abs().max() <= 0.005 * first.std())  # rounding errors are far smaller
 
 
@@ -168,13 +222,17 @@ def validate_model(
                 f"{where}: {len(names)} of its weights {problem}, the first is {names[0]}; "
                 "must be complete: use another model"
             )
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{where}: its tokenizer has no EOS token, so answers would never stop: use another model")
-    embeddings: Any = model.get_input_embeddings()
-    num_embeddings = len(embeddings.weight)
-    if len(tokenizer) > num_embeddings:
+    eos_token = str(tokenizer.eos_token or "")
+    if not eos_token or tokenizer.encode(eos_token, add_special_tokens=False) != [tokenizer.eos_token_id]:
         raise UserError(
-            f"{where}: its tokenizer has {len(tokenizer):,} tokens, its model embeddings for {num_embeddings:,}; "
+            f"{where}: found EOS token {eos_token!r}; the tokenizer must encode it as one token, or answers would "
+            "never stop: use another model"
+        )
+    embeddings: Any = model.get_input_embeddings()
+    num_embeddings, largest_id = len(embeddings.weight), max(tokenizer.get_vocab().values())
+    if largest_id >= num_embeddings:
+        raise UserError(
+            f"{where}: its tokenizer has ids up to {largest_id:,}, its model embeddings for {num_embeddings:,} ids; "
             "they don't match: use another model"
         )
     if not is_causal(model):
@@ -204,8 +262,21 @@ def _require_safetensors(where: str, files: list[str]) -> None:
         )
 
 
-def _require_weights_beside_index(where: str, folder: Path) -> None:
-    """Reject weights outside the folder: transformers opens any path in the index and config, and unpickles it."""
+def _reject_adapter(where: str, files: list[str]) -> None:
+    """Reject an adapter: transformers would load the base model that it names, which can be any path."""
+    if "adapter_config.json" in files:
+        raise UserError(
+            f"{where} is an adapter (it has adapter_config.json); must be a complete model: use its base model, or a "
+            "folder with merged weights, as `merge_and_unload` of peft returns them"
+        )
+
+
+def _reject_paths(where: str, folder: Path) -> None:
+    """Reject files outside the folder: transformers opens any path that these files name, and unpickles weights."""
+    for config in folder.glob("tokenizer_config.json"):
+        for name in json.loads(config.read_text(encoding="utf-8")).get("fast_tokenizer_files") or []:
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise UserError(f"{where} names {name!r} as tokenizer; must be a file beside its config: don't use it")
     named = []
     for config in folder.glob("config.json"):
         named += [json.loads(config.read_text(encoding="utf-8")).get("transformers_weights") or "model.safetensors"]

@@ -153,6 +153,15 @@ def more_tokens(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def eos_id_without_embedding(folder: Path) -> None:
+    """A gap in the ids: as many tokens as embeddings, but the largest id has none."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["id"] = 1000
+    content["model"]["vocab"]["<|end|>"] = 1000
+    write(folder / "tokenizer.json", json.dumps(content))
+
+
 def sharded(name: str) -> Setup:
     """Rename the weights, and write an index that names this file instead."""
 
@@ -224,11 +233,11 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("fractions without training examples", "split", params(validation_fraction="0.5", test_fraction="0.5"), "params.yaml:\n  test_fraction: found 0.5; its sum with validation_fraction 0.5 must be below 1, so that training examples remain"),
     ("dataset_file empty", "download_dataset", params(dataset_file="''"), "params.yaml:\n  dataset_file: found ''; must not be empty"),
     ("dataset_split null", "download_dataset", params(dataset_split="null"), "params.yaml:\n  dataset_split: found None; must be a valid string"),
-    ("template unknown", "format", params(template="chatml"), "params.yaml:\n  template: found 'chatml'; must be alpaca, chat (the template of the tokenizer) or a file templates/NAME.jinja"),
+    ("template unknown", "format", params(template="chatml"), "params.yaml:\n  template: found 'chatml'; must be alpaca, chat (the template of the tokenizer), chat:NAME (one of several) or a file templates/NAME.jinja"),
     ("template missing", "format", params(template="templates/none.jinja"), "template: 'templates/none.jinja' is not a file; if it is new, `git add` it before `dvc exp run --temp`"),
     ("no chat template", "format", params(template="chat"), "template: found chat, but the tokenizer of this model has no chat template; set template to alpaca or to a file in templates/"),
     ("template in Latin-1", "format", lambda p: write(p / "templates/mine.jinja", "é".encode("latin-1")) or edit(p, template="templates/mine.jinja"), "templates/mine.jinja: can't be read: 'utf-8' codec can't decode byte 0xe9 in position 0: unexpected end of data; save it as UTF-8 text"),
-    ("template outside templates/", "format", params(template="../alpaca.jinja"), "params.yaml:\n  template: found '../alpaca.jinja'; must be alpaca, chat (the template of the tokenizer) or a file templates/NAME.jinja"),
+    ("template outside templates/", "format", params(template="../alpaca.jinja"), "params.yaml:\n  template: found '../alpaca.jinja'; must be alpaca, chat (the template of the tokenizer), chat:NAME (one of several) or a file templates/NAME.jinja"),
     ("sample_prompts text", "generate", prompts("Why?"), "params.yaml:\n  sample_prompts: found 'Why?'; must be a valid list"),
     ("sample_prompts with a lone surrogate", "generate", prompts('["\\ud800"]'), "params.yaml:\n  sample_prompts.0: found '\\ud800'; must be a valid string, unable to parse raw data as a unicode string"),
     ("sample_prompts blank", "generate", prompts('[" "]'), "params.yaml:\n  sample_prompts.0: found ' '; must not be empty"),
@@ -292,13 +301,17 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("weights index with a system file", "download_model", model(sharded("/etc/passwd")), "model_name: 'mine' names '/etc/passwd' as weights; must be a .safetensors file beside its config.json: don't use it"),
     ("weights index with a missing file", "download_model", model(sharded("none.safetensors")), f"model_name: 'mine': can't be read: No such file or directory: mine/none.safetensors; {OTHER_MODEL}"),
     ("weights index not an object", "download_model", model(file("model.safetensors.index.json", "[]")), f"model_name: 'mine': can't be read: list indices must be integers or slices, not str; {OTHER_MODEL}"),
+    ("adapter instead of a model", "download_model", model(file("adapter_config.json", "{}")), "model_name: 'mine' is an adapter (it has adapter_config.json); must be a complete model: use its base model, or a folder with merged weights, as `merge_and_unload` of peft returns them"),
     ("model config with a pickle as weights", "download_model", model(changed("config.json", transformers_weights="adapter_model.bin")), "model_name: 'mine' names 'adapter_model.bin' as weights; must be a .safetensors file beside its config.json: don't use it"),
     # tokenizers
     ("tokenizer missing", "download_model", model(deleted("tokenizer.json")), f"model_name: 'mine': can't be read: Couldn't instantiate the backe…; {OTHER_MODEL}"),
     ("tokenizer not JSON", "download_model", model(cut_off("tokenizer.json")), f"model_name: 'mine': can't be read: Unterminated string starting at: line 956 column 9 (char 13222); {OTHER_MODEL}"),
     ("tokenizer of an unknown type", "download_model", model(changed("tokenizer.json", model={"type": "foo"})), f"model_name: 'mine': can't be read: data did not match any variant…; {OTHER_MODEL}"),
-    ("tokenizer without an EOS token", "download_model", model(changed("tokenizer_config.json", eos_token=None)), "model_name: 'mine': its tokenizer has no EOS token, so answers would never stop: use another model"),
-    ("tokenizer of another model", "download_model", model(more_tokens), "model_name: 'mine': its tokenizer has 784 tokens, its model embeddings for 400; they don't match: use another model"),
+    ("tokenizer without an EOS token", "download_model", model(changed("tokenizer_config.json", eos_token=None)), "model_name: 'mine': found EOS token ''; the tokenizer must encode it as one token, or answers would never stop: use another model"),
+    ("tokenizer with an empty EOS token", "download_model", model(changed("tokenizer_config.json", eos_token="", unk_token="a")), "model_name: 'mine': found EOS token ''; the tokenizer must encode it as one token, or answers would never stop: use another model"),
+    ("tokenizer with an EOS id without an embedding", "download_model", model(eos_id_without_embedding), "model_name: 'mine': its tokenizer has ids up to 1,000, its model embeddings for 400 ids; they don't match: use another model"),
+    ("tokenizer file outside the folder", "download_model", model(changed("tokenizer_config.json", fast_tokenizer_files=["../tokenizer.4.0.0.json"])), "model_name: 'mine' names '../tokenizer.4.0.0.json' as tokenizer; must be a file beside its config: don't use it"),
+    ("tokenizer of another model", "download_model", model(more_tokens), "model_name: 'mine': its tokenizer has ids up to 783, its model embeddings for 400 ids; they don't match: use another model"),
     # inputs from other stages
     ("raw data missing", "format", deleted("data/raw.parquet"), f"data/raw.parquet: No such file or directory; {REPRO}"),
     ("raw data cut off", "format", cut_off("data/raw.parquet"), f"data/raw.parquet: can't be read: Parquet magic bytes not found …; {RESTORE}"),
@@ -316,9 +329,9 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("dvc.yaml without stages", "train", file("dvc.yaml", "{}"), "dvc.yaml: can't be read: 'stages'; restore it with `git checkout dvc.yaml`"),
     ("base model missing", "train", deleted("models/base"), f"models/base: No such file or directory; {REPRO}"),
     ("base model cut off", "train", cut_off("models/base/model.safetensors"), f"models/base: can't be read: Error while deserializing head…; {RESTORE}"),
-    ("training examples longer than the context", "train", changed("models/base/config.json", max_position_embeddings=64), f"max_length: found 269 tokens in the longest; {CONTEXT}"),
-    ("test examples longer than the context", "evaluate", changed("models/base/config.json", max_position_embeddings=64), f"max_length: found 155 tokens in the longest; {CONTEXT}"),
-    ("sample prompts longer than the context", "generate", changed("models/base/config.json", max_position_embeddings=64), f"sample_prompts: found 91 tokens in the longest; {CONTEXT}"),
+    ("training examples longer than the context", "train", changed("models/base/config.json", max_position_embeddings=64), f"the longest example (max_length): found 269 tokens; {CONTEXT}"),
+    ("test examples longer than the context", "evaluate", changed("models/base/config.json", max_position_embeddings=64), f"the longest example (max_length): found 155 tokens; {CONTEXT}"),
+    ("sample prompts longer than the context", "generate", changed("models/base/config.json", max_position_embeddings=64), f"the longest of sample_prompts: found 91 tokens; {CONTEXT}"),
     ("learning rate 1e30", "train", params(learning_rate="1e30", warmup_steps="0", precision="fp32"), "step 2: gradient norm is nan; lower learning_rate or max_grad_norm, or set precision to fp32. Check these examples of data/train.parquet: …"),
     ("learning rate 1e38", "train", params(learning_rate="1e38", warmup_steps="0", batch_size="1000", lr_scheduler="constant", precision="fp32"), "step 1: validation loss is …; lower learning_rate or max_grad_norm, or set precision to fp32. Check these examples of data/train.parquet: …"),
     ("test split missing", "evaluate", deleted("data/test.parquet"), f"data/test.parquet: No such file or directory; {REPRO}"),

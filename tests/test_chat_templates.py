@@ -244,6 +244,24 @@ def test_the_bundled_template_works_with_a_tokenizer_that_has_none(project: Path
     assert supervised(tokenizer, formatted.encoded.labels.tolist()) == [" Red.<|end|>", " Blue, green.<|end|>"]
 
 
+def test_one_of_several_chat_templates_is_selected_by_name(tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    plain = (ROOT / "templates/plain.jinja").read_text()
+    tokenizer.chat_template = {"rag": "Read!" + plain, "tool_use": plain}
+    assert load_template("chat:rag", tokenizer).encode_prompts(["A"]) == [
+        tokenizer.encode("Read!User: A\n\nAssistant:", add_special_tokens=False)
+    ]
+    for name in ("chat", "chat:other"):
+        with pytest.raises(UserError) as error:
+            load_template(name, tokenizer)
+        assert str(error.value) == (
+            f"template: found {name}, but the tokenizer of this model does not have it; "
+            "set template to chat:rag, chat:tool_use, alpaca or to a file in templates/"
+        )
+
+
 texts = st.lists(
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).map(str.strip).filter(bool),
     min_size=1,

@@ -72,7 +72,8 @@ def copy_without_eos_token(tiny_model: Path, folder: Path) -> None:
 def test_a_tokenizer_without_an_eos_token_is_rejected(project: Path, tiny_model: Path) -> None:
     copy_without_eos_token(tiny_model, Path("endless"))
     assert failure(project, "endless") == (
-        "model_name: 'endless': its tokenizer has no EOS token, so answers would never stop: use another model"
+        "model_name: 'endless': found EOS token ''; the tokenizer must encode it as one token, or answers would never "
+        "stop: use another model"
     )
 
 

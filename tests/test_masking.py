@@ -61,6 +61,22 @@ def test_there_is_one_bos_token_before_the_prompt_and_it_is_not_trained() -> Non
     assert encode(WordsWithBos(), "5", "8") == One([1, 5, 8, 2], [-100, -100, 8, 2], truncated=False)
 
 
+class WordsWithEosAsBos(Words):
+    bos_token_id = Words.eos_token_id
+
+
+class WordsThatEndWithEos(Words):
+    def __call__(self, texts: Any, add_special_tokens: bool = True, **_: Any) -> dict[str, Any]:
+        ids = super().__call__(texts)["input_ids"]
+        end = [self.eos_token_id] if add_special_tokens else []
+        return {"input_ids": ids + end if isinstance(texts, str) else [one + end for one in ids]}
+
+
+@pytest.mark.parametrize("tokenizer", [WordsWithEosAsBos(), WordsThatEndWithEos()])
+def test_no_eos_token_is_before_the_prompt(tokenizer: Words) -> None:
+    assert encode(tokenizer, "5", "8") == One([5, 8, 2], [-100, 8, 2], truncated=False)
+
+
 def test_truncation_cuts_the_end_of_the_response() -> None:
     assert encode(Words(), "5 6", "7 8 9", 4) == One([5, 6, 7, 8], [-100, -100, 7, 8], truncated=True)
 

@@ -42,8 +42,8 @@ def test_all_errors_of_the_file_are_in_one_message(project: Path) -> None:
     assert problems(project) == [
         "params.yaml:",
         "  num_epohs: not a parameter; did you mean num_epochs?",
-        "  template: found 'chatml'; must be alpaca, chat (the template of the tokenizer) or a file "
-        "templates/NAME.jinja",
+        "  template: found 'chatml'; must be alpaca, chat (the template of the tokenizer), chat:NAME (one of several) "
+        "or a file templates/NAME.jinja",
         "  test_fraction: found 0.95; its sum with validation_fraction 0.1 must be below 1, "
         "so that training examples remain",
         "  learning_rate: found -1; must be greater than 0",

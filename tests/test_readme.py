@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import report
-from tests import chaos
+from tests import architectures, chaos
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -87,6 +87,10 @@ def test_the_benchmark_summary_matches_the_results() -> None:
 def test_the_chaos_table_matches_the_results() -> None:
     results = json.loads(chaos.RESULTS.read_text(encoding="utf-8"))
     assert block("chaos", read_page("docs/reliability.md")) == chaos.table(results)
+
+
+def test_the_table_of_architectures_matches_the_results() -> None:
+    assert block("architectures", read_page("docs/models.md")) == architectures.table(architectures.read_results())
 
 
 def test_the_example_answers_are_in_the_samples() -> None:

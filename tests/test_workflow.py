@@ -322,6 +322,17 @@ def test_data_is_checked_if_it_is_there_and_may_be_only_in_the_cache(project: Pa
     ]
 
 
+def test_changed_files_of_a_local_model_are_reported(project: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(project, tmp_path / "copy")
+    source = json.loads((folder / "models/base/source.json").read_text())
+    local = shutil.copytree(source["model_name"], tmp_path / "local")
+    (folder / "models/base/source.json").write_text(json.dumps({**source, "model_name": str(local)}))
+    changed = f"download_model: {local} changed since it ran; run `dvc repro --force -s download_model`"
+    assert changed not in run_step(CHECK, folder).stderr
+    append("model.safetensors", "x")(local)
+    assert changed in run_step(CHECK, folder).stderr
+
+
 def test_predictions_are_pulled_if_a_remote_is_configured(project: Path, clone: Path, tmp_path: Path) -> None:
     result = run_step(PULL, clone)
     assert (result.returncode, result.stdout) == (0, "No DVC remote is configured.\n")

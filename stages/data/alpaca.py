@@ -49,7 +49,8 @@ def render_alpaca(instruction: str, input_text: str = "") -> str:
 class AlpacaTemplate:
     """One instruction and one response, tokenized separately and joined, so that the boundary is exact.
 
-    The prompt begins with the BOS token if the tokenizer adds one. Text from the data can't become special tokens.
+    The prompt begins with the BOS token if the tokenizer adds one, and it is not the EOS token, too. Text from the data
+    can't become special tokens.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
@@ -57,7 +58,8 @@ class AlpacaTemplate:
         self.eos_token_id: int = tokenizer.eos_token_id
         self._tokenizer = tokenizer
         added: list[int] = tokenizer("")["input_ids"][:1]
-        self._bos = added if tokenizer.bos_token_id is not None and added == [tokenizer.bos_token_id] else []
+        # Some tokenizers append EOS, and some use one token for both; EOS never begins a prompt.
+        self._bos = added if added == [tokenizer.bos_token_id] != [tokenizer.eos_token_id] else []
 
     def format(self, conversations: Sequence[Conversation], max_length: int) -> Formatted:
         """Render, tokenize and mask."""

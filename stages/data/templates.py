@@ -14,7 +14,6 @@ from stages.runtime.files import write_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BUILT_IN = ("alpaca", "chat")
 # A copy of the Jinja file that `template` names; for alpaca and chat, only a comment. Later stages depend on this file
 # and not on the folder `templates`, so that editing another template does not train again.
 SELECTED_TEMPLATE = Path("data/template.jinja")
@@ -25,13 +24,14 @@ def select_template(name: str) -> None:
     """Write `SELECTED_TEMPLATE`, from which `load_template` reads.
 
     Args:
-        name: the parameter `template`: alpaca, chat (the template of the tokenizer) or a Jinja file.
+        name: the parameter `template`: alpaca, chat (the template of the tokenizer), chat:NAME (if it has several) or a
+            Jinja file.
 
     Raises:
         UserError: there is no such file, or it is not text.
     """
     text = f"{{# {name} #}}\n"  # not empty, which DVC would warn about
-    if name not in BUILT_IN:
+    if name != "alpaca" and not is_chat(name):
         if not Path(name).is_file():
             raise UserError(f"template: {name!r} is not a file; if it is new, `git add` it before `dvc exp run --temp`")
         with user_errors(Path(name), "save it as UTF-8 text"):
@@ -47,12 +47,28 @@ def load_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> Template:
     """
     if name == "alpaca":
         return AlpacaTemplate(tokenizer)
-    if name == "chat":
-        if not tokenizer.chat_template:
-            raise UserError(
-                "template: found chat, but the tokenizer of this model has no chat template; "
-                "set template to alpaca or to a file in templates/"
-            )
-        return ChatTemplate(tokenizer, str(tokenizer.get_chat_template()), "the tokenizer's chat template")
+    if is_chat(name):
+        return ChatTemplate(tokenizer, _own_template(name, tokenizer), "the tokenizer's chat template")
     with user_errors(SELECTED_TEMPLATE):
         return ChatTemplate(tokenizer, SELECTED_TEMPLATE.read_text(encoding="utf-8"), name)
+
+
+def is_chat(name: str) -> bool:
+    """Whether `template` names a chat template of the tokenizer."""
+    return name == "chat" or name.startswith("chat:")
+
+
+def _own_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The tokenizer's chat template with this name; a tokenizer can have several."""
+    templates = tokenizer.chat_template or {}
+    if isinstance(templates, str):
+        templates = {"default": templates}
+    selected = name.partition(":")[2] or "default"
+    if selected in templates:
+        return str(templates[selected])
+    names = "".join(f"chat:{other}, " for other in sorted(templates))
+    problem = "does not have it" if names else "has no chat template"
+    raise UserError(
+        f"template: found {name}, but the tokenizer of this model {problem}; "
+        f"set template to {names}alpaca or to a file in templates/"
+    )

@@ -56,8 +56,11 @@ def _model_name(value: str) -> str:
 
 def _template(value: str) -> str:
     # `format` depends on the folder `templates`, so DVC notices when a file in it changes.
-    if value not in ("alpaca", "chat") and not re.fullmatch(r"templates/[\w.-]+\.jinja", value):
-        raise ValueError("must be alpaca, chat (the template of the tokenizer) or a file templates/NAME.jinja")
+    if not re.fullmatch(r"alpaca|chat(:[\w.-]+)?|templates/[\w.-]+\.jinja", value):
+        raise ValueError(
+            "must be alpaca, chat (the template of the tokenizer), chat:NAME (one of several) or a file "
+            "templates/NAME.jinja"
+        )
     return value
 
 
