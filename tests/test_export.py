@@ -71,7 +71,8 @@ def test_exported_file_answers_like_the_tuned_model(folder: Path, capsys: pytest
 
     export.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["┃", "prompt", "┃", "models/tuned", "┃", "tuned.gguf", "┃"]
+    assert lines[0] == "Generation: packed prompts"
+    assert lines[2].split() == ["┃", "prompt", "┃", "models/tuned", "┃", "tuned.gguf", "┃"]
     assert max(map(len, lines[: lines.index("  weights  float32".ljust(len(lines[-4])))])) == 100
     assert [line.rstrip() for line in lines[-4:-2]] == [
         "  weights  float32",

@@ -137,13 +137,13 @@ def assert_trains_like_the_textbook_loop(config: PreTrainedConfig, batches: Batc
 
 
 @pytest.mark.parametrize("path", BATCHES)
-@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 @pytest.mark.usefixtures("training_inputs")
 def test_every_kind_of_batch_trains_like_the_textbook_loop(architecture: str, path: str) -> None:
     assert_trains_like_the_textbook_loop(CONFIGS[architecture], BATCHES[path])
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "mistral", "opt", "lfm2", "mamba"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "mistral", "opt", "lfm2", "mamba"])
 @pytest.mark.usefixtures("training_inputs")
 def test_the_batches_that_the_engine_chooses_train_like_the_textbook_loop(name: str) -> None:
     assert_trains_like_the_textbook_loop(tiny_config(name))
@@ -275,7 +275,10 @@ def test_logging_and_saving_may_change_when_a_run_is_resumed(
     capsys.readouterr()
     train.main()
     assert "Resuming from the checkpoint at step 10\n" in capsys.readouterr().out
-    assert outcome() == expected
+    found = outcome()
+    for one in (expected, found):
+        del one["models/tuned/README.md"]  # lists all parameters
+    assert found == expected
 
 
 @pytest.mark.usefixtures("training_inputs")
