@@ -54,7 +54,7 @@ audit: $(INSTALLED)  ## check for known vulnerabilities and secrets
 chaos: $(INSTALLED)  ## kill the pipeline at 100 random moments and check that nothing is lost (10 min)
 	python -m tests.chaos
 
-architectures: $(INSTALLED)  ## compare every architecture in transformers with the plain model (10 min)
+architectures: $(INSTALLED)  ## compare every architecture in transformers with the plain model (4 min)
 	python -m tests.architectures
 
 clean: $(INSTALLED)  ## delete checkpoints and leftovers of killed runs; results are kept

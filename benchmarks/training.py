@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.memory import peak_memory
 from stages.data.examples import IGNORE_INDEX, Example
-from stages.engine.batches import Limits, PackedBatches, shuffled_batches
+from stages.engine.batches import NO_LIMITS, PackedBatches, shuffled_batches
 from stages.runtime.params import TrainParams
 
 BASE, TOKENIZER = Path("models/base").absolute(), Path("models/tokenizer").absolute()
@@ -217,8 +217,7 @@ def measure(
         # Without padding and repeated prefixes.
         "distinct_tokens": [
             sum(
-                micro_batch.inputs["input_ids"].numel()
-                for micro_batch in PackedBatches(Limits(2**31, 2**31)).micro_batches(batch)
+                micro_batch.inputs["input_ids"].numel() for micro_batch in PackedBatches(NO_LIMITS).micro_batches(batch)
             )
             for batch in batches
         ],

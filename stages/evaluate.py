@@ -184,18 +184,14 @@ def score_tokens(model: "PreTrainedModel", batches: "Batches", examples: list[Ex
     """The scores of the examples, in their order. Only one micro-batch is in memory at a time."""
     import torch
 
-    from stages.engine.loss import token_losses
+    from stages.engine.loss import losses_by_example
 
     scores: dict[str, Score] = {}
+    micro_batches = progress(batches.micro_batches(examples), "score", "micro-batch")
     with torch.inference_mode():
-        for batch in progress(batches.micro_batches(examples), "score", "micro-batch"):
-            lengths = [example.num_supervised for example in batch.examples]
-            result = token_losses(model, batch)
-            parts = zip(
-                batch.examples, result.losses.cpu().double().split(lengths), result.correct.split(lengths), strict=True
-            )
-            for example, losses, correct in parts:
-                scores[example.example_id] = Score(losses.sum().item(), len(losses), int(correct.sum()))
+        for example, result in losses_by_example(model, micro_batches):
+            losses = result.losses.cpu().double()
+            scores[example.example_id] = Score(losses.sum().item(), len(losses), int(result.correct.sum()))
     return [scores[example.example_id] for example in examples]
 
 

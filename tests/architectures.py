@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -23,7 +21,7 @@ from stages.data.examples import Example
 from stages.download_model import save
 from stages.engine.batches import partition_by_cost
 from stages.engine.decoding import METHODS, choose_method, generation_settings
-from stages.engine.loss import summed_loss, token_losses
+from stages.engine.loss import losses_by_example, summed_loss
 from stages.engine.models import load_model
 from stages.engine.probe import choose_batches, has_dropout
 from stages.runtime.errors import UserError
@@ -31,6 +29,7 @@ from stages.runtime.files import read_json, write_json
 from stages.runtime.terminal import progress
 from tests.clone import make_tokenizer
 from tests.conftest import example
+from tests.textbook import textbook_answer, textbook_losses
 from tests.tiny_models import NOT_BUILT, tiny_model
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -115,11 +114,9 @@ def compare(model: PreTrainedModel) -> Outcome:
 
         model.train(not has_dropout(model, examples))  # some routers of experts are random in training
         expected_losses, expected_gradient = plain(model, examples, num_supervised)
-        losses: dict[str, torch.Tensor] = {}
         with torch.no_grad():
-            for batch in batches.micro_batches(examples):
-                parts = token_losses(model, batch).losses.split([one.num_supervised for one in batch.examples])
-                losses |= {one.example_id: part for one, part in zip(batch.examples, parts, strict=True)}
+            results = losses_by_example(model, batches.micro_batches(examples))
+            losses = {one.example_id: result.losses for one, result in results}
         found = torch.cat([losses[one.example_id] for one in examples])
         if not (difference := float((found - expected_losses).abs().max())) <= TOLERANCE:
             wrong.append(f"{kind}: losses differ by {difference:.2g}")
@@ -141,10 +138,10 @@ def compare(model: PreTrainedModel) -> Outcome:
         prompts = [one.input_ids[: one.prompt_length].tolist() for one in examples]
         method = choose_method(model.eval(), prompts, NEW_TOKENS)
         answers.append(method)
-        endless = [plain_answer(model, prompt, None) for prompt in prompts]
+        endless = [textbook_answer(model, prompt, None, NEW_TOKENS) for prompt in prompts]
         eos = endless[1][NEW_TOKENS // 2]
         new_ids = [row.ids for row in METHODS[method](model, prompts, generation_settings(eos, NEW_TOKENS))]
-        if new_ids != [plain_answer(model, prompt, eos) for prompt in prompts]:
+        if new_ids != [textbook_answer(model, prompt, eos, NEW_TOKENS) for prompt in prompts]:
             wrong.append(f"{kind}: answers differ")
     return Outcome(training, answers, wrong="; ".join(wrong))
 
@@ -168,28 +165,13 @@ def plain(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of each supervised token, and the gradient of their mean."""
     model.zero_grad()
-    losses = []
-    for one in examples:
-        input_ids = torch.tensor(one.input_ids[None].astype(int))
-        logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits[0, :-1]
-        labels = torch.tensor(one.labels[1:].astype(int))
-        loss = cross_entropy(logits, labels, reduction="none", ignore_index=-100)[labels != -100]
-        (loss.sum() / num_supervised).backward()
-        losses.append(loss.detach())
-    return torch.cat(losses), gradient(model)
+    losses = torch.cat(list(textbook_losses(model, examples).values()))
+    (losses.sum() / num_supervised).backward()
+    return losses.detach(), gradient(model)
 
 
 def gradient(model: PreTrainedModel) -> torch.Tensor:
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
-
-
-def plain_answer(model: Any, prompt: list[int], eos_token_id: int | None) -> list[int]:
-    """The greedy answer of the library's `generate` to a single prompt."""
-    input_ids = torch.tensor([prompt])
-    settings = generation_settings(eos_token_id, NEW_TOKENS)
-    output = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=settings)
-    new: list[int] = output[0, len(prompt) :].tolist()
-    return new
 
 
 if __name__ == "__main__":

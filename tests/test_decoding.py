@@ -21,7 +21,9 @@ from stages.engine.decoding import (
     generation_settings,
 )
 from stages.engine.models import load_model
-from tests.test_loss import CONFIGS, SLIDING_WINDOW, SMALL, make
+from tests.test_loss import CONFIGS, SLIDING_WINDOW, SMALL
+from tests.textbook import textbook_answer
+from tests.tiny_models import random_model
 
 
 @pytest.fixture(scope="module")
@@ -49,26 +51,12 @@ def test_answers_are_in_the_order_of_the_prompts(monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return make(LlamaConfig(**(SMALL | {"vocab_size": 400}))).eval()
+    return random_model(LlamaConfig(**(SMALL | {"vocab_size": 400}))).eval()
 
 
 PROMPTS = [[300, 301, 302, 303, 304, 305], [310], [320, 321, 322]]
 # With a common prefix; the first prompt is the prefix alone.
 SHARED = [[300, 301], [300, 301, 303, 304, 305, 306], [300, 301, 320, 321]]
-
-
-def greedy(model: Any, prompt: list[int], eos_token_id: int | None, max_new_tokens: int = 12) -> list[int]:
-    """The new token ids that `generate` of transformers returns."""
-    ids = torch.tensor([prompt])
-    new: list[int] = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=eos_token_id,
-        pad_token_id=0,
-    )[0, len(prompt) :].tolist()
-    return new
 
 
 def new_ids(method: Method, *args: Any) -> list[list[int]]:
@@ -82,12 +70,12 @@ def test_greedy_answers_equal_those_of_transformers(
     model: Any, eos_token_id: int, method: Method, prompts: list[list[int]]
 ) -> None:
     found = new_ids(method, model, prompts, generation_settings(eos_token_id, 12))
-    assert found == [greedy(model, prompt, eos_token_id) for prompt in prompts]
+    assert found == [textbook_answer(model, prompt, eos_token_id) for prompt in prompts]
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_stopped_row_does_not_change_the_other_rows(model: Any, method: Method) -> None:
-    full_rows = [greedy(model, prompt, None) for prompt in PROMPTS]
+    full_rows = [textbook_answer(model, prompt, None) for prompt in PROMPTS]
     eos = full_rows[1][3]
     rows = new_ids(method, model, PROMPTS, generation_settings(eos, 12))
     assert [len(row) for row in rows] == [8, 4, 12]
@@ -96,9 +84,9 @@ def test_stopped_row_does_not_change_the_other_rows(model: Any, method: Method) 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_prompts_give_the_answers_of_transformers(name: str) -> None:
-    model = make(CONFIGS[name]).eval()
+    model = random_model(CONFIGS[name]).eval()
     prompts = [[5, 6, 7, 8], [5, 6, 9, 10, 11, 12, 13], [5, 6, 14]]
-    expected = [greedy(model, prompt, 2, 20) for prompt in prompts]
+    expected = [textbook_answer(model, prompt, 2, 20) for prompt in prompts]
     assert choose_method(model, prompts, 12) == "packed prompts"
     assert generate(model, prompts, generation_settings(2, 20)) == expected
     assert len({tuple(answer) for answer in expected}) == 3
@@ -107,10 +95,10 @@ def test_packed_prompts_give_the_answers_of_transformers(name: str) -> None:
 def test_answers_beyond_a_sliding_window_equal_those_of_transformers() -> None:
     prompts = [[5, 6, 7, 8], [5, 6, 9, 10, 11, 12, 13], [9]]
     for window, method in ((4, "padded prompts"), (8, "padded prompts"), (64, "packed prompts")):
-        model = make(Gemma3TextConfig(**SLIDING_WINDOW.to_dict() | {"sliding_window": window})).eval()
+        model = random_model(Gemma3TextConfig(**SLIDING_WINDOW.to_dict() | {"sliding_window": window})).eval()
         assert choose_method(model, prompts, 12) == method
         found = generate(model, prompts, generation_settings(2, 12))
-        assert found == [greedy(model, prompt, 2) for prompt in prompts]
+        assert found == [textbook_answer(model, prompt, 2) for prompt in prompts]
         # `evaluate` calls it inside autocast, where bf16 rounding would hide the difference.
         with torch.autocast("cpu", torch.bfloat16):
             assert choose_method(model, prompts, 12) == method
@@ -119,11 +107,11 @@ def test_answers_beyond_a_sliding_window_equal_those_of_transformers() -> None:
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_answer_ends_when_the_context_is_full(name: str, method: Method) -> None:
-    model = make(CONFIGS[name]).eval()  # 128 positions
+    model = random_model(CONFIGS[name]).eval()  # 128 positions
     prompts = [[5 + n % 40 for n in range(length)] for length in (126, 100, 128)]
     found = new_ids(method, model, prompts, generation_settings(50, 40))
     assert [len(ids) for ids in found] == [3, 29, 1]  # the last new token needs no position
-    assert found == [greedy(model, prompt, None, len(ids)) for prompt, ids in zip(prompts, found, strict=True)]
+    assert found == [textbook_answer(model, prompt, None, len(ids)) for prompt, ids in zip(prompts, found, strict=True)]
 
 
 def test_batch_gives_the_same_answers_as_single_prompts(model: Any, tokenizer: Any) -> None:
@@ -143,10 +131,10 @@ def test_samples_depend_on_the_seed(model: Any, tokenizer: Any) -> None:
     assert sample(1) != sample(2)
 
 
-def test_temperature_zero_is_greedy(model: Any, tokenizer: Any) -> None:
+def test_temperature_zero_is_textbook_answer(model: Any, tokenizer: Any) -> None:
     torch.manual_seed(1)
     first = generate(model, PROMPTS, generation_settings(0, 8, temperature=0, top_p=0.5))
-    assert first == [greedy(model, prompt, 0, 8) for prompt in PROMPTS]
+    assert first == [textbook_answer(model, prompt, 0, 8) for prompt in PROMPTS]
 
 
 def test_settings_of_the_checkpoint_are_not_used(tiny_model: Path, tmp_path: Path) -> None:
@@ -154,5 +142,5 @@ def test_settings_of_the_checkpoint_are_not_used(tiny_model: Path, tmp_path: Pat
     (tmp_path / "model/generation_config.json").write_text('{"repetition_penalty": 10.0, "eos_token_id": [17]}')
     changed = load_model(tmp_path / "model").eval()
     assert new_ids(generate_alone, changed, PROMPTS, generation_settings(0, 12)) == [
-        greedy(load_model(tiny_model), prompt, 0) for prompt in PROMPTS
+        textbook_answer(load_model(tiny_model), prompt, 0) for prompt in PROMPTS
     ]

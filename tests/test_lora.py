@@ -22,10 +22,10 @@ from stages.engine.probe import choose_batches
 from stages.runtime.errors import UserError
 from stages.runtime.params import TrainParams, load_params
 from tests.clone import edit
-from tests.test_loss import CONFIGS, make
+from tests.test_loss import CONFIGS
 from tests.test_train import curve, interrupt_at
 from tests.textbook import textbook_steps
-from tests.tiny_models import tiny_model
+from tests.tiny_models import random_model, tiny_model
 
 pytestmark = pytest.mark.usefixtures("training_inputs")
 BASE, TUNED = Path("models/base"), Path("models/tuned")
@@ -174,7 +174,7 @@ def test_prefixes_are_not_shared_if_adapters_have_dropout(dropout: float, shared
 def test_frozen_matrices_in_bf16_give_the_same_bits(architecture: str) -> None:
     found = []
     for rounded in (False, True):
-        model = make(CONFIGS[architecture]).train()
+        model = random_model(CONFIGS[architecture]).train()
         add_adapters(model, edit_lora())
         if rounded:
             store_frozen_in_bf16(model)
@@ -188,11 +188,11 @@ def test_frozen_matrices_in_bf16_give_the_same_bits(architecture: str) -> None:
     for before, after in zip(*found, strict=True):
         assert torch.equal(before, after)
     tied = 50 * 32 * 4  # the embeddings stay in fp32
-    assert num_bytes < 0.6 * (sum(p.nbytes for p in make(CONFIGS[architecture]).parameters()) - tied) + 3 * tied
+    assert num_bytes < 0.6 * (sum(p.nbytes for p in random_model(CONFIGS[architecture]).parameters()) - tied) + 3 * tied
 
 
 def test_transposed_matrices_are_merged(tmp_path: Path) -> None:
-    base = make(CONFIGS["gpt2"]).eval()
+    base = random_model(CONFIGS["gpt2"]).eval()
     base.save_pretrained(tmp_path / "base")
     (tmp_path / "base/source.json").write_text(json.dumps({"model_name": "tiny", "revision": None}))
     add_adapters(base, edit_lora())

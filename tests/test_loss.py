@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
@@ -18,13 +17,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from stages.data.examples import Example
 from stages.engine.batches import Limits, PackedBatches, PaddedBatches
-from stages.engine.loss import summed_loss, token_losses
+from stages.engine.loss import losses_by_example, summed_loss, token_losses
 from stages.engine.models import autocast
 from stages.engine.probe import choose_batches
 from stages.runtime.errors import UserError
 from tests.conftest import example
+from tests.textbook import textbook_losses
+from tests.tiny_models import random_model
 
 SMALL: dict[str, Any] = {
     "vocab_size": 50,
@@ -61,45 +61,25 @@ EXAMPLES = [
 ]
 
 
-def make(config: PreTrainedConfig) -> Any:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim >= 2:  # as far from 0 as trained weights; otherwise greedy answers repeat one token
-                weight.add_(0.15 * torch.randn_like(weight))
-    return model
+def values(losses: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+    return {example_id: part.tolist() for example_id, part in losses.items()}
 
 
-def textbook_losses(model: Any, examples: list[Example]) -> dict[str, list[float]]:
-    """One example at a time, all logits, plain cross entropy with `ignore_index` -100."""
-    losses = {}
-    for item in examples:
-        logits = model(input_ids=torch.tensor(item.input_ids[None].astype(int))).logits[0, :-1]
-        labels = torch.tensor(item.labels[1:].astype(int))
-        all_losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
-        losses[item.example_id] = all_losses[labels != -100].tolist()
-    return losses
-
-
-def losses_by_example(model: Any, batches: Any) -> dict[str, list[float]]:
-    found = {}
-    for batch in batches.micro_batches(EXAMPLES):
-        parts = token_losses(model, batch).losses.split([item.num_supervised for item in batch.examples])
-        found |= {item.example_id: part.tolist() for item, part in zip(batch.examples, parts, strict=True)}
-    return found
+def found_losses(model: Any, batches: Any) -> dict[str, list[float]]:
+    results = losses_by_example(model, batches.micro_batches(EXAMPLES))
+    return values({item.example_id: result.losses for item, result in results})
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_code_path_gives_the_textbook_losses(name: str) -> None:
-    model = make(CONFIGS[name]).eval()
-    expected = textbook_losses(model, EXAMPLES)
+    model = random_model(CONFIGS[name]).eval()
+    expected = values(textbook_losses(model, EXAMPLES))
     assert list(map(len, expected.values())) == [3, 2, 6, 2, 1]
-    padded = losses_by_example(model, PaddedBatches(Limits(30, 30)))
+    padded = found_losses(model, PaddedBatches(Limits(30, 30)))
     batches, messages = choose_batches(model, EXAMPLES, 30)
     assert messages == ["Engine: packed batches with shared prefixes"]
-    packed = losses_by_example(model, batches)
-    unshared = losses_by_example(model, PackedBatches(Limits(30, 30), share_prefix=False))
+    packed = found_losses(model, batches)
+    unshared = found_losses(model, PackedBatches(Limits(30, 30), share_prefix=False))
     for key in expected:
         assert padded[key] == pytest.approx(expected[key], rel=1e-5)
         assert packed[key] == pytest.approx(expected[key], rel=1e-5)
@@ -117,14 +97,14 @@ def gradient(model: Any, batches: Any, precision: str = "fp32") -> torch.Tensor:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("batches", [PackedBatches, PaddedBatches])
 def test_gradient_does_not_depend_on_the_size_of_micro_batches(name: str, batches: Any) -> None:
-    model = make(CONFIGS[name])
+    model = random_model(CONFIGS[name])
     one, some, all_examples = (gradient(model, batches(Limits(size, size))) for size in (1, 12, 1000))
     torch.testing.assert_close(some, one, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(all_examples, one, rtol=1e-5, atol=1e-6)
 
 
 def test_logits_are_computed_only_where_a_token_is_supervised() -> None:
-    model = make(CONFIGS["llama"])
+    model = random_model(CONFIGS["llama"])
     shapes: list[tuple[int, ...]] = []
     model.lm_head.register_forward_hook(lambda _, inputs, logits: shapes.append(tuple(logits.shape)))
     gradient(model, PackedBatches(Limits(1000, 1000)))
@@ -137,7 +117,7 @@ def test_logits_are_computed_only_where_a_token_is_supervised() -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_bf16_gradient_equals_fp32_up_to_rounding(name: str) -> None:
-    model = make(CONFIGS[name])
+    model = random_model(CONFIGS[name])
     expected = gradient(model, PackedBatches(Limits(1000, 1000)))
     found = gradient(model, PackedBatches(Limits(1000, 6)), "bf16")
     assert found.dtype == torch.float32
@@ -145,14 +125,14 @@ def test_bf16_gradient_equals_fp32_up_to_rounding(name: str) -> None:
 
 
 def test_window_shorter_than_an_example_uses_padded_batches() -> None:
-    model = make(SLIDING_WINDOW).eval()
-    expected = textbook_losses(model, EXAMPLES)
+    model = random_model(SLIDING_WINDOW).eval()
+    expected = values(textbook_losses(model, EXAMPLES))
     batches, (message,) = choose_batches(model, EXAMPLES, 30)
     assert re.fullmatch(
         r"Engine: padded batches; packed batches with shared prefixes: losses differ by up to [\d.]+ nats/token",
         message,
     )
-    found = losses_by_example(model, batches)
+    found = found_losses(model, batches)
     for key in expected:
         assert found[key] == pytest.approx(expected[key], rel=1e-5)
 
@@ -160,17 +140,19 @@ def test_window_shorter_than_an_example_uses_padded_batches() -> None:
 def test_examples_are_computed_alone_if_positions_depend_on_the_longest_one() -> None:
     factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 16.0}
     longrope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 8, **factors}
-    model = make(Phi3Config(**SMALL, original_max_position_embeddings=8, rope_parameters=longrope)).eval()
+    model = random_model(Phi3Config(**SMALL, original_max_position_embeddings=8, rope_parameters=longrope)).eval()
     batches, (message,) = choose_batches(model, EXAMPLES, 60)
     assert message.startswith("Engine: one example at a time; packed batches with shared prefixes: losses differ by ")
-    expected = textbook_losses(model, EXAMPLES)
-    found = losses_by_example(model, batches)
+    expected = values(textbook_losses(model, EXAMPLES))
+    found = found_losses(model, batches)
     for key in expected:
         assert found[key] == pytest.approx(expected[key], rel=1e-5)
 
 
 def test_a_prefix_that_only_later_examples_share_is_probed() -> None:
-    model = make(GPTJConfig(**GPT2, rotary_dim=4, **NO_DROPOUT)).eval()  # its attention does not receive the layout
+    model = random_model(
+        GPTJConfig(**GPT2, rotary_dim=4, **NO_DROPOUT)
+    ).eval()  # its attention does not receive the layout
     _, (message,) = choose_batches(model, EXAMPLES[3:] + EXAMPLES[:3], 13)
     assert message.startswith("Engine: padded batches; ")
 
@@ -178,7 +160,7 @@ def test_a_prefix_that_only_later_examples_share_is_probed() -> None:
 def test_a_model_without_an_exact_kind_of_batch_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.engine.probe.TOLERANCE", -1)
     with pytest.raises(UserError) as error:
-        choose_batches(make(CONFIGS["llama"]).eval(), EXAMPLES, 30)
+        choose_batches(random_model(CONFIGS["llama"]).eval(), EXAMPLES, 30)
     assert re.fullmatch(
         r"no kind of batch gives the losses of the plain model \(packed batches with shared prefixes: losses differ by "
         r"up to .*; one example at a time: losses differ by up to .* nats/token\); set model_name to another model",
@@ -188,7 +170,7 @@ def test_a_model_without_an_exact_kind_of_batch_is_rejected(monkeypatch: pytest.
 
 def test_examples_beyond_the_limits_are_reported_and_computed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.engine.batches.MAX_LOGITS", 50 * 4)
-    batches, messages = choose_batches(make(CONFIGS["llama"]).eval(), EXAMPLES, 30)
+    batches, messages = choose_batches(random_model(CONFIGS["llama"]).eval(), EXAMPLES, 30)
     assert messages[1:] == [
         "Examples with more than 30 tokens or 4 supervised tokens, each a micro-batch of its own: 1"
     ]
@@ -201,14 +183,14 @@ def test_examples_beyond_the_limits_are_reported_and_computed_alone(monkeypatch:
 
 
 def test_dropout_prevents_shared_prefixes_in_training_only() -> None:
-    model = make(GPT2Config(**GPT2))
+    model = random_model(GPT2Config(**GPT2))
     messages = ["Engine: packed batches; no shared prefixes because of dropout"]
     assert choose_batches(model.train(), EXAMPLES, 30)[1] == messages
     assert choose_batches(model.eval(), EXAMPLES, 30)[1] == ["Engine: packed batches with shared prefixes"]
 
 
 def test_token_is_correct_if_the_most_likely_one_is_the_target() -> None:
-    model = make(CONFIGS["llama"]).eval()
+    model = random_model(CONFIGS["llama"]).eval()
     (batch,) = PaddedBatches(Limits(1000, 1000)).micro_batches(EXAMPLES[:1])
     logits = model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10]])).logits[0, 3:]
     expected = (logits.argmax(-1) == torch.tensor([9, 10, 2])).tolist()

@@ -30,9 +30,9 @@ from stages.runtime.errors import UserError
 from stages.runtime.params import TrainParams, load_params
 from tests.clone import edit
 from tests.conftest import example
-from tests.test_loss import CONFIGS, make
+from tests.test_loss import CONFIGS
 from tests.textbook import textbook_steps
-from tests.tiny_models import tiny_config, tiny_model
+from tests.tiny_models import random_model, tiny_config, tiny_model
 
 ONE_PROCESS = DistributedContext(torch.device("cpu"))
 
@@ -114,12 +114,12 @@ def assert_trains_like_the_textbook_loop(config: PreTrainedConfig, batches: Batc
     effective_batches = [batch for epoch in range(8) for batch in shuffled_batches(examples, 8, params.seed, epoch)]
     key = config.to_json_string()
     if key not in TEXTBOOK_RUNS:
-        expected = make(config).train()
+        expected = random_model(config).train()
         losses = list(textbook_steps(expected, effective_batches, params, num_warmup_steps=3))
         TEXTBOOK_RUNS[key] = losses, dict(expected.named_parameters())
     losses, expected_weights = TEXTBOOK_RUNS[key]
 
-    model = make(config).train()
+    model = random_model(config).train()
     batches = batches or choose_batches(model, examples, 1000)[0]
     engine = Engine(model, batches, params, 24, ONE_PROCESS)
     log = TrainingLog(24, params.logging_steps, train.CURVE)

@@ -1,7 +1,8 @@
-"""A plain training loop, as in a textbook: the reference for the engine."""
+"""A plain training loop, losses and answers, as in a textbook: the reference for the engine."""
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -54,6 +55,27 @@ def textbook_steps(
         optimizer.step()
         optimizer.zero_grad()
         yield total / num_tokens
+
+
+def textbook_losses(model: PreTrainedModel, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """The losses of each example: one at a time, all logits, plain cross entropy with `ignore_index` -100."""
+    losses = {}
+    for example in examples:
+        ids = torch.tensor(example.input_ids[None].astype(int))
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1]
+        labels = torch.tensor(example.labels[1:].astype(int))
+        all_losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
+        losses[example.example_id] = all_losses[labels != -100]
+    return losses
+
+
+def textbook_answer(model: Any, prompt: list[int], eos_token_id: int | None, max_new_tokens: int = 12) -> list[int]:
+    """The new token ids that `generate` of transformers returns for one prompt, with greedy decoding."""
+    ids = torch.tensor([prompt])
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": eos_token_id, "pad_token_id": 0}
+    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    new_ids: list[int] = output[0, len(prompt) :].tolist()
+    return new_ids
 
 
 def schedule(kind: str, step: int, num_warmup_steps: int, num_steps: int) -> float:

@@ -11,7 +11,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCAB_SIZE = 400
@@ -208,15 +208,17 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     return _shrink(CONFIG_MAPPING[model_type])
 
 
-def tiny_model(model_type: str) -> PreTrainedModel:
-    """Return a small random model of a model type, in evaluation mode.
-
-    It seeds the global random generator, so that a type has the same weights at each call.
-    """
+def random_model(config: PreTrainedConfig) -> Any:
+    """Return a random model in fp32. It seeds the global random generator, so the weights are the same at each call."""
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim >= 2:
+            if parameter.ndim >= 2:  # as far from 0 as trained weights; otherwise greedy answers repeat one token
                 parameter.add_(torch.randn_like(parameter) * NOISE)
-    return model.eval()
+    return model
+
+
+def tiny_model(model_type: str) -> Any:
+    """Return a small random model of a model type, in evaluation mode."""
+    return random_model(tiny_config(model_type)).eval()

@@ -5,6 +5,7 @@ micro-batches never changes the gradient and can be chosen for speed.
 """
 
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,9 @@ class Limits:
 
     def exceeded_by(self, example: Example) -> bool:
         return len(example.input_ids) > self.tokens or example.num_supervised > self.supervised
+
+
+NO_LIMITS = Limits(sys.maxsize, sys.maxsize)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Loss at supervised positions, the same for training, validation and evaluation."""
 
 import inspect
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from stages.data.examples import IGNORE_INDEX
+from stages.data.examples import IGNORE_INDEX, Example
 from stages.engine.attention import use_packed_attention
 from stages.engine.batches import MicroBatch
 
@@ -49,6 +50,18 @@ def token_losses(model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
     is_supervised = labels != IGNORE_INDEX
     losses = _cross_entropy(logits, batch, "none").view(labels.shape)
     return TokenLosses(losses[is_supervised], (logits.argmax(-1) == labels)[is_supervised])
+
+
+def losses_by_example(
+    model: PreTrainedModel, micro_batches: Iterable[MicroBatch]
+) -> Iterator[tuple[Example, TokenLosses]]:
+    """Each example of the micro-batches, with the result at its supervised tokens."""
+    for batch in micro_batches:
+        result = token_losses(model, batch)
+        lengths = [example.num_supervised for example in batch.examples]
+        parts = zip(batch.examples, result.losses.split(lengths), result.correct.split(lengths), strict=True)
+        for example, losses, correct in parts:
+            yield example, TokenLosses(losses, correct)
 
 
 def _cross_entropy(logits: torch.Tensor, batch: MicroBatch, reduction: str) -> torch.Tensor:

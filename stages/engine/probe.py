@@ -5,7 +5,6 @@ fp32 without dropout, and their losses are compared with those of the plain mode
 `model(input_ids, attention_mask).logits` of one example at a time.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,12 +15,11 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from stages.data.examples import IGNORE_INDEX, Example
-from stages.engine.batches import Batches, Limits, PackedBatches, PaddedBatches
-from stages.engine.loss import target_logits, token_losses
+from stages.engine.batches import NO_LIMITS, Batches, Limits, PackedBatches, PaddedBatches
+from stages.engine.loss import losses_by_example, target_logits
 from stages.engine.models import check_context_length, probing
 from stages.runtime.errors import UserError, is_out_of_memory
 
-NO_LIMITS = Limits(sys.maxsize, sys.maxsize)
 TOLERANCE = 1e-4  # nats/token; fp32 rounding gives a hundredth of this, a different attention pattern far more
 
 
@@ -112,11 +110,9 @@ def find_difference(
     model: PreTrainedModel, batches: Batches, examples: Sequence[Example], expected: torch.Tensor
 ) -> str | None:
     """What is wrong with a kind of batch for this model, or None if its losses are the expected ones."""
-    losses: dict[str, torch.Tensor] = {}
     try:
-        for batch in batches.micro_batches(examples):
-            parts = token_losses(model, batch).losses.split([example.num_supervised for example in batch.examples])
-            losses |= {example.example_id: part for example, part in zip(batch.examples, parts, strict=True)}
+        results = losses_by_example(model, batches.micro_batches(examples))
+        losses = {example.example_id: result.losses for example, result in results}
     except Exception as error:  # a model can raise anything for arguments that it does not know
         if is_out_of_memory(error):
             raise

@@ -11,8 +11,8 @@ LIBRARIES = ("accelerate", "numpy", "peft", "pyarrow", "tokenizers", "torch", "t
 def environment(device: torch.device) -> dict[str, str]:
     """Versions, processor and number of threads. Results are bit-identical only if all of these are equal."""
     # Without the local version, such as +cpu in 2.13.0+cpu: "device" says more.
-    versions = {name: version(name).partition("+")[0] for name in LIBRARIES}
-    versions = {"python": platform.python_version(), **versions}
+    releases = {name: version(name).partition("+")[0] for name in LIBRARIES}
+    versions = {"python": platform.python_version(), **releases}
     if device.type == "cuda":
         return {**versions, "device": f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"}
     bf16 = ", bf16" if torch.cpu._is_avx512_bf16_supported() else ""
