@@ -81,7 +81,7 @@ class Chaos:
                 process = subprocess.Popen(
                     command,
                     cwd=folder,
-                    env=environment(FORK_SERVER=""),
+                    env=environment(),
                     stdout=log,
                     stderr=log,
                     start_new_session=True,

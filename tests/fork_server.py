@@ -1,12 +1,14 @@
 """Run Python commands in forks of a process that has imported torch, transformers and DVC.
 
 A new process takes up to five seconds for these imports. `tests/bin/python` sends the project's modules and scripts to
-the server, and `tests.clone.run` sends `dvc`. Tests that kill stages or need another interpreter environment set
-FORK_SERVER to "" and get new processes.
+the server, and `tests.clone.run` sends `dvc`.
 
-The server has a single thread and does nothing else, so forking it is safe; forking a pytest worker is not.
+Signals act as on one process: `tests/bin/python` forwards those that it can, and the kernel kills a fork as soon as its
+client is dead. The server has a single thread and does nothing else, so forking it is safe; forking a pytest worker is
+not.
 """
 
+import fcntl
 import importlib
 import json
 import os
@@ -63,6 +65,7 @@ def run_forked(folder: Path, arguments: Sequence[str], env: Mapping[str, str]) -
         server.connect(env["FORK_SERVER"])
         socket.send_fds(server, [len(request).to_bytes(8, "big")], [stdin.fileno(), *(write for _, write in pipes)])
         server.sendall(request)
+        server.recv(8)  # the fork's id
         for _, write in pipes:
             os.close(write)
         with ThreadPoolExecutor(2) as pool:
@@ -94,12 +97,22 @@ def serve(address: str, owner: int) -> None:
                 continue
             if not os.fork():
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # a server in the background ignores it
                 length, streams, *_ = socket.recv_fds(connection, 8, 3)
                 with connection.makefile("rb") as reader:
                     request = json.loads(reader.read(int.from_bytes(length, "big")))
+                die_with_peer(connection)
+                connection.sendall(os.getpid().to_bytes(8, "big"))
                 connection.sendall(str(execute(*request, streams)).encode())
                 os._exit(0)
             connection.close()
+
+
+def die_with_peer(connection: socket.socket) -> None:
+    """Get SIGKILL from the kernel when the other end of the connection is closed. The other end must send no more."""
+    fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(connection, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(connection, fcntl.F_SETFL, fcntl.fcntl(connection, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def execute(arguments: list[str], folder: str, env: dict[str, str], streams: list[int]) -> int:

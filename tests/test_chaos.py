@@ -2,16 +2,19 @@
 
 import json
 import random
+import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests import chaos
 from tests.chaos import Chaos, Reference
-from tests.clone import lock_hashes, make_clone
+from tests.clone import environment, lock_hashes, make_clone
 
-NUM_KILLS = 1  # `make chaos` has 100
+NUM_KILLS = 2  # `make chaos` has 100
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +23,7 @@ def reference(ran: Path) -> Reference:
 
 
 @pytest.mark.subprocess
+@pytest.mark.usefixtures("fast_stages")
 def test_a_killed_pipeline_has_the_results_of_an_uninterrupted_one(
     reference: Reference, tmp_path: Path, tiny_model: Path
 ) -> None:
@@ -30,6 +34,25 @@ def test_a_killed_pipeline_has_the_results_of_an_uninterrupted_one(
         some.run_until_done(make_clone(tmp_path / str(kills), tiny_model), ("dvc", "repro"), kills)
         assert some.problems == []
     assert some.seen["pipelines done"] >= 1
+
+
+@pytest.mark.subprocess
+@pytest.mark.usefixtures("fast_stages")
+@pytest.mark.parametrize(
+    ("number", "output"), [(signal.SIGKILL, ""), (signal.SIGTERM, ""), (signal.SIGINT, "Ctrl-C\n")]
+)
+def test_a_signal_to_a_forked_stage_acts_as_on_a_process(tmp_path: Path, number: signal.Signals, output: str) -> None:
+    """This and other tests kill stages that run in forks."""
+    code = "import os, time\nprint(os.getpid(), flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('Ctrl-C')"
+    (tmp_path / ".ci").mkdir()
+    (tmp_path / ".ci/slow.py").write_text(code)
+    command, pipe = ["python", ".ci/slow.py"], subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=pipe, text=True) as process:
+        assert process.stdout
+        fork = psutil.Process(int(process.stdout.readline()))
+        process.send_signal(number)
+        assert process.stdout.read() == output
+    fork.wait(10)  # raises if it still runs
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def finish(launcher: str, **env: str) -> tuple[int, str]:
 
 def kill_after_a_checkpoint(launcher: str, **env: str) -> None:
     """Kill the launcher and all its processes with `kill -9`."""
-    with launch(launcher, FORK_SERVER="", **env) as process:
+    with launch(launcher, **env) as process:
         while process.poll() is None and not list(Path(".scratch").glob("train/*/step-*")):
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
@@ -162,7 +162,7 @@ def test_an_error_in_one_process_ends_all() -> None:
     pq.write_table(pa.Table.from_pylist(rows, table.schema), "data/train.parquet")
 
     edit(Path.cwd(), launcher=TORCHRUN)
-    status, log = finish(TORCHRUN, FORK_SERVER="")
+    status, log = finish(TORCHRUN)
     assert status == 1
     assert re.search(
         rf"^error: (process 1: )?step 1: loss is nan; .* examples of data/train.parquet: .*\b{bad}\b", log, re.M

@@ -207,12 +207,11 @@ def test_a_killed_experiment_in_the_queue_resumes_in_a_copy_to_the_same_bytes(cl
     shutil.rmtree(clone / ".scratch", ignore_errors=True)
     run(clone, "dvc", "exp", "run", "--queue", "-n", "killed", *changes)
     quiet = subprocess.DEVNULL
-    env = environment(FORK_SERVER="")
-    worker = subprocess.Popen(["dvc", "queue", "start"], cwd=clone, env=env, stdout=quiet, stderr=quiet)
+    worker = subprocess.Popen(["dvc", "queue", "start"], cwd=clone, env=environment(), stdout=quiet, stderr=quiet)
     kill_training(clone)
     worker.wait()
     while re.search(r"killed .*(Queued|Running)", run(clone, "dvc", "queue", "status").stdout):
-        time.sleep(0.5)
+        time.sleep(1)
     assert "killed" not in run(clone, "dvc", "exp", "list").stdout
     checkpoints = sorted(clone.glob(".scratch/train/*/step-*"))
 
