@@ -43,9 +43,9 @@ def test_a_killed_pipeline_has_the_results_of_an_uninterrupted_one(
 )
 def test_a_signal_to_a_forked_stage_acts_as_on_a_process(tmp_path: Path, number: signal.Signals, output: str) -> None:
     """This and other tests kill stages that run in forks."""
-    code = "import os, time\nprint(os.getpid(), flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('Ctrl-C')"
+    code = "import os, time\ntry:\n    print(os.getpid(), flush=True)\n    time.sleep(60)\n"
     (tmp_path / ".ci").mkdir()
-    (tmp_path / ".ci/slow.py").write_text(code)
+    (tmp_path / ".ci/slow.py").write_text(f"{code}except KeyboardInterrupt: print('Ctrl-C')")
     command, pipe = ["python", ".ci/slow.py"], subprocess.PIPE
     with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=pipe, text=True) as process:
         assert process.stdout
