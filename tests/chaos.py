@@ -60,6 +60,7 @@ class Chaos:
     kills, stages: the number of kills of each kind, and in each stage.
     seen: the number of expected events: resumes, refusals, skipped damaged checkpoints, finished pipelines.
     problems: descriptions of events that must not happen.
+    damaged: the checkpoints that were damaged. A run may be killed before it notices.
     """
 
     reference: Reference
@@ -68,6 +69,7 @@ class Chaos:
     stages: Counter[str] = field(default_factory=Counter)
     seen: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
+    damaged: set[tuple[Path, int]] = field(default_factory=set)
 
     def run_until_done(self, folder: Path, command: tuple[str, ...], kills: int) -> None:
         """Run `command` in a new clone repeatedly, the first `kills` times with a kill, until it succeeds."""
@@ -133,15 +135,18 @@ class Chaos:
 
     def maybe_damage(self, checkpoints: list[Path]) -> int | None:
         """Damage the newest checkpoint at random. Returns the step from which the next run must resume, if any."""
-        training = checkpoints and not (checkpoints[-1].parent / "finished").exists()
+        intact = [path for path in checkpoints if identity(path) not in self.damaged]
+        training = intact and not (intact[-1].parent / "finished").exists()
         if training and self.random.random() < 0.5:
-            victim = self.random.choice(sorted(checkpoints.pop().iterdir()))
+            newest = intact.pop()
+            victim = self.random.choice(sorted(newest.iterdir()))
             content = victim.read_bytes()
             middle = len(content) // 2
             changed = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
             victim.write_bytes(self.random.choice([content[:middle], changed]))
+            self.damaged.add(identity(newest))
             self.seen["checkpoints damaged"] += 1
-        return int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else None
+        return int(intact[-1].name.removeprefix("step-")) if intact else None
 
     def count_events(self, output: str) -> None:
         self.seen["resumes"] += output.count(RESUMING)
@@ -199,6 +204,11 @@ def running_stages(folder: Path) -> dict[psutil.Process, str]:
             if "-m" in command and command[-1] != "-m" and process.cwd() == str(folder.resolve()):
                 found[process] = " ".join(command[command.index("-m") + 1 :]).removeprefix("stages.")
     return found
+
+
+def identity(path: Path) -> tuple[Path, int]:
+    """What distinguishes a folder from a later one at the same path."""
+    return path, path.stat().st_ctime_ns
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

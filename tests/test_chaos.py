@@ -141,6 +141,21 @@ def test_lost_work_is_detected(reference: Reference, output: str, checkpoint: in
     assert some.problems == expected
 
 
+def test_a_damaged_checkpoint_is_remembered_if_the_next_run_is_killed_before_it_notices(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in ("step-08", "step-16"):
+        (tmp_path / step).mkdir()
+        (tmp_path / step / "state").write_bytes(b"abcd")
+    some = Chaos(reference, random.Random(0))
+    checkpoints = [tmp_path / "step-08", tmp_path / "step-16"]
+    monkeypatch.setattr(some.random, "random", lambda: 0.0)  # damage one
+    assert some.maybe_damage(checkpoints) == 8
+    assert (tmp_path / "step-16/state").read_bytes() != b"abcd"
+    monkeypatch.setattr(some.random, "random", lambda: 1.0)
+    assert some.maybe_damage(checkpoints) == 8
+
+
 def test_the_published_results_have_enough_kills_and_no_problem() -> None:
     results = json.loads(chaos.RESULTS.read_text())
     assert sum(results["kills"].values()) >= 100
