@@ -39,6 +39,9 @@ WAYS = {
     "kill (SIGTERM) of all": (signal.SIGTERM, "all"),
 }
 CUT_LOCK = re.compile(r"'(?:\./)?(dvc\.lock|\.dvc/tmp/rwlock)'(?: validation failed| is invalid|\. JSON)")
+# DVC stages small outputs in git, and deletes them before it runs their stage again. After a kill between the two,
+# `dvc exp run` stops with this message; `git reset` is enough.
+STAGED = "uncommitted changes exist in the index"
 RESUMING = "Resuming from the checkpoint at step"
 # Several seconds of training with many checkpoints, so that kills happen between them.
 LONGER = {"num_epochs": "6", "eval_steps": "20"}
@@ -108,6 +111,9 @@ class Chaos:
                 # DVC writes these files in place. dvc.lock was never committed here, so deleting it loses no result.
                 self.seen["cut locks"] += 1
                 (folder / cut[1]).unlink()
+            elif STAGED in output and not interrupted:
+                self.seen["git resets"] += 1
+                run(folder, "git", "reset", "-q")
             elif not interrupted:
                 self.problems.append(f"an uninterrupted run failed:\n{output}")
                 return
@@ -235,6 +241,7 @@ def table(results: dict[str, Any]) -> str:
         "runs refused while an orphaned stage was running": seen["refusals"],
         "damaged checkpoints skipped": seen["damaged checkpoints refused"],
         "DVC files (dvc.lock, .dvc/tmp/rwlock) truncated by a kill of DVC, and deleted": seen["cut locks"],
+        "outputs staged in git and deleted when a run was killed, unstaged with `git reset`": seen["git resets"],
         "diffs, lost data, tracebacks, partial outputs": results["problems"],
     }
     return "\n".join(["| what | number |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

@@ -12,7 +12,7 @@ import pytest
 
 from tests import chaos
 from tests.chaos import Chaos, Reference
-from tests.clone import environment, lock_hashes, make_clone
+from tests.clone import copy_clone, environment, lock_hashes, make_clone, run
 
 NUM_KILLS = 2  # `make chaos` has 100
 
@@ -53,6 +53,21 @@ def test_a_signal_to_a_forked_stage_acts_as_on_a_process(tmp_path: Path, number:
         process.send_signal(number)
         assert process.stdout.read() == output
     fork.wait(10)  # raises if it still runs
+
+
+@pytest.mark.subprocess
+@pytest.mark.usefixtures("fast_stages")
+def test_an_experiment_after_a_kill_that_left_a_deleted_output_staged_runs_after_git_reset(
+    ran: Path, tmp_path: Path
+) -> None:
+    clone = copy_clone(ran, tmp_path / "clone")
+    (clone / "metrics/new.json").write_text("{}")
+    run(clone, "git", "add", "metrics/new.json")
+    (clone / "metrics/new.json").unlink()
+    failed = run(clone, "dvc", "exp", "run", "split", check=False)
+    assert chaos.STAGED in failed.stderr
+    run(clone, "git", "reset", "-q")
+    assert run(clone, "dvc", "exp", "run", "split").returncode == 0
 
 
 @pytest.fixture
