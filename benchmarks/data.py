@@ -31,7 +31,7 @@ def long_rows(num_rows: int) -> Iterator[dict[str, Any]]:
             {"role": "user", "content": f"{number}. {fields['instruction']}"},
             {"role": "assistant", "content": fields["output"]},
         ]
-        yield {"messages": messages, "input": fields["input"], "source": "joined", "source_row": number}
+        yield {"messages": json.dumps(messages), "input": fields["input"], "source": "joined", "source_row": number}
 
 
 def long_examples(num_examples: int) -> list[Example]:
@@ -42,5 +42,5 @@ def long_examples(num_examples: int) -> list[Example]:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "long.parquet"
         with parquet_writer(path, FORMATTED_SCHEMA) as writer:
-            writer.write(format_batch(rows, template, params.max_length)[0])
+            writer.write(format_batch(rows, template, params)[0])
         return read_split(path)

@@ -1,5 +1,6 @@
 """Measure the time of the format stage, compared with that of a bare call of the tokenizer."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -67,8 +68,11 @@ def tokenizer_seconds(folder: Path) -> float:
 
     tokenizer = Tokenizer.from_file(str(folder / "models/tokenizer/tokenizer.json"))
     rows = pq.read_table(folder / "data/raw.parquet").to_pylist()
-    texts = [render_alpaca(row["messages"][0]["content"], row["input"]) for row in rows]
-    texts += [row["messages"][1]["content"] for row in rows]
+    messages = [json.loads(row["messages"]) for row in rows]
+    texts = [
+        render_alpaca(question["content"], row["input"]) for (question, _), row in zip(messages, rows, strict=True)
+    ]
+    texts += [answer["content"] for _, answer in messages]
     start = time.perf_counter()
     for first in range(0, len(texts), ROWS_PER_GROUP):
         encodings = tokenizer.encode_batch_fast(texts[first : first + ROWS_PER_GROUP], add_special_tokens=False)

@@ -99,7 +99,7 @@ def prepare(folder: Path, num_rows: int) -> None:
     (folder / "data").mkdir()
     with (folder / "data/instructions.jsonl").open("w", encoding="utf-8") as file:
         for row in long_rows(num_rows):
-            question, answer = (message["content"] for message in row["messages"])
+            question, answer = (message["content"] for message in json.loads(row["messages"]))
             file.write(json.dumps({"instruction": question, "input": row["input"], "output": answer}) + "\n")
 
 

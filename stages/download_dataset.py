@@ -4,14 +4,16 @@
 """
 
 import heapq
+import json
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from stages.data.examples import RAW_SCHEMA, REJECTED_SCHEMA, BadRowError
-from stages.data.rows import ALLOWED, Row, parse_row, parse_slice
-from stages.data.sources import Source, open_file, open_hub
+from stages.data.rows import ALLOWED, Row, parse_slice
+from stages.data.sources import Source, open_sources
 from stages.data.tables import ROWS_PER_GROUP, parquet_writer
 from stages.runtime.errors import UserError
 from stages.runtime.files import write_json
@@ -25,19 +27,29 @@ RAW, UNREADABLE, SOURCE = Path("data/raw.parquet"), Path("data/unreadable.parque
 
 def main() -> None:
     params = load_params(DownloadDatasetParams)
-    rows, metadata = open_rows(params)
-    rows = iter(progress(islice(rows, params.max_examples), "read", "row", params.max_examples))
+    sources = open_sources(params)
+    mixture, metadata = mix(sources, params.datasets)
+    rows = iter(progress(islice(mixture, params.max_examples), "read", "row", params.max_examples))
     slices: set[str | None] = set()
     with parquet_writer(RAW, RAW_SCHEMA) as raw, parquet_writer(UNREADABLE, REJECTED_SCHEMA) as unreadable:
         while batch := list(islice(rows, ROWS_PER_GROUP)):
             good, bad = [], []
-            for name, (source_row, row) in batch:
-                location = {"source": name, "source_row": source_row}
+            for source, (source_row, row) in batch:
+                location = {"source": source.name, "source_row": source_row}
                 try:
-                    messages, input_text = parse_row(row)
-                    value = name if params.slice_column == "source" else parse_slice(row, params.slice_column)
-                    good.append({"messages": messages, "input": input_text, "slice": value or NO_SLICE, **location})
+                    parsed = source.parser.parse(row)
+                    value = source.name if params.slice_column == "source" else parse_slice(row, params.slice_column)
                     slices.add(value)
+                    good.append(
+                        {
+                            "messages": json.dumps(parsed.messages, ensure_ascii=False),
+                            "tools": json.dumps(parsed.tools, ensure_ascii=False) if parsed.tools else None,
+                            "input": parsed.input,
+                            "slice": value or NO_SLICE,
+                            "use": source.use,
+                            **location,
+                        }
+                    )
                 except BadRowError as error:
                     bad.append({**location, "reason": error.reason, "detail": str(error)})
             raw.write(good)
@@ -53,43 +65,39 @@ def main() -> None:
             raise UserError(
                 f"slice_column: no row of {metadata['source']} has {params.slice_column!r}; must be a column, or source"
             )
-    write_json(SOURCE, metadata)
+    unread: Counter[str] = Counter()
+    for source in sources:
+        unread.update(source.parser.unread)
+        if source.parser.missing and params.max_examples is None:
+            raise UserError(f"columns: no row of {source.name} has {', '.join(sorted(source.parser.missing))}")
+    unread.pop(params.slice_column, None)
+    write_json(SOURCE, metadata | {"columns_not_read": sorted(unread)})
     summary(
-        {"source": metadata["source"], "rows": f"{raw.num_rows:,} read, {unreadable.num_rows:,} unreadable"},
+        {
+            "source": metadata["source"],
+            "rows": f"{raw.num_rows:,} read, {unreadable.num_rows:,} unreadable",
+            "not read": ", ".join(f"{name} ({count:,})" for name, count in unread.most_common())
+            or "none of the columns",
+        },
         wrote=[RAW, UNREADABLE, SOURCE],
         then="dvc repro format; then python -m stages.format --show 3",
     )
 
 
-def open_rows(params: DownloadDatasetParams) -> tuple[Iterator[tuple[str, Row]], dict[str, Any]]:
-    """The rows, each with the name of its source, and the content of `data/source.json`."""
-    if params.datasets is None:
-        if params.dataset_name is None:
-            source = open_file(Path(params.dataset_file), params.slice_column)
-        else:
-            source = open_hub(params.dataset_name, params.dataset_revision, params.dataset_split)
-        return ((source.name, row) for row in source.rows()), source.metadata
-    sources = [open_dataset(entry, params) for entry in params.datasets]
-    shares = choose_shares(sources, params.datasets)
+def mix(
+    sources: list[Source], entries: list[DatasetParams] | None
+) -> tuple[Iterator[tuple[Source, Row]], dict[str, Any]]:
+    """The rows of all sources, each with its source, and the content of `data/source.json`."""
+    if entries is None:
+        (source,) = sources
+        return ((source, row) for row in source.rows()), source.metadata
+    shares = choose_shares(sources, entries)
     metadata: dict[str, Any] = {
         key: ", ".join(str(source.metadata[key] or "not stated") for source in sources)
         for key in ("source", "revision", "licence")
     }
     metadata["rows_taken"] = {source.name: taken for source, (taken, _) in zip(sources, shares, strict=True)}
     return interleave(sources, shares), metadata
-
-
-def open_dataset(entry: DatasetParams, params: DownloadDatasetParams) -> Source:
-    """Open one dataset of a mixture. The files are in a folder, which DVC hashes as a whole."""
-    folder = Path(params.dataset_file)
-    if entry.file is None:
-        return open_hub(str(entry.name), entry.revision, entry.split)
-    if not folder.is_dir():
-        raise UserError(
-            f"dataset_file: found {str(folder)!r}; must be the folder of the files in `datasets`, so that DVC notices "
-            "when one of them changes"
-        )
-    return open_file(folder / entry.file, params.slice_column)
 
 
 def choose_shares(sources: list[Source], entries: list[DatasetParams]) -> list[tuple[int, int]]:
@@ -114,16 +122,16 @@ def choose_shares(sources: list[Source], entries: list[DatasetParams]) -> list[t
     ]
 
 
-def interleave(sources: list[Source], shares: list[tuple[int, int]]) -> Iterator[tuple[str, Row]]:
+def interleave(sources: list[Source], shares: list[tuple[int, int]]) -> Iterator[tuple[Source, Row]]:
     """Mix evenly spaced rows of all sources, so that any section of the mixture has about the same proportions."""
 
-    def with_position(index: int) -> Iterator[tuple[float, int, tuple[str, Row]]]:
+    def with_position(index: int) -> Iterator[tuple[float, int, tuple[Source, Row]]]:
         """The rows taken of one source, each with its position in the mixture, from 0 to 1, and the source's index."""
         (taken, size), source = shares[index], sources[index]
         number = 0
         for at, row in enumerate(source.rows()):
             if (at + 1) * taken // size > number:
-                yield (number + 0.5) / taken, index, (source.name, row)
+                yield (number + 0.5) / taken, index, (source, row)
                 number += 1
 
     for _, _, row in heapq.merge(*map(with_position, range(len(sources))), key=lambda entry: entry[:2]):

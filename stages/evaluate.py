@@ -143,7 +143,7 @@ def predict(folder: Path, params: EvaluateParams) -> "pd.DataFrame":
     batches, messages = choose_batches(model, examples, TOKENS_PER_MICRO_BATCH)
     print(*messages, sep="\n", flush=True)
     prompts = [example.input_ids[: example.last_response].tolist() for example in examples]
-    settings = generation_settings(load_template(params.template, tokenizer).eos_token_id, params.max_new_tokens)
+    settings = generation_settings(load_template(params.template, tokenizer).eos_token_ids, params.max_new_tokens)
     with autocast(params.precision, model.device):
         scores = score_tokens(model, batches, examples)
         answers = generate_answers(model, tokenizer, prompts, settings)

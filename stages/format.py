@@ -5,6 +5,8 @@ process per CPU core formats the shards of a large table.
 """
 
 import argparse
+import json
+import sys
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,12 +25,13 @@ from rich.text import Text
 from stages.data.conversations import Conversation, content_ids, parse_conversation
 from stages.data.examples import FORMATTED_SCHEMA, IGNORE_INDEX, REJECTED_SCHEMA, BadRowError
 from stages.data.masking import load_tokenizer
+from stages.data.sources import open_sources
 from stages.data.tables import parquet_writer, read_batches, shard_writer, sharded, shards
 from stages.data.templates import SELECTED_TEMPLATE, Template, load_template, select_template
 from stages.runtime.errors import UserError, user_errors
 from stages.runtime.files import write_csv, write_json
 from stages.runtime.parallel import map_processes
-from stages.runtime.params import FormatParams, load_params
+from stages.runtime.params import DownloadDatasetParams, FormatParams, load_params
 from stages.runtime.run import run
 from stages.runtime.terminal import console, summary
 from stages.runtime.text import printable
@@ -36,7 +39,7 @@ from stages.runtime.text import printable
 RAW, UNREADABLE = Path("data/raw.parquet"), Path("data/unreadable.parquet")
 FORMATTED, REJECTED = Path("data/formatted.parquet"), Path("data/rejected.parquet")
 METRICS, LENGTHS = Path("metrics/format.json"), Path("metrics/lengths.csv")
-COUNT_NAMES = ("rows_in", "kept", "left_out", "truncated", "tokens", "supervised_tokens")
+COUNT_NAMES = ("rows_in", "kept", "left_out", "examples", "truncated", "tokens", "supervised_tokens")
 LENGTH_BIN = 16  # tokens per bar in the plot of lengths
 S = TypeVar("S")
 T = TypeVar("T")
@@ -64,14 +67,18 @@ class Counts:
         for row in rejected:
             self.sources[row["source"]].update(rows_in=1, left_out=1)
             self.reasons[row["reason"]] += 1
-        counted = examples.select(["source", "labels", "truncated"])  # without the texts, which `filter` would copy
+        counted = examples.select(
+            ["source", "source_row", "labels", "truncated"]
+        )  # without the texts, which `filter` would copy
         for name in pc.unique(counted["source"]).to_pylist():
             own = counted.filter(pc.equal(counted["source"], name))
             labels = own["labels"].combine_chunks()
             tokens = labels.flatten().to_numpy()
+            num_rows = pc.count_distinct(own["source_row"]).as_py()  # a row can have several examples
             self.sources[name].update(
-                rows_in=len(own),
-                kept=len(own),
+                rows_in=num_rows,
+                kept=num_rows,
+                examples=len(own),
                 truncated=int(own["truncated"].to_numpy().sum()),
                 tokens=len(tokens),
                 supervised_tokens=int(np.count_nonzero(tokens != IGNORE_INDEX)),
@@ -118,7 +125,8 @@ def main() -> None:
             rejected.write(shard_rejected)
             counts.add(shard_counts)
         total = counts.total
-        if total["left_out"] > total["rows_in"] / 2:
+        # A row that the template can't express is not a mistake in the source, but nothing is left of it either.
+        if total["left_out"] - counts.reasons["not_rendered"] > total["rows_in"] / 2 or not total["kept"]:
             raise UserError(
                 f"{', '.join(counts.sources)}: {total['left_out']:,} of {total['rows_in']:,} rows can't be trained on "
                 f"({counts.listed_reasons}); more than half were rejected; fix the source. First: "
@@ -130,7 +138,7 @@ def main() -> None:
     summary(
         {
             "rows": f"{total['rows_in']:,} → {total['kept']:,} kept, {total['left_out']:,} rejected "
-            f"({counts.listed_reasons or 'none'})",
+            f"({counts.listed_reasons or 'none'}); {total['examples']:,} examples",
             "tokens": f"{total['tokens']:,}, of which {total['supervised_tokens']:,} supervised",
             "truncated": f"{total['truncated']:,} responses, at max_length = {params.max_length:,}",
         },
@@ -144,7 +152,7 @@ def format_shard(params: FormatParams, formatted: Path, number: int, raw: Path) 
     template = load_template(params.template, load_tokenizer())
     counts, all_rejected = Counts(), []
     with shard_writer(formatted, FORMATTED_SCHEMA, number) as writer:
-        format_one = partial(format_batch, template=template, max_length=params.max_length)
+        format_one = partial(format_batch, template=template, params=params)
         for examples, rejected in prefetch_map(format_one, read_batches(raw)):
             writer.write(examples)
             counts.count(examples, rejected)
@@ -152,30 +160,31 @@ def format_shard(params: FormatParams, formatted: Path, number: int, raw: Path) 
     return counts, all_rejected
 
 
-def format_batch(batch: pa.Table, template: Template, max_length: int) -> tuple[pa.Table, list[dict[str, Any]]]:
+def format_batch(batch: pa.Table, template: Template, params: FormatParams) -> tuple[pa.Table, list[dict[str, Any]]]:
     """The rows of `FORMATTED_SCHEMA` and of `REJECTED_SCHEMA` for a batch of raw rows, in order."""
     conversations: dict[int, Conversation] = {}
     errors: dict[int, BadRowError] = {}
     for index, row in enumerate(batch.to_pylist()):
         try:
-            conversations[index] = parse_conversation(row)
+            conversations[index] = parse_conversation(row, params.train_on)
         except BadRowError as error:
             errors[index] = error
     indices = list(conversations)
     with user_errors("models/tokenizer", "its tokenizer can't encode this text: use another model"):
-        formatted = template.format(list(conversations.values()), max_length)
+        formatted = template.format(list(conversations.values()), params.max_length)
+    errors |= {indices[row]: error for row, error in formatted.errors.items()}
     encoded = formatted.encoded
-    for at, index in enumerate(indices):  # at: in the conversations, index: in the batch
-        if at in formatted.errors:
-            errors[index] = formatted.errors[at]
-        elif not encoded.lengths[at]:
-            detail = f"the prompt leaves no room for a response in max_length = {max_length}"
-            errors[index] = BadRowError("prompt_too_long", detail)
+    rows = np.array([indices[example.row] for example in formatted.examples], np.int64)
+    fits = encoded.lengths > 0
+    for index in set(rows.tolist()) - set(rows[fits].tolist()):
+        detail = f"the prompt leaves no room for a response in max_length = {params.max_length}"
+        errors[index] = BadRowError("prompt_too_long", detail)
+    # A row of several examples is truncated if one of them does not fit.
+    truncated = encoded.truncated | np.isin(rows, rows[~fits])
 
-    ids = [content_ids(conversation) for conversation in conversations.values()]
+    ids = [content_ids(example.conversation) for example in formatted.examples]
     offsets = pa.array(np.concatenate([[0], encoded.lengths.cumsum()]), pa.int32())
-    locations = batch.select(["source", "source_row"])
-    origins = batch.select(["source", "source_row", "slice"]).take(pa.array(indices, pa.int64()))
+    origins = batch.select(["source", "source_row", "slice", "use"]).take(pa.array(rows))
     columns = {
         "example_id": [example_id for _, example_id in ids],
         "prompt_id": [prompt_id for prompt_id, _ in ids],
@@ -184,16 +193,15 @@ def format_batch(batch: pa.Table, template: Template, max_length: int) -> tuple[
         "response": formatted.responses,
         "input_ids": pa.ListArray.from_arrays(offsets, pa.array(encoded.input_ids)),
         "labels": pa.ListArray.from_arrays(offsets, pa.array(encoded.labels)),
-        "truncated": encoded.truncated,
+        "truncated": truncated,
     }
-    kept = pa.array([at for at, index in enumerate(indices) if index not in errors], pa.int64())
     rejected = [
         {**location, "reason": errors[index].reason, "detail": str(errors[index])}
-        for index, location in enumerate(locations.to_pylist())
+        for index, location in enumerate(batch.select(["source", "source_row"]).to_pylist())
         if index in errors
     ]
-    assert len(kept) + len(rejected) == len(batch), "a row vanished"  # noqa: S101
-    return pa.table(columns, FORMATTED_SCHEMA).take(kept), rejected
+    assert len({*rows[fits].tolist()}) + len(rejected) == len(batch), "a row vanished"  # noqa: S101
+    return pa.table(columns, FORMATTED_SCHEMA).filter(pa.array(fits)), rejected
 
 
 def prefetch_map(function: Callable[[S], T], items: Iterator[S]) -> Iterator[T]:
@@ -237,11 +245,41 @@ def show(number: int) -> None:
         out.print(table)
 
 
+def show_columns() -> None:
+    """Print what the columns of each dataset become, with its first row, before a template renders it."""
+    out = console()
+    for source in open_sources(load_params(DownloadDatasetParams)):
+        number, row = next(source.rows())
+        table = Table.grid(padding=(0, 2))
+        out.print(Text(f"{source.name}, row {number:,}", "bold"))
+        try:
+            parsed = source.parser.parse(row)
+        except BadRowError as error:
+            out.print(Text(printable(f"  {error.reason}: {error}")))
+            continue
+        assert isinstance(row, dict)  # noqa: S101  (otherwise it can't be parsed)
+        for name, meaning in source.parser.meanings([*row]).items():
+            table.add_row(f"  {printable(name)}", meaning, style="dim" if meaning == "not read" else "")
+        for tool in parsed.tools:
+            table.add_row("  → tool", Text(printable(json.dumps(tool["function"], ensure_ascii=False))))
+        for message in parsed.messages:
+            trained = message["role"] == "text" or (message["role"] == "assistant" and message.get("train", True))
+            stated = {name: value for name, value in message.items() if name not in ("role", "train") and value}
+            content = stated.pop("content", "")
+            text = "\n".join([content, *(f"{name}: {json.dumps(stated[name], ensure_ascii=False)}" for name in stated)])
+            table.add_row(f"  → {message['role']}", Text(printable(text.strip()), "green" if trained else "dim"))
+        out.print(table)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--show", type=int, metavar="N", help="print the first N formatted examples instead of running")
     parser.add_argument("--rejected", action="store_true", help="with --show: print rejected rows and their reasons")
+    parser.add_argument("--columns", action="store_true", help="print what each column of the dataset becomes instead")
     options = parser.parse_args()
+    if options.columns:
+        run(show_columns, exclusive=False)
+        sys.exit()
     if options.show is None and not options.rejected:
         run(main)
     if options.show is None or options.show < 1:

@@ -31,7 +31,7 @@ def main() -> None:
     prompts = template.encode_prompts(params.sample_prompts)
     check_context_length(model, max(map(len, prompts)), "the longest of sample_prompts")
     set_seed(params.seed)
-    settings = generation_settings(template.eos_token_id, params.max_new_tokens, params.temperature, params.top_p)
+    settings = generation_settings(template.eos_token_ids, params.max_new_tokens, params.temperature, params.top_p)
     with autocast(params.precision, model.device):
         answers = generate_answers(model, tokenizer, prompts, settings)
     shown = f"temperature {params.temperature:g}, top_p {params.top_p:g}, seed {params.seed}"

@@ -1,8 +1,8 @@
 """Drop duplicates and split by prompt: `data/formatted.parquet` → train, validation and test.
 
 The split of a row depends on a seeded hash of its normalized prompt alone. Adding rows never moves others, and equal
-prompts are never in different splits. Similar prompts can be: training examples that nearly match a test prompt are
-counted, and dropped if `drop_near_duplicates` is set.
+prompts are never in different splits. Rows of a dataset with `use` belong to that split instead. Training examples that
+match or nearly match a test prompt are counted, and dropped if `drop_near_duplicates` is set.
 
 The rows are read twice, because all test prompts must be known before the first training row is written. One process
 per CPU core works on the shards of a large table.
@@ -67,9 +67,9 @@ def main() -> None:
 
 
 def scan_shards(params: SplitParams, formatted: list[Path]) -> list[npt.NDArray[np.int64]]:
-    """For each shard, the rows that repeat an earlier row. Also indexes the test prompts.
+    """For each shard, the rows that repeat an earlier row of their split. Also indexes the test prompts.
 
-    Memory: 16 bytes per row, and about 60 while they are sorted.
+    Memory: 24 bytes per row, and about 80 while they are sorted.
     """
     ids: list[npt.NDArray[np.uint64]] = []
 
@@ -90,12 +90,14 @@ def scan_shards(params: SplitParams, formatted: list[Path]) -> list[npt.NDArray[
 
 
 def scan_shard(params: SplitParams, shard: Path) -> tuple[npt.NDArray[np.uint64], pa.Table]:
-    """The example ids of a shard, uint64 (rows, 2), and its distinct test prompts."""
-    ids, prompts = [np.empty((0, 2), np.uint64)], [TEST_PROMPTS_SCHEMA.empty_table()]
-    for batch in read_batches(shard, ["example_id", "prompt_id", *TEST_PROMPTS_SCHEMA.names]):
+    """The split and the example id of each row of a shard, uint64 (rows, 3), and its distinct test prompts."""
+    ids, prompts = [np.empty((0, 3), np.uint64)], [TEST_PROMPTS_SCHEMA.empty_table()]
+    for batch in read_batches(shard, ["example_id", "prompt_id", "use", *TEST_PROMPTS_SCHEMA.names]):
         digits = "".join(batch["example_id"].to_pylist())  # 32 hexadecimal digits each, which are two integers
-        ids.append(np.frombuffer(bytes.fromhex(digits), np.uint64).reshape(-1, 2))
-        in_test = [choose_split(prompt_id, params) == "test" for prompt_id in batch["prompt_id"].to_pylist()]
+        splits = choose_splits(batch, params)
+        numbers = np.array([[list(SPLITS).index(split)] for split in splits], np.uint64).reshape(-1, 1)
+        ids.append(np.hstack([numbers, np.frombuffer(bytes.fromhex(digits), np.uint64).reshape(-1, 2)]))
+        in_test = [split == "test" for split in splits]
         prompts.append(batch.select(TEST_PROMPTS_SCHEMA.names).filter(pa.array(in_test, pa.bool_())))
     # Equal prompts have equal keys in the index and would use up the limit of candidates per band.
     distinct = pa.concat_tables(prompts).group_by("prompt", use_threads=False)
@@ -114,9 +116,9 @@ def split_shard(
         writers = {name: files.enter_context(shard_writer(folders[name], FORMATTED_SCHEMA, number)) for name in SPLITS}
         for batch in read_batches(shard):
             members: dict[str, list[int]] = {name: [] for name in SPLITS}
-            for row, prompt_id in enumerate(batch["prompt_id"].to_pylist()):
+            for row, split in enumerate(choose_splits(batch, params)):
                 if counts["rows_in"] + row not in duplicate:
-                    members[choose_split(prompt_id, params)].append(row)
+                    members[split].append(row)
             counts["rows_in"] += len(batch)
 
             train = batch.select(TEST_PROMPTS_SCHEMA.names).take(pa.array(members["train"], pa.int64()))
@@ -138,6 +140,12 @@ def split_shard(
 
 def _location(prompts: pa.Table, at: int) -> str:
     return f"{prompts['source'][at]}, row {prompts['source_row'][at].as_py():,}"
+
+
+def choose_splits(batch: pa.Table, params: SplitParams) -> list[str]:
+    """The split of each row: the one that its dataset is used for, or else that of its prompt."""
+    pairs = zip(batch["use"].to_pylist(), batch["prompt_id"].to_pylist(), strict=True)
+    return [use or choose_split(prompt_id, params) for use, prompt_id in pairs]
 
 
 def choose_split(prompt_id: str, params: SplitParams) -> str:
@@ -168,7 +176,7 @@ def check_counts(counts: Counter[str], params: SplitParams) -> None:
                 f"the {name} split is empty: found {counts['rows_in'] - counts['duplicates']:,} examples, "
                 + (f"{dropped:,} of them dropped as near-duplicates, " if dropped else "")
                 + f"validation_fraction = {params.validation_fraction}, test_fraction = {params.test_fraction}; "
-                f"{advice}, or add rows to the dataset"
+                f"{advice}, or list a dataset with `use: {name}`, or add rows to the dataset"
             )
 
 

@@ -172,15 +172,16 @@ def save_tuned(engine: "Engine", metrics: dict[str, Any], checkpoints: "Checkpoi
     tokenizer = load_tokenizer()
     template = load_template(params.template, tokenizer)
     tokenizer.chat_template = template.chat_template or tokenizer.chat_template
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(template.eos_token_id)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(template.eos_token_ids[0])
     with atomic_path(folder, durable=True) as partial:
         if uses_lora:
             save_adapter(model, BASE, partial / "adapter")
             model = merge(BASE, partial / "adapter")
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=template.eos_token_id,  # the token that was trained; the base model may use another
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else template.eos_token_id,
+            # Those that were trained; the base model may use others. A list only if there are several.
+            eos_token_id=template.eos_token_ids if len(template.eos_token_ids) > 1 else template.eos_token_ids[0],
+            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         )
         torch.nn.Module.to(model, checkpoint_dtype(BASE))
         model.save_pretrained(partial)

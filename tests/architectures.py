@@ -140,7 +140,7 @@ def compare(model: PreTrainedModel) -> Outcome:
         answers.append(method)
         endless = [textbook_answer(model, prompt, None, NEW_TOKENS) for prompt in prompts]
         eos = endless[1][NEW_TOKENS // 2]
-        new_ids = [row.ids for row in METHODS[method](model, prompts, generation_settings(eos, NEW_TOKENS))]
+        new_ids = [row.ids for row in METHODS[method](model, prompts, generation_settings([eos], NEW_TOKENS))]
         if new_ids != [textbook_answer(model, prompt, eos, NEW_TOKENS) for prompt in prompts]:
             wrong.append(f"{kind}: answers differ")
     return Outcome(training, answers, wrong="; ".join(wrong))

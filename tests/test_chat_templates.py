@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.data.chat_template import ChatTemplate
-from stages.data.conversations import Conversation
+from stages.data.chat_template import FIXED_DATE, ChatTemplate
+from stages.data.conversations import Conversation, content_ids
 from stages.data.templates import load_template, select_template
 from stages.runtime.errors import UserError
 from tests.clone import ROOT, make_tokenizer
@@ -56,7 +56,7 @@ def format_one(
     template: ChatTemplate, messages: list[dict[str, str]], max_length: int = 9999
 ) -> tuple[list[int], list[int]]:
     """The token ids and labels of one conversation."""
-    formatted = template.format([Conversation(messages, where="a.jsonl, row 7")], max_length)
+    formatted = template.format([Conversation(messages)], max_length)
     assert not formatted.errors
     return formatted.encoded.input_ids.tolist(), formatted.encoded.labels.tolist()
 
@@ -76,7 +76,7 @@ def supervised(tokenizer: Any, labels: list[int]) -> list[str]:
 def test_each_response_and_its_eos_token_are_supervised_and_nothing_else(name: str) -> None:
     tokenizer, template = make_template(name)
     eos_token = FAMILIES[name][1]
-    assert tokenizer.decode([template.eos_token_id]) == eos_token
+    assert tokenizer.decode([template.eos_token_ids[0]]) == eos_token
     _, labels = format_one(template, TWO)
     assert supervised(tokenizer, labels) == [f"Red.{eos_token}", f"Blue, green.{eos_token}"]
 
@@ -88,7 +88,7 @@ def test_token_ids_equal_those_of_apply_chat_template(name: str, messages: list[
     ids, _ = format_one(template, messages)
     expected = tokenizer.apply_chat_template(messages, chat_template=jinja(name), return_dict=False)
     assert ids == expected[: len(ids)]
-    assert template.eos_token_id not in expected[len(ids) :]
+    assert template.eos_token_ids[0] not in expected[len(ids) :]
     prompt = tokenizer.apply_chat_template(
         messages[:-1], chat_template=jinja(name), add_generation_prompt=True, return_dict=False
     )
@@ -122,34 +122,197 @@ def test_a_template_without_a_special_token_after_a_response_is_an_error() -> No
     )
 
 
-def test_a_template_that_renders_a_message_differently_if_others_follow_is_an_error_that_names_the_row() -> None:
+def test_an_answer_that_is_rendered_differently_if_others_follow_has_an_example_of_its_own() -> None:
     tokenizer = with_bos(["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>"], "<|im_end|>")
     template = ChatTemplate(tokenizer, jinja("qwen3"), "qwen3")
-    assert supervised(tokenizer, format_one(template, ONE)[1]) == ["<think>\n\n</think>\n\nRed.<|im_end|>"]
-    with pytest.raises(UserError) as error:
-        format_one(template, TWO)
-    assert str(error.value) == (
-        "a.jsonl, row 7: qwen3 renders message 2 differently if other messages follow, so no mask is exact; "
-        "set template to a Jinja file that does not rewrite messages"
+    formatted = template.format([Conversation(ONE), Conversation(TWO)], 9999)
+    assert [example.row for example in formatted.examples] == [0, 1, 1]
+    assert supervised(tokenizer, formatted.encoded.labels.tolist()) == [
+        "<think>\n\n</think>\n\nRed.<|im_end|>",
+        "<think>\n\n</think>\n\nRed.<|im_end|>",
+        "<think>\n\n</think>\n\nBlue, green.<|im_end|>",
+    ]
+    expected = [
+        tokenizer.apply_chat_template(messages, chat_template=jinja("qwen3"), return_dict=False)[:-1]
+        for messages in (ONE, ONE, TWO)
+    ]
+    assert formatted.encoded.input_ids.tolist() == [token for ids in expected for token in ids]
+    assert formatted.encoded.lengths.tolist() == [len(ids) for ids in expected]
+    ids = [content_ids(example.conversation) for example in formatted.examples]
+    assert ids[0] == ids[1]  # the first example of the conversation is a duplicate of the single exchange
+    assert len({prompt_id for prompt_id, _ in ids}) == 1  # so all are in the same split
+
+
+def test_a_generation_prompt_that_is_not_in_the_training_text_rejects_the_row() -> None:
+    tokenizer = with_bos(["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"], "<｜end▁of▁sentence｜>")
+    formatted = ChatTemplate(tokenizer, jinja("deepseekv3"), "deepseekv3").format([Conversation(ONE)], 9999)
+    assert (formatted.errors[0].reason, str(formatted.errors[0])) == (
+        "inexact_mask",
+        "deepseekv3 renders message 2 differently after a generation prompt, so no mask is exact; "
+        "set template to a Jinja file that renders it the same",
     )
 
 
-def test_a_generation_prompt_that_is_not_in_the_training_text_is_an_error() -> None:
-    tokenizer = with_bos(["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"], "<｜end▁of▁sentence｜>")
-    template = ChatTemplate(tokenizer, jinja("deepseekv3"), "deepseekv3")
-    with pytest.raises(UserError) as error:
-        format_one(template, ONE)
-    assert str(error.value) == (
-        "a.jsonl, row 7: deepseekv3 renders message 2 differently after a generation prompt, so no mask is exact; "
-        "set template to a Jinja file that does not rewrite messages"
+WEATHER = {"name": "weather", "description": "Of a town.", "parameters": {"type": "object", "properties": {}}}
+TOOLS = [{"type": "function", "function": WEATHER}]
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Bonn"}}}
+USE = [
+    {"role": "user", "content": "In Bonn?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "sunny"},
+    {"role": "assistant", "content": "Sunny."},
+]
+THOUGHT = [
+    {"role": "user", "content": "Name a color."},
+    {"role": "assistant", "content": "Red.", "reasoning_content": "Roses."},
+]
+HERMES_CALL = '<tool_call>\n{"name": "weather", "arguments": {"town": "Bonn"}}\n</tool_call>'
+GPT_OSS = ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>"]
+# What is supervised of a call and the answer after its result, and the spans of an answer with reasoning.
+WITH_TOOLS = {
+    "qwen3": (
+        FAMILIES["qwen2_5"][0],
+        [
+            f"<think>\n\n</think>\n\n{HERMES_CALL}<|im_end|>",
+            "<think>\n\n</think>\n\nSunny.<|im_end|>",
+        ],
+        ["<think>\nRoses.\n</think>\n\nRed.<|im_end|>"],
+    ),
+    "llama3_1": (
+        FAMILIES["llama3"][0],
+        ['{"name": "weather", "parameters": {"town": "Bonn"}}<|eot_id|>', "Sunny.<|eot_id|>"],
+        "llama3_1 does not render 'reasoning_content' of message 2 (assistant)",
+    ),
+    "gptoss": (
+        GPT_OSS,
+        [
+            ' to=functions.weather<|channel|>commentary json<|message|>{"town": "Bonn"}<|call|>',
+            "<|channel|>final<|message|>Sunny.<|return|>",
+        ],
+        ["<|channel|>analysis<|message|>Roses.<|end|><|start|>assistant<|channel|>final<|message|>Red.<|return|>"],
+    ),
+    "gemma3": (
+        FAMILIES["gemma3"][0],
+        "gemma3 can't render tool calls",
+        "gemma3 does not render 'reasoning_content' of message 2 (assistant)",
+    ),
+    "qwen2_5": (
+        FAMILIES["qwen2_5"][0],
+        [f"{HERMES_CALL}<|im_end|>", "Sunny.<|im_end|>"],
+        "qwen2_5 does not render 'reasoning_content' of message 2 (assistant)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+def test_tool_calls_and_reasoning_are_supervised_or_the_row_is_rejected(name: str) -> None:
+    special_tokens, *expected = WITH_TOOLS[name]
+    tokenizer = with_bos(special_tokens, special_tokens[1])
+    template = ChatTemplate(tokenizer, jinja(name), name)
+    for conversation, spans in zip((Conversation(USE, tools=TOOLS), Conversation(THOUGHT)), expected, strict=True):
+        formatted = template.format([conversation], 9999)
+        if isinstance(spans, str):
+            assert (formatted.errors[0].reason, str(formatted.errors[0])) == ("not_rendered", spans)
+            continue
+        assert supervised(tokenizer, formatted.encoded.labels.tolist()) == spans
+        messages = [
+            {**each, "thinking": each.get("reasoning_content")} if "reasoning_content" in each else each
+            for each in conversation.messages
+        ]
+        full = tokenizer.apply_chat_template(
+            messages, tools=list(conversation.tools) or None, chat_template=FIXED_DATE + jinja(name), return_dict=False
+        )
+        ids = formatted.encoded.input_ids[-formatted.encoded.lengths[-1] :].tolist()
+        assert ids == full[: len(ids)]
+        assert tokenizer.decode(full[len(ids) :]).strip() == ""
+
+
+def test_an_answer_follows_the_prompt_of_inference_if_the_template_rewrites_what_is_before_it() -> None:
+    # The template of gpt-oss drops the reasoning of a call once the final answer is there. At inference it is there.
+    tokenizer = with_bos(GPT_OSS, "<|return|>")
+    template = ChatTemplate(tokenizer, jinja("gptoss"), "gptoss")
+    messages = [USE[0], {**USE[1], "reasoning_content": "I must look."}, *USE[2:]]
+    formatted = template.format([Conversation(messages, tools=TOOLS)], 9999)
+    assert formatted.errors == {}
+    assert supervised(tokenizer, formatted.encoded.labels.tolist()) == [
+        "<|channel|>analysis<|message|>I must look.<|end|><|start|>assistant"
+        ' to=functions.weather<|channel|>commentary json<|message|>{"town": "Bonn"}<|call|>',
+        "<|channel|>final<|message|>Sunny.<|return|>",
+    ]
+    given = [{**each, "thinking": "I must look."} if "reasoning_content" in each else each for each in messages[:3]]
+    prompt = tokenizer.apply_chat_template(
+        given, tools=TOOLS, chat_template=FIXED_DATE + jinja("gptoss"), add_generation_prompt=True, tokenize=False
+    )
+    assert formatted.prompts == [prompt]
+    assert "I must look." in prompt
+
+
+def test_a_system_prompt_that_is_rendered_with_the_last_question_only_is_in_each_prompt() -> None:
+    # As in the templates of Mistral 7B Instruct v0.2 and Mistral Nemo.
+    text = """{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}
+{%- set messages = messages[1:] %}{% endif %}{{ bos_token }}
+{%- for m in messages %}{% if m.role == 'user' %}[INST]{% if loop.last and system %}{{ system ~ ' ' }}{% endif %}
+{{- m.content }}[/INST]{% else %}{{ m.content ~ eos_token }}{% endif %}{% endfor %}"""
+    tokenizer = with_bos(["<s>", "</s>", "[INST]", "[/INST]"], "</s>")
+    system = {"role": "system", "content": "Be brief."}
+    formatted = ChatTemplate(tokenizer, text, "t").format([Conversation([system, *TWO])], 9999)
+    assert formatted.errors == {}
+    assert formatted.prompts == [
+        "<s>[INST]Be brief. Name a color.[/INST]",
+        "<s>[INST]Name a color.[/INST]Red.</s>[INST]Be brief. And two\nmore? {{ x }}[/INST]",
+    ]
+    assert supervised(tokenizer, formatted.encoded.labels.tolist()) == ["Red.</s>", "Blue, green.</s>"]
+
+
+def test_an_answer_ends_with_the_token_of_its_kind() -> None:
+    tokenizer = with_bos(GPT_OSS, "<|return|>")
+    template = ChatTemplate(tokenizer, jinja("gptoss"), "gptoss")
+    assert tokenizer.convert_ids_to_tokens(template.eos_token_ids) == ["<|return|>", "<|call|>"]
+
+
+def test_arguments_are_json_text_if_the_template_can_only_append_them() -> None:
+    special = [
+        "<｜begin▁of▁sentence｜>",
+        "<｜User｜>",
+        "<｜Assistant｜>",
+        "<｜tool▁calls▁end｜>",
+        "<｜end▁of▁sentence｜>",
+    ]
+    text = jinja("deepseekv3").replace(
+        "<｜Assistant｜><think>\\n", "<｜Assistant｜>"
+    )  # as DeepSeek-V3 had it before R1
+    tokenizer = with_bos(special, special[-1])
+    formatted = ChatTemplate(tokenizer, text, "deepseekv3").format([Conversation(USE[:2])], 9999)
+    (answer,) = supervised(tokenizer, formatted.encoded.labels.tolist())
+    assert '```json\n{"town": "Bonn"}\n```' in answer
+    assert answer.endswith("<｜tool▁calls▁end｜><｜end▁of▁sentence｜>")
+
+
+def test_tools_that_the_template_does_not_render_reject_the_row() -> None:
+    _, template = make_template("gemma3")
+    formatted = template.format([Conversation(ONE, tools=TOOLS)], 9999)
+    assert (formatted.errors[0].reason, str(formatted.errors[0])) == (
+        "not_rendered",
+        "gemma3 does not render the row's tools",
+    )
+
+
+def test_an_answer_of_which_the_template_drops_a_part_is_rejected() -> None:
+    tokenizer = with_bos(["<|end|>"], "<|end|>")
+    text = "{% for m in messages %}{{ m.role ~ ':' ~ m.content.split('</think>')[-1] ~ eos_token }}{% endfor %}"
+    text += "{% if add_generation_prompt %}assistant:{% endif %}"
+    answer = {"role": "assistant", "content": "<think>Roses.</think>Red."}
+    formatted = ChatTemplate(tokenizer, text, "t").format([Conversation([ONE[0], answer])], 9999)
+    assert (formatted.errors[0].reason, str(formatted.errors[0])) == (
+        "not_rendered",
+        "t does not render 'content' of message 2 (assistant)",
     )
 
 
 def rejected(template: ChatTemplate, messages: list[dict[str, str]]) -> tuple[str, str]:
     """Why a conversation is rejected: reason and detail. Another one beside it must be kept."""
     formatted = template.format([Conversation(messages), Conversation(ONE)], 9999)
-    assert formatted.encoded.lengths[0] == 0
-    assert formatted.encoded.lengths[1] > 0
+    assert [example.row for example in formatted.examples] == [1]
     return formatted.errors[0].reason, str(formatted.errors[0])
 
 
@@ -176,11 +339,11 @@ def test_text_that_contains_a_special_token_is_rejected() -> None:
 def test_a_response_whose_first_token_includes_the_end_of_the_prompt_is_rejected() -> None:
     tokenizer = with_bos(["<|end|>"], "<|end|>")
     text = "{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ eos_token }}{% endfor %}"
-    text += "{% if add_generation_prompt %}assistant: Re{% endif %}"
+    text += "{% if add_generation_prompt %}assistant: {% endif %}"
     assert tokenizer.tokenize("assistant: Red.")[-2:] == ["ĠRed", "."]
     formatted = ChatTemplate(tokenizer, text, "t").format([Conversation(ONE)], 9999)
     assert formatted.errors[0].reason == "unclean_boundary"
-    assert formatted.encoded.lengths.tolist() == [0]
+    assert formatted.examples == []
 
 
 @pytest.mark.parametrize(
@@ -216,7 +379,7 @@ def test_a_long_conversation_is_cut_after_the_last_supervised_token_that_fits() 
     _, template = make_template("gemma")
     ids, labels = format_one(template, TWO)
     second = max(at for at, label in enumerate(labels[:-1]) if label == -100) + 1  # start of the second response
-    first_end = ids.index(template.eos_token_id, ids.index(template.eos_token_id) + 1) + 1
+    first_end = ids.index(template.eos_token_ids[0], ids.index(template.eos_token_ids[0]) + 1) + 1
     for max_length, kept, response in [(second + 1, second + 1, "Blue, green."), (second, first_end, "Red.")]:
         formatted = template.format([Conversation(TWO)], max_length)
         assert formatted.encoded.input_ids.tolist() == ids[:kept]
@@ -242,6 +405,36 @@ def test_the_bundled_template_works_with_a_tokenizer_that_has_none(project: Path
         "User: Name a color.\n\nAssistant: Red.<|end|>\n\nUser: And two\nmore? {{ x }}\n\nAssistant:"
     ]
     assert supervised(tokenizer, formatted.encoded.labels.tolist()) == [" Red.<|end|>", " Blue, green.<|end|>"]
+
+
+def test_the_bundled_template_renders_tools_and_reasoning_and_begins_with_bos_if_the_tokenizer_adds_one(
+    project: Path,
+) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    (project / "templates").mkdir()
+    shutil.copy(ROOT / "templates/plain.jinja", project / "templates")
+    select_template("templates/plain.jinja")
+    tokenizer = make_tokenizer(["<s>", "</s>"], bos_token="<s>", eos_token="</s>")
+    call = {**USE[1], "reasoning_content": "I must look."}
+    conversation = Conversation([USE[0], call, *USE[2:]], tools=TOOLS)
+    for bos in ("", "<s>"):
+        if bos:
+            tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        template = load_template("templates/plain.jinja", tokenizer)
+        formatted = template.format([conversation], 9999)
+        assert formatted.errors == {}
+        assert tokenizer.decode(formatted.encoded.input_ids) == (
+            bos + 'Tools:\n{"name": "weather", "description": "Of a town.", '
+            '"parameters": {"type": "object", "properties": {}}}\n\n'
+            "User: In Bonn?\n\nAssistant: <think>I must look.</think>\n"
+            '<tool_call>{"name": "weather", "arguments": {"town": "Bonn"}}</tool_call></s>\n\n'
+            "Tool: sunny\n\nAssistant: Sunny.</s>"
+        )
+        assert supervised(tokenizer, formatted.encoded.labels.tolist())[1] == " Sunny.</s>"
+        # The tuned model's tokenizer gets this template, which needs nothing else.
+        prompt = tokenizer.apply_chat_template(ONE[:1], chat_template=template.chat_template, tokenize=False)
+        assert prompt == f"{bos}User: Name a color.\n\n"
 
 
 def test_one_of_several_chat_templates_is_selected_by_name(tiny_model: Path) -> None:

@@ -36,7 +36,7 @@ def tokenizer(tiny_model: Path) -> Any:
 def test_answer_ends_before_the_eos_token(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = tokenizer.encode("ab")
     monkeypatch.setattr(decoding, "generate", lambda *_: [[a, 0], [a, b, b]])
-    answers = generate_answers(None, tokenizer, [[7], [8, 9]], generation_settings(0, 3))  # type: ignore[arg-type]
+    answers = generate_answers(None, tokenizer, [[7], [8, 9]], generation_settings([0], 3))  # type: ignore[arg-type]
     assert answers == [Answer("a", 1, stopped=True), Answer("abb", 3, stopped=False)]
 
 
@@ -46,7 +46,7 @@ def test_answers_are_in_the_order_of_the_prompts(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(METHODS, "lengths", lambda _, prompts, __: [NewTokens([len(ids)], []) for ids in prompts])
     monkeypatch.setattr(decoding, "PROMPTS_PER_BATCH", 2)
     prompts = [[1, 2], [3], [4, 5, 6]]
-    assert generate(None, prompts, generation_settings(0, 1)) == [[2], [1], [3]]  # type: ignore[arg-type]
+    assert generate(None, prompts, generation_settings([0], 1)) == [[2], [1], [3]]  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def new_ids(method: Method, *args: Any) -> list[list[int]]:
 def test_greedy_answers_equal_those_of_transformers(
     model: Any, eos_token_id: int, method: Method, prompts: list[list[int]]
 ) -> None:
-    found = new_ids(method, model, prompts, generation_settings(eos_token_id, 12))
+    found = new_ids(method, model, prompts, generation_settings([eos_token_id], 12))
     assert found == [textbook_answer(model, prompt, eos_token_id) for prompt in prompts]
 
 
@@ -77,7 +77,7 @@ def test_greedy_answers_equal_those_of_transformers(
 def test_stopped_row_does_not_change_the_other_rows(model: Any, method: Method) -> None:
     full_rows = [textbook_answer(model, prompt, None) for prompt in PROMPTS]
     eos = full_rows[1][3]
-    rows = new_ids(method, model, PROMPTS, generation_settings(eos, 12))
+    rows = new_ids(method, model, PROMPTS, generation_settings([eos], 12))
     assert [len(row) for row in rows] == [8, 4, 12]
     assert rows == [full[: len(row)] for full, row in zip(full_rows, rows, strict=True)]
 
@@ -88,7 +88,7 @@ def test_packed_prompts_give_the_answers_of_transformers(name: str) -> None:
     prompts = [[5, 6, 7, 8], [5, 6, 9, 10, 11, 12, 13], [5, 6, 14]]
     expected = [textbook_answer(model, prompt, 2, 20) for prompt in prompts]
     assert choose_method(model, prompts, 12) == "packed prompts"
-    assert generate(model, prompts, generation_settings(2, 20)) == expected
+    assert generate(model, prompts, generation_settings([2], 20)) == expected
     assert len({tuple(answer) for answer in expected}) == 3
 
 
@@ -97,7 +97,7 @@ def test_answers_beyond_a_sliding_window_equal_those_of_transformers() -> None:
     for window, method in ((4, "padded prompts"), (8, "padded prompts"), (64, "packed prompts")):
         model = random_model(Gemma3TextConfig(**SLIDING_WINDOW.to_dict() | {"sliding_window": window})).eval()
         assert choose_method(model, prompts, 12) == method
-        found = generate(model, prompts, generation_settings(2, 12))
+        found = generate(model, prompts, generation_settings([2], 12))
         assert found == [textbook_answer(model, prompt, 2) for prompt in prompts]
         # `evaluate` calls it inside autocast, where bf16 rounding would hide the difference.
         with torch.autocast("cpu", torch.bfloat16):
@@ -109,13 +109,13 @@ def test_answers_beyond_a_sliding_window_equal_those_of_transformers() -> None:
 def test_answer_ends_when_the_context_is_full(name: str, method: Method) -> None:
     model = random_model(CONFIGS[name]).eval()  # 128 positions
     prompts = [[5 + n % 40 for n in range(length)] for length in (126, 100, 128)]
-    found = new_ids(method, model, prompts, generation_settings(50, 40))
+    found = new_ids(method, model, prompts, generation_settings([50], 40))
     assert [len(ids) for ids in found] == [3, 29, 1]  # the last new token needs no position
     assert found == [textbook_answer(model, prompt, None, len(ids)) for prompt, ids in zip(prompts, found, strict=True)]
 
 
 def test_batch_gives_the_same_answers_as_single_prompts(model: Any, tokenizer: Any) -> None:
-    settings = generation_settings(0, 8)
+    settings = generation_settings([0], 8)
     together = generate_answers(model, tokenizer, PROMPTS, settings)
     assert together == [generate_answers(model, tokenizer, [prompt], settings)[0] for prompt in PROMPTS]
     assert all(answer.num_tokens == 8 or answer.stopped for answer in together)
@@ -124,7 +124,7 @@ def test_batch_gives_the_same_answers_as_single_prompts(model: Any, tokenizer: A
 def test_samples_depend_on_the_seed(model: Any, tokenizer: Any) -> None:
     def sample(seed: int) -> list[str]:
         torch.manual_seed(seed)
-        settings = generation_settings(0, 8, temperature=1.0, top_p=0.9)
+        settings = generation_settings([0], 8, temperature=1.0, top_p=0.9)
         return [answer.text for answer in generate_answers(model, tokenizer, PROMPTS, settings)]
 
     assert sample(1) == sample(1)
@@ -133,7 +133,7 @@ def test_samples_depend_on_the_seed(model: Any, tokenizer: Any) -> None:
 
 def test_temperature_zero_is_textbook_answer(model: Any, tokenizer: Any) -> None:
     torch.manual_seed(1)
-    first = generate(model, PROMPTS, generation_settings(0, 8, temperature=0, top_p=0.5))
+    first = generate(model, PROMPTS, generation_settings([0], 8, temperature=0, top_p=0.5))
     assert first == [textbook_answer(model, prompt, 0, 8) for prompt in PROMPTS]
 
 
@@ -141,6 +141,6 @@ def test_settings_of_the_checkpoint_are_not_used(tiny_model: Path, tmp_path: Pat
     shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "model/generation_config.json").write_text('{"repetition_penalty": 10.0, "eos_token_id": [17]}')
     changed = load_model(tmp_path / "model").eval()
-    assert new_ids(generate_alone, changed, PROMPTS, generation_settings(0, 12)) == [
+    assert new_ids(generate_alone, changed, PROMPTS, generation_settings([0], 12)) == [
         textbook_answer(load_model(tiny_model), prompt, 0) for prompt in PROMPTS
     ]

@@ -1,7 +1,11 @@
 """Reading datasets: which rows are kept, which are unreadable, and which errors stop the stage."""
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages import download_dataset
-from stages.data import sources
+from stages.data import readers
+from stages.data.rows import RowParser
 from stages.data.tables import shards
 from stages.runtime.errors import UserError
 from tests.clone import edit
 
 ALLOWED = (
-    "every row needs 'instruction' and 'output' (and may have 'input'), or 'prompt' and 'completion', all text, "
-    "or 'messages'"
+    "every row needs 'instruction' and 'output', 'prompt' and 'completion', 'messages', or other columns that "
+    "docs/data.md lists; name yours in `columns`"
 )
 
 
@@ -33,8 +38,16 @@ def read(name: str, content: bytes | str) -> list[dict[str, Any]]:
 
 
 def raw() -> list[dict[str, Any]]:
-    """The rows of `raw.parquet` without the columns `slice` and `source`."""
-    return pq.read_table("data/raw.parquet").drop_columns(["slice", "source"]).to_pylist()
+    """Messages, input and row number of the rows of `raw.parquet`."""
+    rows = pq.read_table("data/raw.parquet", columns=["messages", "input", "source_row"]).to_pylist()
+    return [row | {"messages": json.loads(row["messages"])} for row in rows]
+
+
+def zstd(data: bytes) -> bytes:
+    buffer = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(buffer, "zstd") as stream:
+        stream.write(data)
+    return bytes(buffer.getvalue())
 
 
 def slices() -> list[str]:
@@ -96,6 +109,7 @@ def test_the_origin_of_the_rows_is_written_to_source_json(project: Path) -> None
         "source": "data/a.jsonl",
         "revision": None,
         "licence": None,
+        "columns_not_read": [],
     }
 
 
@@ -196,8 +210,8 @@ def test_an_array_has_the_elements_that_json_reads_with_any_read_size(
     path = tmp_path_factory.mktemp("json") / "a.json"
     path.write_text(json.dumps(rows, indent=indent, ensure_ascii=ascii_only), encoding="utf-8", errors="replace")
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(sources, "CHARACTERS_PER_READ", characters)
-        found = list(sources.read_json(path))
+        context.setattr(readers, "CHARACTERS_PER_READ", characters)
+        found = list(readers.read_json(path, "source", RowParser()))
     assert found == list(enumerate(json.loads(path.read_text(encoding="utf-8")), 1))
 
 
@@ -216,7 +230,7 @@ def test_a_row_of_several_megabytes_is_read_unchanged(project: Path, name: str, 
         path.write_text(f"[{line}]" if name == "a.json" else line)
     download_dataset.main()
     (found,) = pq.read_table("data/raw.parquet").to_pylist()
-    assert found["messages"][1]["content"] == text
+    assert json.loads(found["messages"])[1]["content"] == text
 
 
 @pytest.mark.subprocess
@@ -255,7 +269,7 @@ MESSAGES = [
 
 def test_conversations_and_completions_are_recognized_by_their_columns(project: Path) -> None:
     lines = [
-        {"messages": [{**MESSAGES[0], "name": "x"}, *MESSAGES[1:]], "prompt": "of the first message", "id": 1},
+        {"messages": MESSAGES, "prompt": "of the first message", "id": 1},
         {"prompt": "Add.", "completion": "5."},
         {"instruction": "A", "output": "b", "messages": None, "prompt": "c"},
     ]
@@ -271,40 +285,124 @@ def test_conversations_and_completions_are_recognized_by_their_columns(project: 
     assert raw() == [{"messages": MESSAGES, "input": "", "source_row": 1}]
 
 
-MESSAGES_ALLOWED = "must be a list of objects with 'role' (system, user, assistant, tool) and 'content', both text"
+def test_a_file_with_an_unknown_schema_is_an_error(project: Path) -> None:
+    with pytest.raises(UserError) as error:
+        read("a.csv", "prompt,reply\nA,b\n")
+    assert str(error.value) == f"data/a.csv: column 'completion' is missing; found prompt, reply; {ALLOWED}"
+
+
+TWO = [row("Name é.", "É.", 1), row("B", "c", 2)]
+LINES = '{"instruction": "Name é.", "output": "É."}\n{"instruction": "B", "output": "c"}\n'
 
 
 @pytest.mark.parametrize(
-    ("messages", "reason", "detail"),
+    ("suffix", "compress"),
     [
-        ("Hi.", "not_text", f"'messages' is str 'Hi.'; {MESSAGES_ALLOWED}"),
-        (["Hi."], "not_text", f"message 1 is str 'Hi.'; {MESSAGES_ALLOWED}"),
-        (
-            [MESSAGES[1], {"role": "assistant"}],
-            "missing_field",
-            f"'content' of message 2 is missing; {MESSAGES_ALLOWED}",
-        ),
-        (
-            [{"role": "user", "content": ["Hi."]}],
-            "not_text",
-            f"'content' of message 1 is list ['Hi.']; {MESSAGES_ALLOWED}",
-        ),
-        (
-            [{"role": "human", "content": "Hi."}],
-            "unknown_role",
-            f"'role' of message 1 is str 'human'; {MESSAGES_ALLOWED}",
-        ),
+        (".gz", gzip.compress),
+        (".GZ", lambda data: gzip.compress(data[:9]) + gzip.compress(data[9:])),
+        (".bz2", bz2.compress),
+        (".xz", lzma.compress),
+        (".zst", zstd),
     ],
 )
-def test_an_invalid_conversation_is_unreadable(project: Path, messages: Any, reason: str, detail: str) -> None:
-    assert len(read("a.jsonl", "\n".join(json.dumps({"messages": each}) for each in (MESSAGES, messages)))) == 1
-    assert unreadable() == [(2, reason, detail)]
+@pytest.mark.parametrize(("name", "content"), [("a.jsonl", LINES), ("a.csv", "instruction,output\nName é.,É.\nB,c\n")])
+def test_a_compressed_file_is_read(
+    project: Path, name: str, content: str, suffix: str, compress: Callable[[bytes], bytes]
+) -> None:
+    compressed = compress(content.encode())
+    assert read(name + suffix, compressed) == TWO
+    with pytest.raises(UserError, match=r"can't be decompressed: .*; copy or download it again$"):
+        read(name + suffix, compressed[:-9])
 
 
-def test_a_file_with_an_unknown_schema_is_an_error(project: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_with_a_byte_order_mark_is_read(project: Path, encoding: str) -> None:
+    for name, content in {
+        "a.jsonl": LINES,
+        "a.json": f"[{LINES.strip().replace(chr(10), ',')}]",
+        "a.csv": "instruction;output\r\nName é.;É.\r\nB;c\r\n",
+    }.items():
+        assert read(name, f"\ufeff{content}".encode(encoding)) == TWO
+
+
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t"), ("a.tsv", ",")])
+def test_columns_may_be_separated_by_semicolons_or_tabs(project: Path, name: str, separator: str) -> None:
+    assert read(name, f'instruction{separator}output\n"Name, é."{separator}É.\n') == [row("Name, é.", "É.", 1)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{\n  "instruction": "Name é.",\n  "output": "É."\n}\n{\n  "instruction": "B",\n  "output": "c"\n}\n',
+        '{"version": 1, "data": [{"instruction": "Name é.", "output": "É."}, {"instruction": "B", "output": "c"}]}',
+        '{\n "rows": [\n{"instruction": "Name é.", "output": "É."}, {"instruction": "B", "output": "c"}]}',
+    ],
+)
+def test_json_objects_over_several_lines_and_rows_under_a_key_are_read(project: Path, content: str) -> None:
+    assert read("a.json", content) == TWO
+
+
+def test_a_single_object_is_a_row(project: Path) -> None:
+    assert read("a.json", '{"instruction": "A",\n"output": "b"}') == [row("A", "b", 1)]
+    assert read("a.jsonl", json.dumps({"messages": MESSAGES, "tags": [{"x": 1}]})) == [
+        {"messages": MESSAGES, "input": "", "source_row": 1}
+    ]
+
+
+def test_rows_under_several_keys_are_an_error(project: Path) -> None:
     with pytest.raises(UserError) as error:
-        read("a.csv", "prompt,answer\nA,b\n")
-    assert str(error.value) == f"data/a.csv: column 'completion' is missing; found prompt, answer; {ALLOWED}"
+        read("a.json", '{"train": [{"instruction": "A", "output": "b"}], "test": [{}]}')
+    assert str(error.value) == "data/a.json: has rows under the keys train, test; keep one of these lists"
+
+
+def test_the_files_of_a_folder_or_a_glob_are_one_dataset(project: Path) -> None:
+    (project / "data/mine/more").mkdir(parents=True)
+    for name, letters in {"b.jsonl": "CD", "a.jsonl.gz": "AB", "more/c.jsonl": "E", ".hidden.jsonl": "X"}.items():
+        text = "".join(f'{{"instruction": "{letter}", "output": "b"}}\n\n' for letter in letters).encode()
+        (project / "data/mine" / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    (project / "data/mine/README.md").write_text("About these data.")
+    edit(project, dataset_file="data/mine")
+    download_dataset.main()
+    assert raw() == [row("A", "b", 1), row("B", "b", 3), row("C", "b", 4), row("D", "b", 6), row("E", "b", 7)]
+    assert set(slices()) == {"data/mine"}
+    edit(project, datasets="[{file: '*.jsonl*', use: test}]")
+    download_dataset.main()
+    assert [found["messages"][0]["content"] for found in raw()] == ["A", "B", "C", "D"]
+    assert set(pq.read_table("data/raw.parquet")["use"].to_pylist()) == {"test"}
+
+
+def test_columns_are_mapped_and_a_mapped_column_that_no_row_has_is_an_error(project: Path) -> None:
+    edit(project, dataset_columns="{prompt: problem, completion: solution, system: rules}")
+    lines = '{"problem": "A", "solution": "b", "id": 1}\n{"problem": "B", "solution": "c", "rules": "Be brief."}\n'
+    first, second = read("a.jsonl", lines)
+    assert first == row("A", "b", 1)
+    assert second["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert json.loads(Path("data/source.json").read_text())["columns_not_read"] == ["id"]
+    with pytest.raises(UserError) as error:
+        read("a.jsonl", '{"problem": "A", "solution": "b"}')
+    assert str(error.value) == "columns: no row of data/a.jsonl has rules"
+    with pytest.raises(UserError, match=r"^data/a\.csv: column 'rules' is missing; found problem, solution;"):
+        read("a.csv", "problem,solution\nA,b\n")
+
+
+def test_columns_of_parquet_that_are_not_read_are_listed_and_nulls_in_messages_are_missing_keys(project: Path) -> None:
+    calls = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
+    rows = [{"id": 1, "messages": MESSAGES}, {"id": 2, "messages": [MESSAGES[1], calls]}]
+    pq.write_table(pa.Table.from_pylist(rows), project / "data/a.parquet")
+    edit(project, dataset_file="data/a.parquet")
+    download_dataset.main()
+    assert [found["messages"] for found in raw()] == [
+        MESSAGES,
+        [
+            MESSAGES[1],
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}],
+            },
+        ],
+    ]
+    assert json.loads(Path("data/source.json").read_text())["columns_not_read"] == ["id"]
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.parquet"])

@@ -98,10 +98,19 @@ def test_the_stage_stops_if_more_than_half_of_the_rows_are_rejected(project: Pat
     assert str(error.value) == (
         "data/a.jsonl: 2 of 3 rows can't be trained on (missing_field: 1, empty_response: 1); more than half were "
         "rejected; fix the source. First: data/a.jsonl, row 2: missing_field: 'output' is missing; every row needs "
-        "'instruction' and 'output' (and may have 'input'), or 'prompt' and 'completion', all text, or 'messages'"
+        "'instruction' and 'output', 'prompt' and 'completion', 'messages', or other columns that docs/data.md lists; "
+        "name yours in `columns`"
     )
     assert not Path("data/formatted.parquet").exists()
     assert not Path("data/rejected.parquet").exists()
+
+
+def test_rows_that_the_template_cannot_express_do_not_stop_the_stage(project: Path, tiny_model: Path) -> None:
+    rows = [{"instruction": f"A {n}", "output": "b", "tools": [{"name": "f"}] if n else []} for n in range(5)]
+    assert [row["source_row"] for row in run_format(tiny_model, rows)] == [1]
+    assert rejected()[0][1:] == ("not_rendered", "template alpaca does not render 'tools'; a chat template may")
+    with pytest.raises(UserError, match=r"4 of 4 rows can't be trained on \(not_rendered: 4\)"):
+        run_format(tiny_model, rows[1:])
 
 
 @pytest.mark.parametrize("text", ["a" * 1_000_000, "🐎" * 250_000, " <|im_end|>" * 100_000, "word " * 200_000])
@@ -160,6 +169,63 @@ def test_show_distinguishes_masked_and_supervised_tokens(
     assert lines[-1].endswith("  Red.<|end|>")
     format_stage.show_rejected(3)
     assert capsys.readouterr().out == "data/a.jsonl, row 3: empty_instruction: message 1 (user) is empty\n"
+
+
+def test_columns_are_explained_with_the_first_row_of_each_dataset(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "data/mine").mkdir()
+    call = {"tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}], "thinking": "Hm.", "weight": 0}
+    messages = [{"role": "user", "content": "A"}, {"role": "assistant", **call}, {"role": "tool", "content": "B"}]
+    messages.append({"role": "assistant", "content": "C"})
+    (project / "data/mine/a.jsonl").write_text(json.dumps({"messages": messages, "tools": [{"name": "f"}], "id": 1}))
+    (project / "data/mine/b.jsonl").write_text('{"question": "A", "answer": "B", "why": "C"}\n')
+    (project / "data/mine/c.jsonl").write_text('{"question": "A"}\n{"question": "A", "answer": "B"}\n')
+    columns = "{prompt: question, completion: answer, reasoning: why}"
+    edit(project, dataset_file="data/mine")
+    edit(project, datasets=f"[{{file: a.jsonl}}, {{file: b.jsonl, columns: {columns}}}, {{file: c.jsonl}}]")
+    format_stage.show_columns()
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "data/mine/a.jsonl, row 1",
+        "messages messages",
+        "tools tools",
+        "id not read",
+        '→ tool {"name": "f"}',
+        "→ user A",
+        '→ assistant reasoning_content: "Hm."',
+        'tool_calls: [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]',
+        "→ tool B",
+        "→ assistant C",
+        "data/mine/b.jsonl, row 1",
+        "question user message",
+        "answer assistant message",
+        "why reasoning of the assistant message",
+        "→ user A",
+        "→ assistant B",
+        'reasoning_content: "C"',
+        "data/mine/c.jsonl, row 1",
+        "missing_field: 'answer' is missing; every row needs 'instruction' and 'output', 'prompt' and 'completion', "
+        "'messages', or other columns that docs/data.md lists; name yours in `columns`",
+    ]
+
+
+def test_answers_that_do_not_fit_into_an_example_of_their_own_are_counted(project: Path, tiny_model: Path) -> None:
+    def rewriting(content: str) -> str:
+        """A template that renders an earlier answer differently, so each answer has its own example."""
+        message = "{{ m.role }}: {{ m.content }}{% if loop.last and m.role == 'assistant' %}{{ eos_token }}{% endif %}."
+        return f"{{% for m in messages %}}{message}{{% endfor %}}{content}"
+
+    (project / "templates").mkdir()
+    (project / "templates/t.jinja").write_text(rewriting("{% if add_generation_prompt %}assistant:{% endif %}"))
+    edit(project, template="templates/t.jinja")
+    texts = ["A", "b", "C" * 300, "d"]
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+    rows = run_format(tiny_model, [{"messages": messages}, {"messages": messages[:2]}], max_length=100)
+    assert [(row["source_row"], row["response"], row["truncated"]) for row in rows] == [(1, "b", True), (2, "b", False)]
+    metrics = json.loads(Path("metrics/format.json").read_text())
+    assert (metrics["rows_in"], metrics["kept"], metrics["examples"], metrics["truncated"]) == (2, 2, 2, 1)
+    assert rows[0]["example_id"] == rows[1]["example_id"]
 
 
 def test_show_reports_if_no_row_was_rejected(

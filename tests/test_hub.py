@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import zipfile
@@ -51,15 +52,19 @@ def test_a_dataset_is_downloaded_at_its_revision_and_its_commit_and_license_are_
     result = run_stage("download_dataset")
     assert result.returncode == 0, result.stderr
     rows = pq.read_table("data/raw.parquet").to_pylist()
-    assert [(row["source"], row["source_row"], row["messages"][1]["content"], row["input"]) for row in rows] == [
+    assert [
+        (row["source"], row["source_row"], json.loads(row["messages"])[1]["content"], row["input"]) for row in rows
+    ] == [
         ("acme/rows", 1, "Red.", ""),
         ("acme/rows", 2, "5.", "2, 3"),
     ]
     assert json.loads(Path("data/source.json").read_text()) == {
         "source": "acme/rows",
+        "subset": None,
         "split": "train",
         "revision": COMMIT,
         "licence": "cc0-1.0",
+        "columns_not_read": [],
     }
     assert "GET /api/datasets/acme/rows/revision/v1" in hub.requests
     assert any(f"/datasets/acme/rows/resolve/{COMMIT}/train.jsonl" in request for request in hub.requests)
@@ -167,13 +172,68 @@ def test_a_split_that_does_not_exist_is_an_error(project: Path, hub: Hub) -> Non
 
 
 def test_a_dataset_without_the_required_columns_is_an_error(project: Path, hub: Hub) -> None:
-    hub.add("datasets/acme/rows", {"train.jsonl": b'{"question": "Why?", "answer": "So."}\n'})
+    hub.add("datasets/acme/rows", {"train.jsonl": b'{"question": "Why?", "reply": "So."}\n'})
     edit(project, dataset_name="acme/rows")
     assert failure(run_stage("download_dataset")) == (
-        "error: acme/rows: column 'instruction' is missing; found question, answer; "
-        "every row needs 'instruction' and 'output' (and may have 'input'), or 'prompt' and 'completion', all text, "
-        "or 'messages'"
+        "error: acme/rows: column 'answer' is missing; found question, reply; "
+        "every row needs 'instruction' and 'output', 'prompt' and 'completion', 'messages', or other columns that "
+        "docs/data.md lists; name yours in `columns`"
     )
+
+
+CARD = b"""---
+license: mit
+configs:
+- config_name: main
+  data_files: main/train.jsonl
+- config_name: socratic
+  data_files: socratic/train.jsonl
+---
+"""
+
+
+@pytest.mark.parametrize("max_examples", ["null", "1"])  # with a limit, the rows are streamed
+def test_one_of_several_subsets_is_read(project: Path, hub: Hub, max_examples: str) -> None:
+    rows = {name: f'{{"question": "{name}?", "answer": "So."}}\n'.encode() for name in ("main", "socratic")}
+    hub.add("datasets/acme/rows", {"README.md": CARD, **{f"{name}/train.jsonl": row for name, row in rows.items()}})
+    edit(project, dataset_name="acme/rows", dataset_subset="socratic", max_examples=max_examples)
+    result = run_stage("download_dataset")
+    assert result.returncode == 0, result.stderr
+    (found,) = pq.read_table("data/raw.parquet").to_pylist()
+    assert json.loads(found["messages"])[0]["content"] == "socratic?"
+    assert json.loads(Path("data/source.json").read_text())["subset"] == "socratic"
+    for subset, problem in (("null", "has several subsets"), ("other", "has no subset 'other'")):
+        edit(project, dataset_subset=subset)
+        assert failure(run_stage("download_dataset")) == (
+            f"error: dataset_name: 'acme/rows' {problem}; set its subset (dataset_subset) to one of main, socratic"
+        )
+
+
+def test_files_of_a_repository_are_selected_and_their_names_distinguish_the_datasets(project: Path, hub: Hub) -> None:
+    rows = {f"{name}.jsonl": f'{{"question": "{name}?", "answer": "So."}}\n'.encode() for name in ("a", "b", "c")}
+    hub.add("datasets/acme/rows", rows)
+    datasets = "[{name: acme/rows, data_files: a.jsonl}, {name: acme/rows, data_files: '[bc].jsonl', use: test}]"
+    edit(project, datasets=datasets)
+    result = run_stage("download_dataset")
+    assert result.returncode == 0, result.stderr
+    found = pq.read_table("data/raw.parquet").to_pylist()
+    assert sorted((row["source"], json.loads(row["messages"])[0]["content"], row["use"]) for row in found) == [
+        ("acme/rows ([bc].jsonl)", "b?", "test"),
+        ("acme/rows ([bc].jsonl)", "c?", "test"),
+        ("acme/rows (a.jsonl)", "a?", None),
+    ]
+
+
+def test_with_a_limit_only_the_rows_that_are_needed_are_transferred(project: Path, hub: Hub) -> None:
+    row = b'{"question": "Why?", "answer": "' + b"So. " * 1000 + b'"}\n'
+    hub.add("datasets/acme/rows", {f"{number:03}.jsonl": row * 100 for number in range(20)})
+    edit(project, dataset_name="acme/rows", max_examples="150")
+    result = run_stage("download_dataset")
+    assert result.returncode == 0, result.stderr
+    transferred = {
+        name for request in hub.requests for name in re.findall(r"\d{3}\.jsonl", request) if "GET" in request
+    }
+    assert transferred == {"000.jsonl", "001.jsonl"}
 
 
 def zipped(name: str, content: bytes) -> bytes:

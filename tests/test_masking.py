@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -27,6 +27,8 @@ class Words:
     is_fast = False
     eos_token_id = 2
     bos_token_id: int | None = None
+    added_tokens_decoder: ClassVar[dict[int, str]] = {}
+    all_special_tokens: ClassVar[list[str]] = ["</s>"]
 
     def __call__(self, texts: Any, add_special_tokens: bool = True, **_: Any) -> dict[str, Any]:
         start = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []

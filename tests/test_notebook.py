@@ -112,6 +112,7 @@ def test_supervised_tokens_are_the_response_and_the_eos_token(names: dict[str, A
         "source",
         "source_row",
         "slice",
+        "use",
         "prompt",
         "response",
         "input_ids",

@@ -21,7 +21,9 @@ from tests.clone import edit
 PARAMS = SplitParams(validation_fraction=0.1, test_fraction=0.2, drop_near_duplicates=False, split_seed=42)
 
 
-def formatted(name: str, prompt_id: str, prompt: str | None = None, source_row: int = 1) -> dict[str, Any]:
+def formatted(
+    name: str, prompt_id: str, prompt: str | None = None, source_row: int = 1, use: str | None = None
+) -> dict[str, Any]:
     """A row of `formatted.parquet`. Equal names and prompt ids give equal examples."""
     return {
         "example_id": content_hash(prompt_id, name),
@@ -29,6 +31,7 @@ def formatted(name: str, prompt_id: str, prompt: str | None = None, source_row: 
         "source": "a.jsonl",
         "source_row": source_row,
         "slice": "a.jsonl",
+        "use": use,
         "prompt": prompt or prompt_id,
         "response": f"{prompt_id}-{name}",
         "input_ids": [1, 2],
@@ -90,13 +93,32 @@ def test_equal_prompts_are_in_one_split_and_equal_examples_are_kept_once(project
     assert sum(map(len, splits.values())) == 120
 
 
+def test_rows_of_a_dataset_with_a_use_are_in_that_split_for_any_data_and_seed(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = [formatted("x", f"test {i}", use="test") for i in range(4)]
+    own += [formatted("x", "own validation", use="validation"), formatted("x", "1", use="train")]
+    equal = formatted("x", "test 2", source_row=7)  # it is not a duplicate, because it is in another split
+    for seed, others in ((1, [formatted("x", f"prompt {i}") for i in range(9)]), (2, [])):
+        edit(project, test_fraction="0", validation_fraction="0", split_seed=str(seed))
+        splits = run_split([equal, *others, *own, own[0]])
+        assert splits["test"] == ["test 0-x", "test 1-x", "test 2-x", "test 3-x"]
+        assert splits["validation"] == ["own validation-x"]
+        assert splits["train"] == ["test 2-x", *(row["response"] for row in others), "1-x"]
+        metrics = json.loads(Path("metrics/split.json").read_text())
+        assert (metrics["duplicates"], metrics["near_duplicates"]) == (1, 1)
+    assert "nearest: a.jsonl, row 7 in train to a.jsonl, row 1 in test, similarity 1.00" in capsys.readouterr().out
+    edit(project, drop_near_duplicates="true")
+    assert run_split([equal, *own])["train"] == ["1-x"]
+
+
 def test_the_error_of_an_empty_split_names_the_fraction_to_change(project: Path) -> None:
     edit(project, validation_fraction="0.001")
     with pytest.raises(UserError) as error:
         run_split([formatted("x", f"prompt {i}") for i in range(30)])
     assert str(error.value) == (
         "the validation split is empty: found 30 examples, validation_fraction = 0.001, test_fraction = 0.1; "
-        "raise validation_fraction, or add rows to the dataset"
+        "raise validation_fraction, or list a dataset with `use: validation`, or add rows to the dataset"
     )
     assert sorted(path.name for path in Path("data").iterdir()) == ["formatted.parquet", "template.jinja"]
 
@@ -141,7 +163,8 @@ def test_the_error_of_a_train_split_with_only_near_duplicates_names_the_paramete
         run_split([row for row in LEAKY if row["prompt_id"] != "b"])
     assert str(error.value) == (
         "the train split is empty: found 3 examples, 1 of them dropped as near-duplicates, validation_fraction = 0.1, "
-        "test_fraction = 0.2; set drop_near_duplicates: false, or add rows to the dataset"
+        "test_fraction = 0.2; set drop_near_duplicates: false, or list a dataset with `use: train`, or add rows to the "
+        "dataset"
     )
 
 

@@ -100,7 +100,7 @@ def answer(
 
     (prompt,) = template.encode_prompts([question], history)
     check_context_length(model, len(prompt), "the conversation (/new clears it)")
-    settings = generation_settings(template.eos_token_id, params.max_new_tokens, params.temperature, params.top_p)
+    settings = generation_settings(template.eos_token_ids, params.max_new_tokens, params.temperature, params.top_p)
     input_ids = torch.tensor([prompt], device=model.device)
     with torch.inference_mode(), autocast(params.precision, model.device):
         (output,) = model.generate(  # type: ignore[operator]

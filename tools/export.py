@@ -147,7 +147,7 @@ def tuned_answers(
 
     model = load_model(TUNED).eval()
     check_context_length(model, max(map(len, prompts)), "the longest of sample_prompts")
-    return generate(model, prompts, generation_settings(int(tokenizer.eos_token_id), max_new_tokens))
+    return generate(model, prompts, generation_settings([int(tokenizer.eos_token_id)], max_new_tokens))
 
 
 def gguf_answers(path: Path, questions: list[str], prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from stages.data.conversations import Conversation, Formatted
+from stages.data.conversations import Conversation, Formatted, Rendered
 from stages.data.examples import BadRowError, Message
 from stages.data.masking import mask_spans, tokenize
+from stages.data.plain_text import PlainText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,34 +50,37 @@ def render_alpaca(instruction: str, input_text: str = "") -> str:
 class AlpacaTemplate:
     """One instruction and one response, tokenized separately and joined, so that the boundary is exact.
 
-    The prompt begins with the BOS token if the tokenizer adds one, and it is not the EOS token, too. Text from the data
-    can't become special tokens.
+    The prompt begins with the BOS token if the tokenizer adds one. Text from the data can't become special tokens.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self.chat_template = None
-        self.eos_token_id: int = tokenizer.eos_token_id
+        self.eos_token_ids: list[int] = [tokenizer.eos_token_id]
         self._tokenizer = tokenizer
-        added: list[int] = tokenizer("")["input_ids"][:1]
-        # Some tokenizers append EOS, and some use one token for both; EOS never begins a prompt.
-        self._bos = added if added == [tokenizer.bos_token_id] != [tokenizer.eos_token_id] else []
+        self._plain_text = PlainText(tokenizer)
 
     def format(self, conversations: Sequence[Conversation], max_length: int) -> Formatted:
         """Render, tokenize and mask."""
-        errors = {}
-        for index, conversation in enumerate(conversations):
-            roles = [message["role"] for message in conversation.messages]
-            if roles != ["user", "assistant"]:
-                detail = (
-                    f"found {', '.join(roles)}; template alpaca takes one instruction and one response, chat takes more"
-                )
-                errors[index] = BadRowError("not_single_turn", detail)
-        prompts = [render_alpaca(each.messages[0]["content"], each.input) for each in conversations]
-        responses = [each.responses[-1] for each in conversations]
-        spans = self.encode(prompts, responses)
-        for index in errors:
-            spans[index] = []
-        return Formatted(prompts, responses, mask_spans(spans, max_length), errors)
+        errors: dict[int, BadRowError] = {}
+        pairs: dict[int, Conversation] = {}
+        for row, conversation in enumerate(conversations):
+            try:
+                if conversation.text is None:
+                    _require_one_pair(conversation)
+                    pairs[row] = conversation
+            except BadRowError as error:
+                errors[row] = error
+        prompts = [render_alpaca(each.messages[0]["content"], each.input) for each in pairs.values()]
+        responses = [each.messages[1]["content"] for each in pairs.values()]
+        examples = [
+            Rendered(row, conversation, [prompt], [response], spans)
+            for (row, conversation), prompt, response, spans in zip(
+                pairs.items(), prompts, responses, self.encode(prompts, responses), strict=True
+            )
+        ]
+        examples += self._plain_text.render(conversations, self.eos_token_ids[0], errors)
+        examples.sort(key=lambda example: example.row)
+        return Formatted(examples, mask_spans([example.spans for example in examples], max_length), errors)
 
     def encode_prompts(self, questions: Sequence[str], history: Sequence[Message] = ()) -> list[list[int]]:
         """Token ids up to where the response begins, the same as in training. `history` is not used."""
@@ -86,9 +90,26 @@ class AlpacaTemplate:
         """The spans of each example: the token ids of its prompt, and of its response with the EOS token."""
         answers = tokenize(self._tokenizer, responses, allow_special_tokens=False)
         return [
-            [prompt, [*answer, self.eos_token_id]]
+            [prompt, [*answer, *self.eos_token_ids]]
             for prompt, answer in zip(self._tokenize_prompts(prompts), answers, strict=True)
         ]
 
     def _tokenize_prompts(self, prompts: list[str]) -> list[list[int]]:
-        return [self._bos + ids for ids in tokenize(self._tokenizer, prompts, allow_special_tokens=False)]
+        bos = self._plain_text.bos
+        return [bos + ids for ids in tokenize(self._tokenizer, prompts, allow_special_tokens=False)]
+
+
+def _require_one_pair(conversation: Conversation) -> None:
+    """Check that a conversation has nothing but a question and its answer.
+
+    Raises:
+        BadRowError: it has other messages, tools or reasoning.
+    """
+    roles = [message["role"] for message in conversation.messages]
+    if roles != ["user", "assistant"]:
+        detail = f"found {', '.join(roles)}; template alpaca takes one instruction and one response, chat takes more"
+        raise BadRowError("not_single_turn", detail)
+    more = [name for message in conversation.messages for name in message if name not in ("role", "content")]
+    more += ["tools"] * bool(conversation.tools)
+    if more:
+        raise BadRowError("not_rendered", f"template alpaca does not render {more[0]!r}; a chat template may")

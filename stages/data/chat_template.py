@@ -1,12 +1,15 @@
 """Jinja chat templates: conversations with any number of messages."""
 
-import re
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from stages.data.conversations import Conversation, Formatted
+from stages.data.completeness import missing_key, texts_in
+from stages.data.conversations import Conversation, Formatted, Rendered
 from stages.data.examples import BadRowError, Message
 from stages.data.masking import mask_spans, tokenize
+from stages.data.plain_text import PlainText
 from stages.runtime.errors import UserError, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -18,19 +21,47 @@ FIXED_DATE = (
     "{% macro strftime_now(format) %}{{ format | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July') | "
     "replace('%m', '07') | replace('%Y', '2024') | replace('%A', 'Friday') }}{% endmacro +%}"
 )
-ANSWER = "ANSWER"  # the response in a test conversation; the special token after it is the template's EOS token
+QUESTION: Message = {"role": "user", "content": "A"}
+ANSWER = "ANSWER"  # the response in test conversations; a special token after it is the template's EOS token
+TOOL = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}
+
+
+@dataclass(frozen=True)
+class Response:
+    """An answer in the rendering that ends with it.
+
+    text: the rendering of the messages up to this answer.
+    start, end: the positions of the first character of the response, and after its EOS token.
+    eos_token: the token that ends it.
+    """
+
+    text: str
+    start: int
+    end: int
+    eos_token: str
+
+    @property
+    def num_eos_tokens(self) -> int:
+        """How often the EOS token is in the response; reasoning may end with it, too."""
+        return self.text.count(self.eos_token, self.start, self.end)
 
 
 class ChatTemplate:
-    """A Jinja chat template. Each assistant message is supervised, including its EOS token.
+    """A Jinja chat template. Each trained answer is supervised, including its EOS token.
 
-    The spans of the responses are found by rendering prefixes of the conversation: the messages before a response, with
-    the generation prompt, and the messages up to and including it. If one of these is not a prefix of the full
-    rendering, no mask is exact.
+    The spans of the answers are found by rendering prefixes of the conversation: the messages before an answer, with
+    the generation prompt, and the messages up to and including it. The first must be a prefix of the second, so that
+    training and inference have the same prompt. If an answer is rendered differently when other messages follow, such
+    as Qwen3's without its reasoning, the conversation becomes one example per answer.
+
+    Everything that the row says must be in the rendered text; otherwise the row is rejected.
 
     Args:
         chat_template: Jinja text, as `apply_chat_template` of transformers takes it.
         where: the name of the template in messages.
+
+    Attributes:
+        eos_token_ids: the tokens that end an answer: that of a text, and if it is another one, that of a tool call.
 
     Raises:
         UserError: the template can't be rendered, or has no special token after a response.
@@ -40,55 +71,58 @@ class ChatTemplate:
         self.chat_template = chat_template
         self._tokenizer = tokenizer
         self._where = where
-        added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-        special = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, special)))
+        self._calls_as_text = False
+        self._plain_text = PlainText(tokenizer)
         try:
-            exchange = self._render([{"role": "user", "content": "A"}, {"role": "assistant", "content": ANSWER}])
+            exchange = self._render([QUESTION, {"role": "assistant", "content": ANSWER}])
+            header = len(self._render([QUESTION], add_generation_prompt=True)) - len(self._render([QUESTION]))
         except BadRowError as error:
             raise UserError(f"{where}: can't render a question and an answer: {error}; fix it") from None
-        end = self._special.search(exchange, exchange.rfind(ANSWER) + len(ANSWER))
+        end = self._plain_text.special.search(exchange, exchange.rfind(ANSWER) + len(ANSWER))
         if ANSWER not in exchange or not end:
             raise UserError(
                 f"{where}: has no special token after an answer, so generation would never stop; "
                 "must have one after each answer, such as {{ eos_token }}"
             )
-        self._eos_token = end[0]
-        ((self.eos_token_id,),) = tokenize(tokenizer, [self._eos_token], allow_special_tokens=True)
+        self._eos_token, self._after_eos = end[0], exchange[end.end() :]
+        self._header_length = max(0, header)
+        self._call_eos_token = self._find_call_eos_token()
+        eos_tokens = dict.fromkeys(filter(None, (self._eos_token, self._call_eos_token)))
+        self.eos_token_ids = [ids for (ids,) in tokenize(tokenizer, list(eos_tokens), allow_special_tokens=True)]
 
     def format(self, conversations: Sequence[Conversation], max_length: int) -> Formatted:
-        """Render, tokenize and mask.
-
-        Raises:
-            UserError: the rendering of a message depends on the messages after it.
-        """
-        errors = {}
-        rendered: list[tuple[str, list[int]]] = []  # the full text, and the positions where its responses begin
-        for index, conversation in enumerate(conversations):
+        """Render, tokenize and mask."""
+        errors: dict[int, BadRowError] = {}
+        texts: list[tuple[int, Conversation, list[Response]]] = []
+        for row, conversation in enumerate(conversations):
             try:
-                rendered.append(self._find_responses(conversation))
+                if conversation.text is None:
+                    texts += [(row, *example) for example in self._render_examples(conversation)]
             except BadRowError as error:
-                errors[index] = error
-                rendered.append(("", []))
-        # Tokenize in a single call: for each conversation, the full text and then the prompt of each response.
-        texts = [part for text, starts in rendered for part in (text, *(text[:start] for start in starts))]
-        ids = iter(tokenize(self._tokenizer, texts, allow_special_tokens=True))
-        spans: list[list[list[int]]] = []
-        for index, (_, starts) in enumerate(rendered):
-            full_ids, prompt_ids = next(ids), [next(ids) for _ in starts]
+                errors[row] = error
+        # Tokenize in a single call: for each example, the full text and then the prompt of each response.
+        parts = [
+            part
+            for *_, responses in texts
+            for part in (responses[-1].text, *(responses[-1].text[: response.start] for response in responses))
+        ]
+        ids = iter(tokenize(self._tokenizer, parts, allow_special_tokens=True))
+        examples: list[Rendered] = self._plain_text.render(conversations, self.eos_token_ids[0], errors)
+        for row, conversation, responses in texts:
+            full_ids, prompt_ids = next(ids), [next(ids) for _ in responses]
             try:
-                spans.append(self._split_spans(full_ids, prompt_ids))
+                spans = self._split_spans(full_ids, prompt_ids, responses)
             except BadRowError as error:
-                errors[index] = error
-                spans.append([])
-        encoded = mask_spans(spans, max_length)
-        prompts, responses = [], []
-        for num_responses, (text, starts), conversation in zip(
-            encoded.responses.tolist(), rendered, conversations, strict=True
-        ):
-            prompts.append(text[: starts[num_responses - 1]] if num_responses else "")
-            responses.append(conversation.responses[num_responses - 1])
-        return Formatted(prompts, responses, encoded, errors)
+                errors[row] = error
+                continue
+            prompts = [response.text[: response.start] for response in responses]
+            answers = [
+                self._plain_text.special.sub("", response.text[response.start : response.end]).strip()
+                for response in responses
+            ]
+            examples.append(Rendered(row, conversation, prompts, answers, spans))
+        examples = sorted((each for each in examples if each.row not in errors), key=lambda each: each.row)
+        return Formatted(examples, mask_spans([example.spans for example in examples], max_length), errors)
 
     def encode_prompts(self, questions: Sequence[str], history: Sequence[Message] = ()) -> list[list[int]]:
         """Token ids up to where the response begins, the same as in training.
@@ -101,67 +135,135 @@ class ChatTemplate:
         """
         conversations = [[*history, {"role": "user", "content": text.strip()}] for text in questions]
         try:
-            self._reject_special_tokens([message["content"] for messages in conversations for message in messages])
+            for messages in conversations:
+                self._plain_text.reject_special_tokens(message["content"] for message in messages)
             texts = [self._render(messages, add_generation_prompt=True) for messages in conversations]
         except BadRowError as error:
             raise UserError(f"{self._where}: {error}; change the question") from None
         return tokenize(self._tokenizer, texts, allow_special_tokens=True)
 
-    def _find_responses(self, conversation: Conversation) -> tuple[str, list[int]]:
-        """The full rendering, and the position where each response begins in it.
+    def _find_call_eos_token(self) -> str | None:
+        """The special token that ends a tool call; None if the template has no tool calls.
+
+        transformers documents that arguments are objects, but some templates (DeepSeek's) need their JSON text.
+        """
+        function = {"name": "f", "arguments": {"a": ANSWER}}
+        call = {"id": "123456789", "type": "function", "function": function}  # Mistral requires nine characters
+        message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        for self._calls_as_text in (False, True):
+            try:
+                rendered = self._render([QUESTION, message], tools=[{"type": "function", "function": TOOL}])
+            except BadRowError:
+                continue
+            *_, after = rendered.removesuffix(self._after_eos).rpartition(ANSWER)
+            special = self._plain_text.special.findall(after)
+            return special[-1] if special and ANSWER in rendered else None
+        return None
+
+    def _render_examples(self, conversation: Conversation) -> list[tuple[Conversation, list[Response]]]:
+        """Each example of a conversation with its trained responses, the last of which has the full text.
 
         Raises:
-            BadRowError: a message contains a special token, or the template can't render the conversation.
-            UserError: the rendering of a message depends on the messages after it.
+            BadRowError: a message contains a special token, the template can't render the conversation, its text lacks
+                something that the row has, or no mask is exact.
         """
         messages = list(conversation.messages)
         if conversation.input:
             first = next(at for at, message in enumerate(messages) if message["role"] == "user")
-            messages[first] = {"role": "user", "content": f"{messages[first]['content']}\n\n{conversation.input}"}
-        self._reject_special_tokens([message["content"] for message in messages])
-        full = self._render(messages)
-        starts = []
+            content = f"{messages[first]['content']}\n\n{conversation.input}"
+            messages[first] = {**messages[first], "content": content}
+        self._plain_text.reject_special_tokens(message["content"] for message in messages)
+        more = [message for message in messages if len(message) > len(("role", "content"))]
+        self._plain_text.reject_special_tokens(texts_in([more, conversation.tools]))
+        responses: dict[int, Response] = {}
         for at, message in enumerate(messages):
-            if message["role"] == "assistant":
-                prompt = self._render(messages[:at], add_generation_prompt=True)
-                is_last = at + 1 == len(messages)
-                with_response = full if is_last else self._render(messages[: at + 1])
-                response, end, _ = with_response[len(prompt) :].partition(self._eos_token)
-                if not with_response.startswith(prompt) or not end or not full.startswith(prompt + response + end):
-                    when = "after a generation prompt" if is_last else "if other messages follow"
-                    raise UserError(
-                        f"{conversation.where}: {self._where} renders message {at + 1:,} differently {when}, "
-                        "so no mask is exact; set template to a Jinja file that does not rewrite messages"
-                    )
-                starts.append(len(prompt))
-        return full, starts
+            if message["role"] == "assistant" and message.get("train", True):
+                response = responses[at] = self._render_response(messages[: at + 1], conversation.tools)
+                begin = max(0, response.start - self._header_length)  # the header may have a part, such as <think>
+                self._require_complete(at, message, response.text[begin:])
+        full = responses[len(messages) - 1].text
+        if all(full.startswith(response.text[: response.end]) for response in responses.values()):
+            examples = [(conversation, list(responses.values()))]
+        else:
+            examples = [(conversation.up_to(at), [response]) for at, response in responses.items()]
+        for example, (*_, last) in examples:
+            for at, message in enumerate(messages[: len(example.messages)]):
+                if message["role"] != "assistant":
+                    self._require_complete(at, message, last.text)
+        for at, message in enumerate(messages):  # a template may drop the reasoning of an earlier answer
+            if message["role"] == "assistant" and at not in responses and missing_key(message, full):
+                self._require_complete(at, message, self._render(messages[: at + 1], tools=conversation.tools))
+        if conversation.tools:
+            without = self._render(messages)
+            names = [tool["function"]["name"] for tool in conversation.tools]
+            if without == full or not all(name in full for name in names):
+                raise BadRowError("not_rendered", f"{self._where} does not render the row's tools")
+        return examples
 
-    def _split_spans(self, full_ids: list[int], all_prompt_ids: list[list[int]]) -> list[list[int]]:
-        """Split the ids of a conversation into spans, alternately masked and supervised.
+    def _render_response(self, messages: list[Message], tools: Sequence[dict[str, Any]]) -> Response:
+        """Locate the last message, an answer, in the rendering of the messages."""
+        eos_token = self._call_eos_token if messages[-1].get("tool_calls") else self._eos_token
+        if eos_token is None:
+            raise BadRowError("not_rendered", f"{self._where} can't render tool calls")
+        prompt = self._render(messages[:-1], tools=tools, add_generation_prompt=True)
+        text = self._render(messages, tools=tools)
+        if not text.startswith(prompt):
+            # A template may render earlier messages differently once the answer is there: Mistral's has the system
+            # prompt only if a question is last. The model sees this prompt, so the answer must follow it. It is the
+            # same as after a single question.
+            question = self._render([QUESTION], tools=tools, add_generation_prompt=True)
+            exchange = self._render([QUESTION, messages[-1]], tools=tools)
+            response = exchange.removeprefix(question)
+            if response == exchange or not text.endswith(response):
+                raise BadRowError(
+                    "inexact_mask",
+                    f"{self._where} renders message {len(messages):,} differently after a generation prompt, so no "
+                    "mask is exact; set template to a Jinja file that renders it the same",
+                )
+            text = prompt + response
+        end = text.removesuffix(self._after_eos).rfind(eos_token, len(prompt))
+        if end < 0:
+            raise BadRowError("not_rendered", f"{self._where} renders message {len(messages):,} without {eos_token}")
+        return Response(text, len(prompt), end + len(eos_token), eos_token)
+
+    def _split_spans(
+        self, full_ids: list[int], all_prompt_ids: list[list[int]], responses: list[Response]
+    ) -> list[list[int]]:
+        """Split the ids of an example into spans, alternately masked and supervised.
 
         Raises:
             BadRowError: the ids of a prompt are not a prefix, because a token crosses the boundary.
         """
         spans, end = [], 0
-        for prompt_ids in all_prompt_ids:
-            start = len(prompt_ids)
+        for prompt_ids, response in zip(all_prompt_ids, responses, strict=True):
+            start = response_end = len(prompt_ids)
             if full_ids[:start] != prompt_ids:
                 raise BadRowError("unclean_boundary", "the first token of a response includes the end of its prompt")
-            response_end = full_ids.index(self.eos_token_id, start) + 1
+            eos_token_id = self.eos_token_ids[0 if response.eos_token == self._eos_token else -1]
+            for _ in range(response.num_eos_tokens):
+                response_end = full_ids.index(eos_token_id, response_end) + 1
             spans += [full_ids[end:start], full_ids[start:response_end]]
             end = response_end
         return spans
 
-    def _reject_special_tokens(self, texts: Sequence[str]) -> None:
-        for text in texts:
-            if found := self._special.search(text):
-                raise BadRowError("special_token", f"its text contains {found[0]}, a special token of the tokenizer")
+    def _require_complete(self, at: int, message: Message, rendering: str) -> None:
+        """Check that a rendering has everything that a message states.
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        Raises:
+            BadRowError: something is missing.
+        """
+        if name := missing_key(message, rendering):
+            where = f"message {at + 1:,} ({message['role']})"
+            raise BadRowError("not_rendered", f"{self._where} does not render {name!r} of {where}")
+
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), add_generation_prompt: bool = False
+    ) -> str:
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    list(messages),
+                    [self._for_template(message) for message in messages],
+                    tools=list(tools) or None,
                     chat_template=FIXED_DATE + self.chat_template,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
@@ -171,3 +273,17 @@ class ChatTemplate:
             if is_out_of_memory(error):
                 raise
             raise BadRowError("refused_by_template", f"{self._where}: {error}") from None
+
+    def _for_template(self, message: Message) -> Message:
+        """A message with the keys that templates know."""
+        if len(message) == len(("role", "content")):
+            return message
+        message = {name: value for name, value in message.items() if name != "train"}
+        if "reasoning_content" in message:
+            message["thinking"] = message["reasoning_content"]  # the name in the template of gpt-oss
+        if "tool_calls" in message and self._calls_as_text:
+            message["tool_calls"] = [
+                {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+                for call in message["tool_calls"]
+            ]
+        return message

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +14,12 @@ from stages.runtime.errors import UserError
 # source: a file or Hub id. source_row: counts from 1; for JSONL, the line number.
 RAW_SCHEMA = pa.schema(
     [
-        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        # As JSON text, because the keys of messages differ and the arguments of tools can have any structure.
+        ("messages", pa.string()),
+        ("tools", pa.string()),  # null if the row has none
         ("input", pa.string()),  # the `input` of Alpaca rows
         ("slice", pa.string()),  # the value of `slice_column`
+        ("use", pa.string()),  # the split that the dataset is used for; null: by the hash of the prompt
         ("source", pa.string()),
         ("source_row", pa.int64()),
     ]
@@ -35,6 +39,7 @@ FORMATTED_SCHEMA = pa.schema(
         ("source", pa.string()),
         ("source_row", pa.int64()),
         ("slice", pa.string()),
+        ("use", pa.string()),
         ("prompt", pa.string()),
         ("response", pa.string()),
         ("input_ids", pa.list_(pa.int32())),
@@ -43,7 +48,7 @@ FORMATTED_SCHEMA = pa.schema(
     ]
 )
 IGNORE_INDEX = -100  # the label of tokens that are not trained
-Message = dict[str, str]  # with the keys role (system, user, assistant or tool) and content
+Message = dict[str, Any]  # see stages.data.rows.ParsedRow
 
 
 class BadRowError(Exception):

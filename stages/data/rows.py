@@ -1,49 +1,195 @@
-"""Convert a row of any supported schema to messages."""
+"""Convert a row of any supported schema to messages (docs/data.md)."""
 
-import reprlib
 import textwrap
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from stages.data.examples import BadRowError, Message
+from stages.data.messages import PAIR_ROLES, REASONING, describe, is_missing, parse_messages, require_text
+from stages.data.tools import check_tool_results, order_results, parse_tool_calls, parse_tools
 from stages.runtime.errors import UserError
-
-# The columns that identify each schema, and the one of them that may be missing.
-MESSAGES, ALPACA, PROMPT_COMPLETION = ("messages",), ("instruction", "input", "output"), ("prompt", "completion")
-SCHEMAS = (MESSAGES, ALPACA, PROMPT_COMPLETION)
-OPTIONAL = "input"
-ROLES = ("system", "user", "assistant", "tool")
-ALLOWED = (
-    "every row needs 'instruction' and 'output' (and may have 'input'), or 'prompt' and 'completion', all text, "
-    "or 'messages'"
-)
-MESSAGES_ALLOWED = f"a list of objects with 'role' ({', '.join(ROLES)}) and 'content', both text"
 
 # The number of a row in its source, counted from 1, and its fields by name, or the error if it could not be parsed.
 Row = tuple[int, dict[str, Any] | BadRowError]
 
+# The columns that identify each schema. The first schema whose columns are all present is used.
+SCHEMAS = (
+    ("messages",),
+    ("conversations",),
+    ("conversation",),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("query", "answers"),  # tool calls
+    ("text",),
+)
+SYSTEM, TOOLS, INPUT = ("system", "system_prompt"), ("tools", "functions"), ("input", "context")
+MEANINGS = {
+    **dict.fromkeys(("messages", "conversations", "conversation"), "messages"),
+    **dict.fromkeys(("instruction", "prompt", "question", "query"), "user message"),
+    **dict.fromkeys(("output", "completion", "response", "answer"), "assistant message"),
+    **dict.fromkeys(SYSTEM, "system message"),
+    **dict.fromkeys(TOOLS, "tools"),
+    **dict.fromkeys(INPUT, "input of the user message"),
+    **dict.fromkeys(REASONING, "reasoning of the assistant message"),
+    "answers": "tool calls of the assistant message",
+    "history": "earlier messages",
+    "text": "plain text",
+}
+# Columns that change what a row means and that no template of a language model can express.
+UNSUPPORTED = {"image", "images", "video", "videos", "audio", "audios", "chat_template_kwargs"}
 
-def parse_row(row: dict[str, Any] | BadRowError) -> tuple[list[Message], str]:
-    """The messages of a row, and the `input` of an Alpaca row (otherwise an empty string).
+ALLOWED = (
+    "every row needs 'instruction' and 'output', 'prompt' and 'completion', 'messages', or other columns that "
+    "docs/data.md lists; name yours in `columns`"
+)
 
-    Raises:
-        BadRowError: the row could not be parsed, or a field is missing or is not valid Unicode text.
+
+@dataclass(frozen=True)
+class ParsedRow:
+    """The content of a row.
+
+    messages: each has `role` and `content`, and where they apply `train` (False: masked), `reasoning_content`,
+        `tool_calls`, `tool_call_id` and `name`. A row of plain text is one message with the role `text`.
+    input: the `input` of an Alpaca row.
+    tools: descriptions of the tools, as `apply_chat_template` takes them.
     """
-    if isinstance(row, BadRowError):
-        raise row
-    if not isinstance(row, dict):
-        raise BadRowError("not_an_object", f"found {_shown(row)}; {ALLOWED}")
-    schema = find_schema([name for name, value in row.items() if value is not None])
-    if schema == MESSAGES:
-        return _parse_messages(row["messages"]), ""
-    texts = []
-    for name in schema:
-        value = row.get(name)
-        if value is None and name != OPTIONAL:
-            raise BadRowError("missing_field", f"{name!r} is missing; {ALLOWED}")
-        texts.append(_require_text(repr(name), "" if value is None else value, ALLOWED))
-    question, *inputs, answer = texts
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], "".join(inputs)
+
+    messages: list[Message]
+    input: str = ""
+    tools: Sequence[dict[str, Any]] = ()
+
+
+class RowParser:
+    """Parse the rows of one source.
+
+    Args:
+        columns: for each column of a schema, its name in the source. If it is not None, only these are read.
+
+    Attributes:
+        unread: for each column, or key of a message, that was not read: the number of rows or messages that have it.
+        missing: those of `columns` that no row has had.
+    """
+
+    def __init__(self, columns: Mapping[str, str] | None = None):
+        self.columns = columns
+        self.unread: Counter[str] = Counter()
+        self.missing = set((columns or {}).values())
+
+    def parse(self, row: dict[str, Any] | BadRowError) -> ParsedRow:
+        """The content of a row.
+
+        Raises:
+            BadRowError: the row could not be parsed, or a field is missing or invalid.
+        """
+        if isinstance(row, BadRowError):
+            raise row
+        if not isinstance(row, dict):
+            raise BadRowError("not_an_object", f"found {describe(row)}; {ALLOWED}")
+        fields = {name: value for name, value in row.items() if not is_missing(value)}
+        for name in UNSUPPORTED & fields.keys():
+            if fields[name]:
+                raise BadRowError("unsupported", f"{name!r} is {describe(fields[name])}; no template can express it")
+        if self.columns is not None:
+            renamed = {name: fields[own] for name, own in self.columns.items() if own in fields}
+            unread = fields.keys() - set(self.columns.values())
+            self.missing -= fields.keys()
+            schema = find_schema(self.columns)
+        else:
+            schema = find_schema(fields)
+            renamed = {name: fields[name] for name in (*schema, *optional_columns(schema)) if name in fields}
+            unread = fields.keys() - renamed.keys()
+        for group in (SYSTEM, INPUT, REASONING):
+            if len(stated := [name for name in group if renamed.get(name)]) > 1:
+                raise BadRowError(
+                    "unsupported", f"has {' and '.join(map(repr, stated))}; name one of them in `columns`"
+                )
+        for name in schema:
+            if name not in renamed:
+                raise BadRowError("missing_field", f"{self._own_name(name)} is missing; {ALLOWED}")
+        parsed = self._parse(schema, renamed)
+        self.unread.update(unread)
+        return parsed
+
+    def require_columns(self, where: object, names: Sequence[str]) -> None:
+        """Check the columns of a table.
+
+        Raises:
+            UserError: a column of the schema is missing or occurs twice.
+        """
+        for name in self.columns.values() if self.columns is not None else find_schema(names):
+            if name not in names:
+                found = textwrap.shorten(", ".join(names), 300, placeholder=" ...") or "none"
+                raise UserError(f"{where}: column {name!r} is missing; found {found}; {ALLOWED}")
+            if (count := list(names).count(name)) > 1:
+                raise UserError(f"{where}: column {name!r} occurs {count} times; keep one of them")
+
+    def meanings(self, names: Iterable[str]) -> dict[str, str]:
+        """What each of the columns of a row becomes."""
+        own = {name: name for name in names} if self.columns is None else {v: k for k, v in self.columns.items()}
+        schema = find_schema(own.values())
+        read = {*schema, *optional_columns(schema)} if self.columns is None else {*self.columns}
+        return {name: MEANINGS[own[name]] if own.get(name) in read else "not read" for name in names}
+
+    def reads(self, name: str) -> bool:
+        """Whether a column of the source may be read."""
+        return name in (MEANINGS.keys() | UNSUPPORTED if self.columns is None else self.columns.values())
+
+    def _own_name(self, name: str) -> str:
+        return repr((self.columns or {}).get(name, name))
+
+    def _text(self, fields: Mapping[str, Any], name: str) -> str:
+        return require_text(self._own_name(name), fields[name], ALLOWED)
+
+    def _parse(self, schema: tuple[str, ...], fields: Mapping[str, Any]) -> ParsedRow:
+        """The content of the fields of a schema, by the names of the schema."""
+        if schema == ("text",):
+            return ParsedRow([{"role": "text", "content": self._text(fields, "text")}])
+        if len(schema) == 1:
+            messages, input_text = self._messages(fields, schema[0]), ""
+        else:
+            messages, input_text = self._pair(schema, fields)
+        for name in SYSTEM:
+            if name in fields and (system := self._text(fields, name)).strip():
+                if messages and messages[0]["role"] in ("system", "developer"):
+                    raise BadRowError("unsupported", f"has {self._own_name(name)} and a system message; keep one")
+                messages.insert(0, {"role": "system", "content": system})
+        tools = [tool for name in TOOLS if name in fields for tool in parse_tools(self._own_name(name), fields[name])]
+        check_tool_results(messages)
+        return ParsedRow(order_results(messages), input_text, tools)
+
+    def _pair(self, schema: tuple[str, ...], fields: Mapping[str, Any]) -> tuple[list[Message], str]:
+        """A question and its answer, each a text or a list of messages; and the input that belongs to the question."""
+        prompt, completion = schema
+        messages = self._messages(fields, "history") if fields.get("history") else []
+        input_text = next((self._text(fields, name) for name in INPUT if name in fields), "")
+        if prompt == "prompt" and isinstance(fields[prompt], list):
+            context = self._messages(fields, prompt)
+            messages += [{**each, "train": False} if each["role"] == "assistant" else each for each in context]
+        else:
+            question = self._text(fields, prompt)
+            if messages and input_text.strip():  # it belongs to this question, and not to the first one
+                question, input_text = f"{question.strip()}\n\n{input_text.strip()}", ""
+            messages.append({"role": "user", "content": question})
+        if completion == "answers":
+            calls = parse_tool_calls(self._own_name(completion), fields[completion])
+            return [*messages, {"role": "assistant", "content": "", "tool_calls": calls}], input_text
+        if prompt == "prompt" and isinstance(fields[completion], list):
+            return messages + self._messages(fields, completion), input_text
+        answer: Message = {"role": "assistant", "content": self._text(fields, completion)}
+        for name in REASONING:
+            if name in fields and self._text(fields, name).strip():
+                answer["reasoning_content"] = fields[name]
+        return [*messages, answer], input_text
+
+    def _messages(self, fields: Mapping[str, Any], name: str) -> list[Message]:
+        return parse_messages((self.columns or {}).get(name, name), fields[name], self.unread)
 
 
 def parse_slice(row: dict[str, Any] | BadRowError, column: str) -> str | None:
@@ -53,69 +199,27 @@ def parse_slice(row: dict[str, Any] | BadRowError, column: str) -> str | None:
         BadRowError: the value is not a text, number or truth value.
     """
     value = row.get(column) if isinstance(row, dict) else None
-    if value is None:
+    if is_missing(value):
         return None
     if not isinstance(value, str | int | float):
-        raise BadRowError("not_text", f"{column!r} (slice_column) is {_shown(value)}; must be text or a number")
-    return _require_text(repr(column), str(value).strip(), "must be text") or None
+        raise BadRowError("not_text", f"{column!r} (slice_column) is {describe(value)}; must be text or a number")
+    return require_text(repr(column), str(value).strip(), "must be text") or None
 
 
 def find_schema(columns: Iterable[str]) -> tuple[str, ...]:
     """The first schema with all columns present; if there is none, the most similar one, to report what is missing."""
     names = set(columns)
-    complete = [schema for schema in SCHEMAS if names.issuperset(name for name in schema if name != OPTIONAL)]
-    like_prompt = names.intersection(PROMPT_COMPLETION) and not names.intersection(ALPACA)
-    return [*complete, PROMPT_COMPLETION if like_prompt else ALPACA][0]
+    pairs = [schema for schema in SCHEMAS if len(schema) == len(PAIR_ROLES)]
+    similar = max(pairs, key=lambda schema: len(names.intersection(schema)))
+    complete = (schema for schema in SCHEMAS if names.issuperset(schema))
+    schema = next(complete, similar)
+    # A question without its answer is not plain text.
+    return similar if schema == ("text",) and names.intersection(similar) else schema
 
 
-def require_columns(where: object, columns: Iterable[str]) -> None:
-    """Check the columns of a table.
-
-    Raises:
-        UserError: a column of the schema is missing or occurs twice.
-    """
-    names = list(columns)
-    for name in find_schema(names):
-        if name != OPTIONAL and name not in names:
-            found = textwrap.shorten(", ".join(names), 300, placeholder=" ...") or "none"
-            raise UserError(f"{where}: column {name!r} is missing; found {found}; {ALLOWED}")
-        if names.count(name) > 1:
-            raise UserError(f"{where}: column {name!r} occurs {names.count(name)} times; keep one of them")
-
-
-def _parse_messages(messages: Any) -> list[Message]:
-    if not isinstance(messages, list):
-        raise BadRowError("not_text", f"'messages' is {_shown(messages)}; must be {MESSAGES_ALLOWED}")
-    parsed = []
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict):
-            raise BadRowError("not_text", f"message {number} is {_shown(message)}; must be {MESSAGES_ALLOWED}")
-        for name in ("role", "content"):
-            if message.get(name) is None:
-                detail = f"{name!r} of message {number} is missing; must be {MESSAGES_ALLOWED}"
-                raise BadRowError("missing_field", detail)
-        role, content = (
-            _require_text(f"{name!r} of message {number}", message[name], f"must be {MESSAGES_ALLOWED}")
-            for name in ("role", "content")
-        )
-        if role not in ROLES:
-            raise BadRowError(
-                "unknown_role", f"'role' of message {number} is {_shown(role)}; must be {MESSAGES_ALLOWED}"
-            )
-        parsed.append({"role": role, "content": content})
-    return parsed
-
-
-def _require_text(field: str, value: object, allowed: str) -> str:
-    if not isinstance(value, str):
-        raise BadRowError("not_text", f"{field} is {_shown(value)}; {allowed}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadRowError("not_unicode", f"{field} has a lone surrogate at character {error.start}") from None
-    return value
-
-
-def _shown(value: object) -> str:
-    """The type and the beginning of a value, in ASCII, for a message."""
-    return f"{type(value).__name__} {reprlib.repr(value).encode('ascii', 'backslashreplace').decode():.60}"
+def optional_columns(schema: tuple[str, ...]) -> tuple[str, ...]:
+    """The columns that may be next to those of a schema."""
+    if schema == ("text",):
+        return ()
+    own = ("history", *REASONING) if len(schema) > 1 else ()
+    return (*SYSTEM, *TOOLS, *own, *(INPUT if schema[0] == "instruction" else ()))

@@ -1,190 +1,134 @@
-"""Readers for JSON, JSONL, CSV and Parquet files and Hub datasets. Rows are streamed, one at a time."""
+"""The sources of rows: files, folders and Hub datasets."""
 
-import codecs
-import csv
-import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-import pyarrow.parquet as pq
-
-from stages.data.examples import BadRowError
-from stages.data.rows import ALLOWED, SCHEMAS, Row, require_columns
-from stages.data.tables import read_batches
+from stages.data.readers import COMPRESSED, READERS, file_format, without_nulls
+from stages.data.rows import ALLOWED, Row, RowParser
 from stages.runtime.errors import UserError, user_errors
+from stages.runtime.params import DatasetParams, DownloadDatasetParams
 from stages.runtime.text import printable
 
 OTHER_DATASET = "use another dataset, one with JSON, CSV or Parquet files"
-WHITESPACE = re.compile(r"[ \t\r\n]*")
-CHARACTERS_PER_READ = 2**16
-# Python refuses to parse integers of more than 4,300 digits. Long integers become floats, so that they don't prevent
-# the other fields from being read.
-JSON = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits))
+GLOB = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
 class Source:
     """One dataset.
 
-    name: the file or the Hub id.
+    name: the file, the folder or the Hub id.
     rows: returns a new iterator over all rows at each call.
     metadata: the content of `data/source.json`.
+    parser: parses its rows.
+    use: the split that its rows belong to, or None.
     """
 
     name: str
     rows: Callable[[], Iterator[Row]]
     metadata: dict[str, Any]
+    parser: RowParser
+    use: str | None = None
 
 
-def open_file(path: Path, slice_column: str) -> Source:
-    """Open a JSON, JSONL, CSV or Parquet file.
+def open_sources(params: DownloadDatasetParams) -> list[Source]:
+    """The datasets: those of the parameter `datasets`, or else the one of the other parameters."""
+    if params.datasets is not None:
+        return [open_dataset(entry, params) for entry in params.datasets]
+    parser = RowParser(params.dataset_columns)
+    if params.dataset_name is None:
+        return [open_files(Path(params.dataset_file), params.slice_column, parser)]
+    streaming = params.max_examples is not None  # so the dataset may be larger than the disk
+    revision, split, subset = params.dataset_revision, params.dataset_split, params.dataset_subset
+    return [open_hub(params.dataset_name, revision, split, parser, subset, streaming=streaming)]
+
+
+def open_dataset(entry: DatasetParams, params: DownloadDatasetParams) -> Source:
+    """Open one dataset of a mixture. The files are in a folder, which DVC hashes as a whole."""
+    folder, parser = Path(params.dataset_file), RowParser(entry.columns)
+    if entry.file is None:
+        name, subset, data_files = str(entry.name), entry.subset, entry.data_files
+        return open_hub(name, entry.revision, entry.split, parser, subset, data_files, entry.use)
+    if not folder.is_dir():
+        raise UserError(
+            f"dataset_file: found {str(folder)!r}; must be the folder of the files in `datasets`, so that DVC notices "
+            "when one of them changes"
+        )
+    return open_files(folder / entry.file, params.slice_column, parser, entry.use)
+
+
+def open_files(path: Path, slice_column: str, parser: RowParser, use: str | None = None) -> Source:
+    """Open a file, or the files of a folder or a glob as one dataset.
 
     Args:
         slice_column: a column to read in addition to those of the schemas.
 
     Raises:
-        UserError: the file is missing, has another format or encoding, or lacks a column.
+        UserError: there is no such file, it has another format or encoding, or it lacks a column.
     """
-    readers = {".json": read_json, ".jsonl": read_json, ".csv": read_csv}
-    readers[".parquet"] = partial(read_parquet, slice_column=slice_column)
-    if path.suffix.lower() not in readers:
-        raise UserError(f"dataset_file: found {str(path)!r}; must end in {', '.join(readers)}")
-    if not path.is_file():
-        raise UserError(f"dataset_file: {str(path)!r} is not a file; name a file, or a Hub dataset in dataset_name")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: is empty; {ALLOWED}")
-    read = readers[path.suffix.lower()]
-    return Source(str(path), lambda: read(path), {"source": str(path), "revision": None, "licence": None})
+    files = find_files(path)
+    read = READERS[file_format(files[0])]
+
+    def rows() -> Iterator[Row]:
+        offset = number = 0
+        for file in files:
+            for number, row in read(file, slice_column, parser):
+                yield offset + number, row
+            offset += number
+
+    return Source(str(path), rows, {"source": str(path), "revision": None, "licence": None}, parser, use)
 
 
-def read_json(path: Path) -> Iterator[Row]:
-    """Read an array of objects or one object per line; the first character decides, not the file name."""
-    with path.open("rb") as file:
-        head = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
-    return read_json_array(path) if head.startswith(b"[") else read_json_lines(path)
-
-
-def read_json_array(path: Path) -> Iterator[Row]:
-    """Read the elements of an array one by one; memory grows with the longest element, not with the file.
-
-    ijson can't be used because it replaces lone surrogates with question marks and fails on integers of 20 digits.
-    """
-    number = 0
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, element in enumerate(_array_elements(file), 1):
-                yield number, element
-    except RecursionError:
-        raise UserError(f"{path}: row {number + 1} is nested too deeply; {ALLOWED}") from None
-    except (ValueError, IndexError):
-        # Parse the whole file to find the line; it takes memory only in this error case.
-        with path.open("rb") as again:
-            text = "".join(_decoded_lines(path, again))
-        try:
-            JSON.decode(text)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}:{error.lineno}: not valid JSON at column {error.colno}: {error.msg}; fix that line"
-            ) from None
-        raise
-
-
-def _array_elements(file: TextIO) -> Iterator[Any]:
-    """Parse the elements of the array in a buffer that is refilled when it ends inside an element.
+def find_files(path: Path) -> list[Path]:
+    """The files of a dataset, which all have the same format.
 
     Raises:
-        ValueError, IndexError: the file is not valid JSON.
+        UserError: there is none, or they have several formats.
     """
-    text, position = file.read(CHARACTERS_PER_READ).lstrip().removeprefix("["), 0
-    is_first = True
-    while True:
-        try:
-            start = WHITESPACE.search(text, position).end()  # type: ignore[union-attr]  # it matches the empty string
-            if is_first and text[start] == "]":
-                after = start
-                break
-            element, end = JSON.raw_decode(text, start)
-            after = WHITESPACE.search(text, end).end()  # type: ignore[union-attr]
-            separator = text[after]
-            if separator not in ",]":  # a number may continue in the next characters of the file
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, after)
-        except (json.JSONDecodeError, IndexError):
-            # Either the element continues, or the file is not valid JSON. Doubling the buffer each time keeps the time
-            # for a long element, which is parsed again, linear in its length.
-            if not (more := file.read(max(len(text) - position, CHARACTERS_PER_READ))):
-                raise
-            text, position = text[position:] + more, 0
-            continue
-        yield element
-        is_first = False
-        if separator == "]":
-            break
-        position = after + 1
-    if text[after + 1 :].strip() or file.read().strip():
-        raise json.JSONDecodeError("Extra data", text, after)
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file_format(file) in READERS]
+    elif GLOB.search(path.name):
+        files = [*path.parent.glob(path.name)]
+    elif path.is_file():
+        files = [path]
+    else:
+        raise UserError(
+            f"dataset_file: {str(path)!r} is not a file or folder; name one, or a Hub dataset in dataset_name"
+        )
+    files = sorted(file for file in files if file.is_file() and not file.name.startswith("."))
+    formats = sorted({file_format(file) for file in files})
+    if not files or not set(formats) <= READERS.keys():
+        raise UserError(
+            f"dataset_file: found {str(path)!r}; must end in {', '.join(READERS)} (or these with "
+            f"{', '.join(COMPRESSED)}), or be a folder of such files"
+        )
+    if len(formats) > 1:
+        raise UserError(f"{path}: has {' and '.join(formats)} files; keep one format, or list the files in `datasets`")
+    for file in files:
+        if file.stat().st_size == 0:
+            raise UserError(f"{file}: is empty; {ALLOWED}")
+    return files
 
 
-def read_json_lines(path: Path) -> Iterator[Row]:
-    """Read one value per line. Blank lines are skipped; a line that is not valid JSON gives a `BadRowError`."""
-    with path.open("rb") as file:
-        for number, line in enumerate(_decoded_lines(path, file), 1):
-            if line.strip():
-                try:
-                    yield number, JSON.decode(line.rstrip("\r\n"))
-                except (json.JSONDecodeError, RecursionError) as error:
-                    yield number, BadRowError("bad_json", f"{path}:{number}: not valid JSON: {error}")
-
-
-def read_csv(path: Path) -> Iterator[Row]:
-    """Read a file with a header. A row with more fields than the header gives a `BadRowError`."""
-    csv.field_size_limit(sys.maxsize)
-    with path.open("rb") as file:
-        reader = csv.DictReader(_decoded_lines(path, file), strict=True)
-        try:
-            require_columns(path, reader.fieldnames or ())
-            for number, row in enumerate(reader, 1):
-                if None in row:
-                    width = len(reader.fieldnames or ())
-                    yield (
-                        number,
-                        BadRowError("extra_fields", f"line {reader.line_num}: more than the header's {width} fields"),
-                    )
-                else:
-                    yield number, row
-        except csv.Error as error:
-            raise UserError(
-                f'{path}:{reader.line_num + 1}: not valid CSV: {error}; quote fields with " and double it inside'
-            ) from None
-
-
-def _decoded_lines(path: Path, file: Iterable[bytes]) -> Iterator[str]:
-    """Decode UTF-8 lines, without the byte order mark that the first one may have."""
-    for number, line in enumerate(file, 1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            message = f"{path}:{number}: not UTF-8: found byte 0x{byte:02x}; save the file as UTF-8 and run again"
-            raise UserError(message) from None
-
-
-def read_parquet(path: Path, slice_column: str) -> Iterator[Row]:
-    """Read the columns of all schemas and the slice column, and no others."""
-    with user_errors(path):
-        names = pq.read_schema(path).names
-        require_columns(path, names)
-        columns = [name for name in names if name == slice_column or any(name in schema for schema in SCHEMAS)]
-        rows = (row for batch in read_batches(path, columns) for row in batch.to_pylist())
-        yield from enumerate(rows, 1)
-
-
-def open_hub(name: str, revision: str | None, split: str) -> Source:
+def open_hub(
+    name: str,
+    revision: str | None,
+    split: str,
+    parser: RowParser,
+    subset: str | None = None,
+    data_files: str | None = None,
+    use: str | None = None,
+    streaming: bool = False,
+) -> Source:
     """Open a Hub dataset. Its metadata has the license, and the commit that the revision resolves to.
+
+    Args:
+        subset: its configuration, if it has several.
+        data_files: a glob of files in its repository, instead of those that its card names.
+        streaming: read the rows from the Hub as they are needed, and store nothing.
 
     Raises:
         UserError: the dataset can't be downloaded or read, or lacks a column.
@@ -200,17 +144,32 @@ def open_hub(name: str, revision: str | None, split: str) -> Source:
     with user_errors(where, OTHER_DATASET), hub_errors("dataset_name", name, revision):
         info = HfApi().dataset_info(name, revision=revision)
         try:
-            dataset = datasets.load_dataset(name, revision=info.sha, split=split)
+            dataset = datasets.load_dataset(
+                name, subset, revision=info.sha, split=split, data_files=data_files, streaming=streaming
+            )
         except datasets.exceptions.DatasetGenerationError as error:
             raise error.__cause__ or error from None  # the cause has the reason
+        except ValueError as error:
+            if subset is None and "Config name is missing" not in str(error):
+                raise
+            subsets = datasets.get_dataset_config_names(name, revision=info.sha)
+            if subset in subsets:
+                raise
+            found = f"has no subset {subset!r}" if subset else "has several subsets"
+            raise UserError(
+                f"{where} {found}; set its subset (dataset_subset) to one of {', '.join(subsets)}"
+            ) from None
         license_id = info.card_data.get("license") if info.card_data else None
         license_id = ", ".join(map(str, license_id)) if isinstance(license_id, list) else license_id
-    require_columns(name, dataset.column_names)
+    if dataset.column_names is not None:  # a stream may not know them
+        parser.require_columns(name, dataset.column_names)
     license_id = license_id and printable(str(license_id))
-    metadata = {"source": name, "split": split, "revision": info.sha, "licence": license_id}
-    return Source(name, lambda: _hub_rows(where, dataset), metadata)
+    metadata = {"source": name, "subset": subset, "split": split, "revision": info.sha, "licence": license_id}
+    details = [detail for detail in (subset, data_files, split if split != "train" else None) if detail]
+    label = f"{name} ({', '.join(details)})" if details else name
+    return Source(label, lambda: _hub_rows(where, dataset), metadata, parser, use)
 
 
 def _hub_rows(where: str, dataset: Iterable[dict[str, Any]]) -> Iterator[Row]:
     with user_errors(where, OTHER_DATASET):
-        yield from enumerate(dataset, 1)
+        yield from enumerate(map(without_nulls, dataset), 1)

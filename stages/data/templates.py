@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from stages.data.alpaca import AlpacaTemplate
 from stages.data.chat_template import ChatTemplate
+from stages.data.plain_text import PlainText
 from stages.runtime.errors import UserError, user_errors
 from stages.runtime.files import write_text
 
@@ -50,7 +51,10 @@ def load_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> Template:
     if is_chat(name):
         return ChatTemplate(tokenizer, _own_template(name, tokenizer), "the tokenizer's chat template")
     with user_errors(SELECTED_TEMPLATE):
-        return ChatTemplate(tokenizer, SELECTED_TEMPLATE.read_text(encoding="utf-8"), name)
+        text = SELECTED_TEMPLATE.read_text(encoding="utf-8")
+        if "adds_bos" in text:  # the tokenizer knows it, but Jinja does not
+            text = f"{{% set adds_bos = {str(bool(PlainText(tokenizer).bos)).lower()} %}}{text}"
+        return ChatTemplate(tokenizer, text, name)
 
 
 def is_chat(name: str) -> bool:

@@ -31,14 +31,14 @@ TokenIds = Sequence[int]
 
 @dataclass(frozen=True)
 class NewTokens:
-    """The new token ids of a prompt, ending with EOS if it was generated, and the highest logit at each step."""
+    """The new token ids of a prompt, ending with an EOS token if one was generated, and the highest logits."""
 
     ids: list[int]
     top_logits: list[float]
 
-    def until(self, token: int | None) -> "NewTokens":
-        """The tokens up to and including the first one with this id; all of them if none has it."""
-        length = self.ids.index(token) + 1 if token in self.ids else len(self.ids)
+    def until(self, stop_ids: Sequence[int]) -> "NewTokens":
+        """The tokens up to and including the first one with one of these ids; all of them if none has."""
+        length = next((at + 1 for at, token in enumerate(self.ids) if token in stop_ids), len(self.ids))
         return NewTokens(self.ids[:length], self.top_logits[:length])
 
     def agrees_with(self, other: "NewTokens") -> bool:
@@ -63,14 +63,18 @@ class Answer:
 
 
 def generation_settings(
-    eos_token_id: int | None, max_new_tokens: int, temperature: float = 0, top_p: float = 1
+    eos_token_ids: Sequence[int], max_new_tokens: int, temperature: float = 0, top_p: float = 1
 ) -> GenerationConfig:
-    """Settings for the library's `generate`. A temperature of 0 always takes the most likely token."""
+    """Settings for the library's `generate`. A temperature of 0 always takes the most likely token.
+
+    Args:
+        eos_token_ids: the tokens that end an answer; none: an answer has `max_new_tokens`.
+    """
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
-        eos_token_id=eos_token_id,
-        pad_token_id=eos_token_id or 0,
+        eos_token_id=list(eos_token_ids) or None,
+        pad_token_id=next(iter(eos_token_ids), 0),
         **(sampling if temperature else {"do_sample": False}),
     )
 
@@ -91,7 +95,7 @@ def generate_answers(
     """Generate answers, in the order of `prompts`, which are token ids."""
     answers = []
     for new_ids in generate(model, prompts, settings):
-        stopped = new_ids[-1] == settings.eos_token_id
+        stopped = new_ids[-1] in (settings.eos_token_id or [])
         kept = new_ids[:-1] if stopped else new_ids
         text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         answers.append(Answer(str(text).strip(), len(kept), stopped))
@@ -127,9 +131,9 @@ def choose_method(model: PreTrainedModel, prompts: Sequence[TokenIds], max_new_t
     shortest, *_, longest = sorted([prompts[0], *prompts], key=len)
     probe = [list(islice(cycle(longest), length)), shortest[:length]]
     with probing(model):
-        endless = generate_alone(model, probe, generation_settings(None, PROBE_TOKENS))
+        endless = generate_alone(model, probe, generation_settings([], PROBE_TOKENS))
         tokens = (token for row in endless for token in row.ids[1:-1])
-        early = next((token for token in tokens if len({len(row.until(token).ids) for row in endless}) > 1), None)
+        early = next(([token] for token in tokens if len({len(row.until([token]).ids) for row in endless}) > 1), [])
         for name, method in METHODS.items():
             try:
                 found = method(model, probe, generation_settings(early, PROBE_TOKENS))
@@ -152,6 +156,7 @@ def generate_packed(model: PreTrainedModel, prompts: Sequence[TokenIds], setting
         warpers += [TemperatureLogitsWarper(settings.temperature), TopPLogitsWarper(settings.top_p)]
     logits, cache, mask = prefill_packed(model, prompts)
     context = context_length(model)
+    eos_token_ids = torch.tensor(settings.eos_token_id or [], device=model.device)
     rows = [NewTokens([], []) for _ in prompts]
     active = list(rows)
     for num_new in progress(range(1, settings.max_new_tokens + 1), f"answer {len(prompts):,} prompts", "token"):
@@ -162,7 +167,7 @@ def generate_packed(model: PreTrainedModel, prompts: Sequence[TokenIds], setting
         for row, token, logit in zip(active, chosen.tolist(), top_logits.tolist(), strict=True):
             row.ids.append(token)
             row.top_logits.append(logit)
-        keep = (chosen != settings.eos_token_id) & (mask.sum(1) < context)
+        keep = ~torch.isin(chosen, eos_token_ids) & (mask.sum(1) < context)
         active = [row for row, is_kept in zip(active, keep.tolist(), strict=True) if is_kept]
         if not active or num_new == settings.max_new_tokens:
             break
@@ -247,4 +252,4 @@ def _generate(
     )
     new_ids = output[:, input_ids.shape[1] :].tolist()
     columns = torch.stack(top_logits, 1).tolist()
-    return [NewTokens(*row).until(settings.eos_token_id) for row in zip(new_ids, columns, strict=True)]
+    return [NewTokens(*row).until(settings.eos_token_id or []) for row in zip(new_ids, columns, strict=True)]

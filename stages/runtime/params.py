@@ -70,15 +70,27 @@ def _inside(value: str) -> str:
     return value
 
 
+def _columns(value: dict[str, str] | None) -> dict[str, str] | None:
+    if value is not None:
+        for name in value.keys() - {*COLUMNS}:
+            raise ValueError(f"{name}: not known; must be {', '.join(COLUMNS)}")
+        if sum(value.keys() >= {*schema} for schema in (("prompt", "completion"), ("messages",), ("text",))) != 1:
+            raise ValueError("must name either prompt and completion, messages, or text")
+    return value
+
+
 def _distinct(entries: list["DatasetParams"]) -> list["DatasetParams"]:
-    names = [entry.file or entry.name for entry in entries]
+    names = [(entry.file, entry.name, entry.subset, entry.data_files, entry.split) for entry in entries]
     if len(set(names)) < len(names):
         raise ValueError("must list each dataset once")
     return entries
 
 
+# What a column of a dataset can be mapped to.
+COLUMNS = ("prompt", "completion", "messages", "text", "system", "input", "history", "reasoning", "tools")
+Columns = Annotated[dict[str, str] | None, AfterValidator(_columns)]
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(pattern=r"\S")]  # not blank
 MaxLength = Annotated[int, Field(ge=2, le=1_000_000_000)]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -96,7 +108,11 @@ class DatasetParams(StageParams):
     file: Annotated[Text, AfterValidator(_inside)] | None = None
     name: Text | None = None
     revision: Text | None = None
+    subset: Text | None = None
+    data_files: Text | None = None
     split: Text = "train"
+    columns: Columns = None
+    use: Literal["train", "validation", "test"] | None = None
     count: PositiveInt | None = None
     weight: Annotated[float, Field(gt=0)] | None = None
 
@@ -106,6 +122,8 @@ class DatasetParams(StageParams):
             raise ValueError("must have either `file`, inside the folder dataset_file, or `name`, a Hub id")
         if self.count and self.weight:
             raise ValueError("must have `count` or `weight`, not both")
+        if self.file and (self.revision or self.subset or self.data_files):
+            raise ValueError("`revision`, `subset` and `data_files` are for a Hub dataset; must have `name`")
         return self
 
 
@@ -114,7 +132,9 @@ class DownloadDatasetParams(StageParams):
     dataset_file: Text
     dataset_name: Text | None
     dataset_revision: Text | None
+    dataset_subset: Text | None
     dataset_split: Text
+    dataset_columns: Columns
     max_examples: PositiveInt | None
     slice_column: Text
 
@@ -127,6 +147,7 @@ class DownloadModelParams(StageParams):
 class FormatParams(StageParams):
     template: Template
     max_length: MaxLength
+    train_on: Literal["all_answers", "last_answer"]
 
 
 class SplitParams(StageParams):
@@ -267,6 +288,8 @@ def _unknown(name: object, known: set[str]) -> str:
 
 def _describe(error: Any) -> str:
     name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "string_type" and isinstance(error["input"], int | float):
+        return f"{name}: found the number {error['input']!r}; must be text; put it in quotes"
     if error["type"] == "missing":
         return f"{name}: missing; every parameter needs a value"
     if error["type"] == "string_pattern_mismatch":

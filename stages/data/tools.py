@@ -1,0 +1,107 @@
+"""Tools, calls and their results in the form in which `apply_chat_template` of transformers takes them."""
+
+import json
+import reprlib
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from stages.data.examples import BadRowError, Message
+
+TOOLS_ALLOWED = "must be a list of tools with a 'name', or such a list as JSON text"
+CALLS_ALLOWED = "must be a call with 'name' and 'arguments', an object or its JSON text, or a list of calls"
+
+
+def parse_tools(where: str, tools: Any) -> list[dict[str, Any]]:
+    """Descriptions of tools, from those of OpenAI (`{"type": "function", "function": ...}`) or their inner objects.
+
+    Raises:
+        BadRowError: this is not a list of tools.
+    """
+    functions = [_function(parse_json(tool)) for tool in _as_list(parse_json(tools))]
+    if not all(isinstance(function.get("name"), str) for function in functions):
+        raise BadRowError("bad_tools", f"{where} is {reprlib.repr(tools)}; {TOOLS_ALLOWED}")
+    return [{"type": "function", "function": require_unicode(where, function)} for function in functions]
+
+
+def parse_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
+    """Calls, from those of OpenAI or from objects with `name` and `arguments`. The arguments become an object.
+
+    Raises:
+        BadRowError: these are not calls.
+    """
+    parsed = []
+    for call in _as_list(parse_json(calls)):
+        function = _function(call)
+        arguments = parse_json(function.get("arguments", function.get("parameters"))) or {}
+        if not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
+            raise BadRowError("bad_tool_call", f"{where} is {reprlib.repr(call)}; {CALLS_ALLOWED}")
+        number = {"id": call["id"]} if call.get("id") is not None else {}
+        content = {"name": function["name"], "arguments": arguments}
+        parsed.append({**number, "type": "function", "function": require_unicode(where, content)})
+    if not parsed:
+        raise BadRowError("bad_tool_call", f"{where} is {reprlib.repr(calls)}; {CALLS_ALLOWED}")
+    return parsed
+
+
+def check_tool_results(messages: Sequence[Message]) -> None:
+    """Check that each tool message follows the call that it is the result of.
+
+    Raises:
+        BadRowError: there is no such call.
+    """
+    calls: list[dict[str, Any]] = []  # those that may have a result at this point
+    for number, message in enumerate(messages, 1):
+        if message["role"] != "tool":
+            calls = message.get("tool_calls", [])
+            continue
+        expected = message.get("tool_call_id")
+        if not calls or (expected is not None and expected not in [call.get("id", expected) for call in calls]):
+            which = f" of {expected!r}" if expected is not None else ""
+            detail = (
+                f"message {number} is the result{which} of a tool, but no assistant message before it has that call"
+            )
+            raise BadRowError("result_without_call", detail)
+
+
+def order_results(messages: Sequence[Message]) -> list[Message]:
+    """The messages, with the results of parallel calls in the order of the calls; many templates do not render ids."""
+    ordered: list[Message] = []
+    for is_result, group in groupby(messages, lambda message: message["role"] == "tool"):
+        results = list(group)
+        if is_result:
+            ids = [call.get("id") for call in ordered[-1]["tool_calls"]]
+            if all(result.get("tool_call_id") in ids for result in results):
+                results.sort(key=lambda result: ids.index(result.get("tool_call_id")))
+        ordered += results
+    return ordered
+
+
+def parse_json(value: Any) -> Any:
+    """The value of a JSON text; other values, and texts that are not JSON, are returned unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):  # also integers of more than 4,300 digits
+        return value
+
+
+def require_unicode(where: str, value: Any) -> Any:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise BadRowError("not_unicode", f"{where} has a lone surrogate") from None
+    return value
+
+
+def _function(value: Any) -> dict[str, Any]:
+    """The inner object of a tool or a call, or an empty one if there is none."""
+    function = value.get("function", value) if isinstance(value, dict) else None
+    return function if isinstance(function, dict) else {}
+
+
+def _as_list(value: Any) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    return [] if value in ("", None) else [value]

@@ -1,0 +1,437 @@
+"""Each schema of docs/data.md: the rows are the messages of `apply_chat_template`, and its answers are supervised."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.data.alpaca import AlpacaTemplate
+from stages.data.chat_template import ChatTemplate
+from stages.data.conversations import Conversation, parse_conversation
+from stages.data.examples import BadRowError
+from stages.data.rows import RowParser
+from tests.test_chat_templates import jinja, supervised, with_bos
+
+TOKENIZER = with_bos(["<|im_start|>", "<|im_end|>", "<|endoftext|>"], "<|im_end|>")
+TEMPLATES = {name: ChatTemplate(TOKENIZER, jinja(name), name) for name in ("qwen2_5", "qwen3")}
+TOOL = {"name": "weather", "description": "Of a town.", "parameters": {"type": "object", "properties": {}}}
+TOOLS = [{"type": "function", "function": TOOL}]
+CALL = {"name": "weather", "arguments": {"town": "Bonn"}}
+RENDERED_CALL = '<tool_call>\n{"name": "weather", "arguments": {"town": "Bonn"}}\n</tool_call>'
+
+
+def user(content: str, **more: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content, **more}
+
+
+def assistant(content: str | None, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}
+
+
+def calls(arguments: Any = CALL["arguments"], **more: Any) -> dict[str, Any]:
+    return assistant(None, tool_calls=[{"function": {"name": "weather", "arguments": arguments}, **more}])
+
+
+def parse(row: dict[str, Any], columns: dict[str, str] | None = None, train_on: Any = "all_answers") -> Conversation:
+    """The conversation of a row, as the stages download_dataset and format make it."""
+    parsed = RowParser(columns).parse(row)
+    raw = {"messages": json.dumps(parsed.messages), "tools": json.dumps(parsed.tools), "input": parsed.input}
+    return parse_conversation(raw, train_on)
+
+
+def render(conversation: Conversation, name: str = "qwen2_5") -> tuple[list[list[int]], list[str]]:
+    """The token ids of the examples of a conversation, and the supervised texts of all of them."""
+    formatted = TEMPLATES[name].format([conversation], 9999)
+    assert formatted.errors == {}
+    ends = formatted.encoded.lengths.cumsum().tolist()
+    ids = formatted.encoded.input_ids.tolist()
+    texts = [text.removesuffix("<|im_end|>") for text in supervised(TOKENIZER, formatted.encoded.labels.tolist())]
+    return [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)], texts
+
+
+PAIR = [user("Add 2, 3."), assistant("5.")]
+SYSTEM = {"role": "system", "content": "Be brief."}
+USE = [user("In Bonn?"), calls(), {"role": "tool", "content": "sunny"}, assistant("Sunny.")]
+# A row, the messages and the tools for `apply_chat_template`, and the supervised texts.
+SCHEMAS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Any, list[str]]] = {
+    "messages": ({"messages": [SYSTEM, *PAIR]}, [SYSTEM, *PAIR], None, ["5."]),
+    "parts": (
+        {"messages": [user([{"type": "text", "text": "Add "}, "2, 3."]), assistant([{"type": "text", "value": "5."}])]},
+        PAIR,
+        None,
+        ["5."],
+    ),
+    "weights": (
+        {"messages": [user("A", weight=0), assistant("B", weight=0), user("C"), assistant("D", weight=1.0)]},
+        [user("A"), assistant("B"), user("C"), assistant("D")],
+        None,
+        ["D"],
+    ),
+    "train": (
+        {"messages": [user("A"), assistant("B", train=False), user("C"), assistant("D", train=True)]},
+        [user("A"), assistant("B"), user("C"), assistant("D")],
+        None,
+        ["D"],
+    ),
+    "tools of OpenAI": (
+        {
+            "messages": [
+                user("In Bonn?"),
+                calls('{"town": "Bonn"}', id="c1", type="function"),
+                {"role": "tool", "content": "sunny", "tool_call_id": "c1"},
+                assistant("Sunny."),
+            ],
+            "tools": TOOLS,
+        },
+        USE,
+        TOOLS,
+        [RENDERED_CALL, "Sunny."],
+    ),
+    "functions of OpenAI": (
+        {
+            "messages": [
+                user("In Bonn?"),
+                {"role": "assistant", "function_call": {"name": "weather", "arguments": '{"town": "Bonn"}'}},
+                {"role": "function", "name": "weather", "content": "sunny"},
+                assistant("Sunny."),
+            ],
+            "functions": [TOOL],
+        },
+        USE,
+        TOOLS,
+        [RENDERED_CALL, "Sunny."],
+    ),
+    "ShareGPT": (
+        {
+            "conversations": [{"from": "human", "value": "Add 2, 3."}, {"from": "gpt", "value": "5."}],
+            "system": "Be brief.",
+        },
+        [SYSTEM, *PAIR],
+        None,
+        ["5."],
+    ),
+    "ShareGPT with weights": (
+        {
+            "conversation": [
+                {"from": "system", "value": "Be brief.", "weight": None},
+                {"from": "user", "value": "Add 2, 3.", "weight": 0.0},
+                {"from": "model", "value": "6.", "loss_weight": 0.0},
+                {"from": "human", "value": "No."},
+                {"from": "bot", "value": "5.", "weight": 1.0},
+            ]
+        },
+        [SYSTEM, user("Add 2, 3."), assistant("6."), user("No."), assistant("5.")],
+        None,
+        ["5."],
+    ),
+    "ShareGPT with tools": (
+        {
+            "conversations": [
+                {"from": "human", "value": "In Bonn?"},
+                {"from": "function_call", "value": json.dumps(CALL)},
+                {"from": "observation", "value": "sunny"},
+                {"from": "gpt", "value": "Sunny."},
+            ],
+            "tools": json.dumps([TOOL]),
+        },
+        USE,
+        TOOLS,
+        [RENDERED_CALL, "Sunny."],
+    ),
+    "LIMA": ({"conversations": ["Add 2, 3.", "5."], "source": "x"}, PAIR, None, ["5."]),
+    "Capybara": (
+        {"conversation": [{"input": "Add 2, 3.", "output": "5."}, {"input": "And 4?", "output": "9."}]},
+        [*PAIR, user("And 4?"), assistant("9.")],
+        None,
+        ["5.", "9."],
+    ),
+    "Alpaca": (
+        {"instruction": "Add.", "input": "2, 3", "output": "5.", "text": "all of it"},
+        [user("Add.\n\n2, 3"), assistant("5.")],
+        None,
+        ["5."],
+    ),
+    "Alpaca with history": (
+        {"instruction": "And 4?", "input": "", "output": "9.", "system": "Be brief.", "history": [["Add 2, 3.", "5."]]},
+        [SYSTEM, *PAIR, user("And 4?"), assistant("9.")],
+        None,
+        ["5.", "9."],
+    ),
+    "Dolly": (
+        {"instruction": "Add.", "context": "2, 3", "response": "5.", "category": "math"},
+        [user("Add.\n\n2, 3"), assistant("5.")],
+        None,
+        ["5."],
+    ),
+    "prompt and completion": ({"prompt": "Add 2, 3.", "completion": "5."}, PAIR, None, ["5."]),
+    "messages of TRL": (
+        {"prompt": [*PAIR, user("And 4?")], "completion": [assistant("9.")]},
+        [*PAIR, user("And 4?"), assistant("9.")],
+        None,
+        ["9."],
+    ),
+    "prompt and response": ({"prompt": "Add 2, 3.", "response": "5."}, PAIR, None, ["5."]),
+    "GSM8K": ({"question": "Add 2, 3.", "answer": "5."}, PAIR, None, ["5."]),
+    "OpenOrca": (
+        {"system_prompt": "Be brief.", "question": "Add 2, 3.", "response": "5.", "id": "x.1"},
+        [SYSTEM, *PAIR],
+        None,
+        ["5."],
+    ),
+    "MetaMathQA": ({"query": "Add 2, 3.", "response": "5.", "type": "x"}, PAIR, None, ["5."]),
+    "xLAM": (
+        {"query": "In Bonn?", "answers": json.dumps([CALL]), "tools": json.dumps([TOOL])},
+        USE[:2],
+        TOOLS,
+        [RENDERED_CALL],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_row_of_each_schema_has_the_ids_of_apply_chat_template_and_its_answers_are_supervised(name: str) -> None:
+    row, messages, tools, answers = SCHEMAS[name]
+    (ids,), texts = render(parse(row))
+    expected = TOKENIZER.apply_chat_template(messages, tools=tools, chat_template=jinja("qwen2_5"), return_dict=False)
+    assert ids == expected[: len(ids)]
+    assert TOKENIZER.decode(expected[len(ids) :]) == "\n"
+    assert texts == answers
+
+
+REASONING = "<think>\n2 + 3 is 5.\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        assistant("5.", reasoning_content="2 + 3 is 5."),
+        assistant("5.", thinking="2 + 3 is 5."),
+        assistant([{"type": "reasoning", "text": "2 + 3 is 5."}, {"type": "text", "text": "5."}]),
+        assistant([{"type": "thinking", "thinking": "2 + 3 is 5."}, "5."]),
+    ],
+)
+def test_reasoning_is_supervised_with_each_answer_and_not_repeated_in_the_prompt_of_later_ones(answer: Any) -> None:
+    expected = [assistant("5.", reasoning_content="2 + 3 is 5."), user("And 4?"), assistant("9.")]
+    examples, texts = render(parse({"messages": [user("Add 2, 3."), answer, *expected[1:]]}), "qwen3")
+    assert texts == [f"{REASONING}5.", "<think>\n\n</think>\n\n9."]
+    for ids, num_messages in zip(examples, (2, 4), strict=True):
+        messages = [user("Add 2, 3."), *expected][:num_messages]
+        full = TOKENIZER.apply_chat_template(messages, chat_template=jinja("qwen3"), return_dict=False)
+        assert ids == full[: len(ids)]
+        assert TOKENIZER.decode(full[len(ids) :]) == "\n"
+    assert "2 + 3" not in TOKENIZER.decode(examples[1])
+
+
+def test_results_of_parallel_calls_are_in_the_order_of_the_calls() -> None:
+    both = assistant(None, tool_calls=[{"function": CALL, "id": "b"}, {"function": CALL, "id": "a"}])
+    results = [{"role": "tool", "content": name, "tool_call_id": name} for name in "ab"]
+    conversation = parse({"messages": [user("A"), both, *results, assistant("C")]})
+    assert [message["content"] for message in conversation.messages] == ["A", "", "b", "a", "C"]
+
+
+def test_columns_can_be_mapped_and_others_are_not_read() -> None:
+    row = {"problem": "Add 2, 3.", "solution": "5.", "rules": "Be brief.", "messages": PAIR, "system": "Not read."}
+    columns = {"prompt": "problem", "completion": "solution", "system": "rules"}
+    assert render(parse(row, columns)) == render(Conversation([SYSTEM, *PAIR]))
+    parser = RowParser(columns)
+    parser.parse(row)
+    assert dict(parser.unread) == {"messages": 1, "system": 1}
+    assert parser.missing == set()
+    parser = RowParser(columns)
+    with pytest.raises(BadRowError, match=r"^'solution' is missing; every row needs "):
+        parser.parse({"problem": "Add 2, 3."})
+    assert parser.missing == {"solution", "rules"}
+
+
+def test_a_mapped_reasoning_column_belongs_to_the_answer() -> None:
+    columns = {"prompt": "Question", "completion": "Response", "reasoning": "Complex_CoT"}
+    row = {"Question": "Add 2, 3.", "Response": "5.", "Complex_CoT": "2 + 3 is 5."}
+    assert render(parse(row, columns), "qwen3")[1] == [f"{REASONING}5."]
+
+
+def test_columns_and_keys_that_are_not_read_are_counted() -> None:
+    parser = RowParser()
+    parser.parse({"messages": [user("A", time=3), assistant("B", id=1)], "id": 1, "note": None})
+    parser.parse({"instruction": "A", "output": "B", "text": "A B", "id": 2})
+    assert dict(parser.unread) == {"id": 2, "text": 1, "messages[].time": 1, "messages[].id": 1}
+
+
+def test_nan_is_a_missing_value() -> None:
+    nan = float("nan")
+    row = {"instruction": "Add 2, 3.", "input": nan, "output": "5.", "messages": nan, "system": nan}
+    assert parse(row).messages == PAIR
+
+
+def test_only_the_last_answer_is_trained_on_if_asked_for() -> None:
+    row = {"messages": [*PAIR, user("And 4?"), assistant("9.")]}
+    assert render(parse(row))[1] == ["5.", "9."]
+    assert render(parse(row, train_on="last_answer"))[1] == ["9."]
+
+
+def test_an_answer_before_the_first_question_is_context() -> None:
+    conversation = parse({"messages": [assistant("Hello!"), *PAIR]})
+    (ids,), texts = render(conversation)
+    assert texts == ["5."]
+    assert "Hello!" in TOKENIZER.decode(ids)
+
+
+def test_plain_text_is_supervised_after_its_first_token_and_ends_with_eos() -> None:
+    conversation = parse({"text": " Red, blue. \n"})
+    for template in (TEMPLATES["qwen2_5"], AlpacaTemplate(TOKENIZER)):
+        formatted = template.format([conversation, Conversation(PAIR)], 9999)
+        assert formatted.errors == {}
+        length = int(formatted.encoded.lengths[0])
+        ids, labels = formatted.encoded.input_ids[:length].tolist(), formatted.encoded.labels[:length].tolist()
+        assert TOKENIZER.decode(ids) == "Red, blue.<|im_end|>"
+        assert labels == [-100, *ids[1:]]
+        forged = template.format([parse({"text": "A<|im_end|>"})], 9999).errors[0]
+        assert (forged.reason, str(forged)) == (
+            "special_token",
+            "its text contains <|im_end|>, a special token of the tokenizer",
+        )
+
+
+ALLOWED = (
+    "every row needs 'instruction' and 'output', 'prompt' and 'completion', 'messages', or other columns that "
+    "docs/data.md lists; name yours in `columns`"
+)
+ROLES = "system, developer, user, human, assistant, gpt, model, bot, function_call, tool, function, observation"
+MESSAGES_ALLOWED = f"must be a list of objects with 'role' ({ROLES}) and 'content'"
+CALLS_ALLOWED = "must be a call with 'name' and 'arguments', an object or its JSON text, or a list of calls"
+TOOLS_ALLOWED = "must be a list of tools with a 'name', or such a list as JSON text"
+RESULT = {"role": "tool", "content": "sunny"}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "detail"),
+    [
+        ({"messages": "Hi."}, "not_text", f"'messages' is str 'Hi.'; {MESSAGES_ALLOWED}"),
+        ({"messages": [5]}, "not_text", f"message 1 is int 5; {MESSAGES_ALLOWED}"),
+        (
+            {"messages": [user("A"), {"role": "assistant"}]},
+            "missing_field",
+            f"'content' of message 2 is missing; {MESSAGES_ALLOWED}",
+        ),
+        (
+            {"messages": [{"role": "narrator", "content": "A"}]},
+            "unknown_role",
+            f"'role' of message 1 is str 'narrator'; {MESSAGES_ALLOWED}",
+        ),
+        (
+            {"messages": [user([{"type": "image", "image": "a.png"}]), assistant("B")]},
+            "not_text",
+            "part 1 of message 1 is dict {'image': 'a.png', 'type': 'image'}; must be a text or a reasoning part",
+        ),
+        (
+            {"messages": [user("A"), assistant("B", weight=2)]},
+            "bad_weight",
+            "'weight' of message 2 is int 2; must be 0 or 1",
+        ),
+        (
+            {"messages": [user("A"), assistant("B", train=0)]},
+            "bad_weight",
+            "'train' of message 2 is int 0; must be true or false",
+        ),
+        (
+            {"messages": [user("A", weight=1), assistant("B")]},
+            "bad_weight",
+            "'weight' of message 1 (user) is 1; only answers can be trained",
+        ),
+        (
+            {"messages": [user("A", thinking="x"), assistant("B")]},
+            "unsupported",
+            "message 1 (user) has 'reasoning_content', which only an assistant message can have",
+        ),
+        (
+            {"messages": PAIR, "images": ["a.png"]},
+            "unsupported",
+            "'images' is list ['a.png']; no template can express it",
+        ),
+        (
+            {"messages": [SYSTEM, *PAIR], "system": "Be long."},
+            "unsupported",
+            "has 'system' and a system message; keep one",
+        ),
+        ({"messages": PAIR, "tools": "none"}, "bad_tools", f"'tools' is 'none'; {TOOLS_ALLOWED}"),
+        ({"messages": PAIR, "tools": [{"x": 1}]}, "bad_tools", f"'tools' is [{{'x': 1}}]; {TOOLS_ALLOWED}"),
+        (
+            {"messages": [user("A"), calls("Bonn")]},
+            "bad_tool_call",
+            "message 2: the tool call is {'function': {'arguments': 'Bonn', 'name': 'weather'}}; " + CALLS_ALLOWED,
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "A"}, {"from": "function_call", "value": "weather()"}]},
+            "bad_tool_call",
+            f"message 2: the tool call is 'weather()'; {CALLS_ALLOWED}",
+        ),
+        (
+            {"messages": [user("A"), assistant("B"), RESULT]},
+            "result_without_call",
+            "message 3 is the result of a tool, but no assistant message before it has that call",
+        ),
+        (
+            {"messages": [user("A"), calls(id="c1"), {**RESULT, "tool_call_id": "c2"}]},
+            "result_without_call",
+            "message 3 is the result of 'c2' of a tool, but no assistant message before it has that call",
+        ),
+        ({"messages": [user("A"), assistant("B", weight=0)]}, "nothing_to_train", "no answer has a weight of 1"),
+        ({"messages": [assistant("B")]}, "no_exchange", "has no user message followed by an assistant message"),
+        ({"instruction": "A", "output": "\u200b\u2060"}, "empty_response", "message 2 (assistant) is empty"),
+        ({"text": " \u200b"}, "empty_response", "message 1 (text) is empty"),
+        ({"question": "A", "reply": "B"}, "missing_field", f"'answer' is missing; {ALLOWED}"),
+    ],
+)
+def test_a_row_that_cannot_be_expressed_is_rejected_with_its_reason(
+    row: dict[str, Any], reason: str, detail: str
+) -> None:
+    with pytest.raises(BadRowError) as error:
+        parse(row)
+    assert (error.value.reason, str(error.value)) == (reason, detail)
+
+
+KEYS = {
+    "content": st.text("abc xyz", min_size=1).filter(str.strip),
+    "reasoning_content": st.none() | st.text("abc", min_size=3),
+    "name": st.none() | st.text("xyz", min_size=3),
+    "weight": st.sampled_from([None, 0, 1]),
+}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    answers=st.lists(st.fixed_dictionaries(KEYS), min_size=1, max_size=3),
+    system=st.none() | st.text("uvw", min_size=3),
+    tools=st.sampled_from([None, TOOLS]),
+    name=st.sampled_from(["qwen2_5", "qwen3", "alpaca"]),
+)
+def test_every_key_of_a_row_is_in_its_text_or_its_mask_or_the_row_is_rejected(
+    answers: list[dict[str, Any]], system: str | None, tools: Any, name: str
+) -> None:
+    messages = [message for number, each in enumerate(answers) for message in (user(f"q{number}"), assistant(**each))]
+    try:
+        conversation = parse({"messages": messages, "system": system, "tools": tools})
+    except BadRowError as error:
+        assert error.reason == "nothing_to_train"
+        assert all(answer["weight"] == 0 for answer in answers)
+        return
+    template = AlpacaTemplate(TOKENIZER) if name == "alpaca" else TEMPLATES[name]
+    formatted = template.format([conversation], 9999)
+    if formatted.errors:
+        assert formatted.errors[0].reason in ("not_rendered", "not_single_turn")
+        return
+    text = TOKENIZER.decode(formatted.encoded.input_ids)
+    trained = " ".join(supervised(TOKENIZER, formatted.encoded.labels.tolist()))
+    last = max(number for number, answer in enumerate(answers) if answer["weight"] != 0)
+    for number, answer in enumerate(answers[: last + 1]):
+        stated = [answer[key] for key in ("content", "reasoning_content", "name") if answer[key]]
+        if answer["weight"] == 0 and number < last:  # Qwen3's template drops the reasoning of earlier answers
+            stated = [answer["content"]]
+        assert all("".join(part.split()) in "".join(text.split()) for part in stated)
+        assert number == last or f"q{number + 1}" in text
+        if answer["weight"] != 0:
+            assert all(part.strip() in trained for part in stated)
+    assert trained.count("<|im_end|>") == sum(answer["weight"] != 0 for answer in answers)
+    assert system is None or system in text
+    assert tools is None or '"name": "weather"' in text
