@@ -20,6 +20,7 @@ from stages.runtime.files import write_json
 from stages.runtime.params import DatasetParams, DownloadDatasetParams, load_params
 from stages.runtime.run import run
 from stages.runtime.terminal import progress, summary
+from stages.runtime.text import printable
 
 NO_SLICE, MAX_SLICES = "(none)", 100
 RAW, UNREADABLE, SOURCE = Path("data/raw.parquet"), Path("data/unreadable.parquet"), Path("data/source.json")
@@ -65,11 +66,10 @@ def main() -> None:
             raise UserError(
                 f"slice_column: no row of {metadata['source']} has {params.slice_column!r}; must be a column, or source"
             )
+    check_mapped_columns(sources, params)
     unread: Counter[str] = Counter()
     for source in sources:
-        unread.update(source.parser.unread)
-        if source.parser.missing and params.max_examples is None:
-            raise UserError(f"columns: no row of {source.name} has {', '.join(sorted(source.parser.missing))}")
+        unread.update({printable(name): count for name, count in source.parser.unread.items()})
     unread.pop(params.slice_column, None)
     write_json(SOURCE, metadata | {"columns_not_read": sorted(unread)})
     summary(
@@ -82,6 +82,20 @@ def main() -> None:
         wrote=[RAW, UNREADABLE, SOURCE],
         then="dvc repro format; then python -m stages.format --show 3",
     )
+
+
+def check_mapped_columns(sources: list[Source], params: DownloadDatasetParams) -> None:
+    """Check that each mapped column occurs, unless only a part of the rows was read.
+
+    Raises:
+        UserError: no row has the column.
+    """
+    if params.max_examples is not None or any(entry.count or entry.weight for entry in params.datasets or ()):
+        return
+    for source in sources:
+        if source.parser.missing:
+            names = ", ".join(sorted(source.parser.missing))
+            raise UserError(f"dataset_columns: no row of {source.name} has {names}; must be columns of the dataset")
 
 
 def mix(

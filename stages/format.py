@@ -25,6 +25,7 @@ from rich.text import Text
 from stages.data.conversations import Conversation, content_ids, parse_conversation
 from stages.data.examples import FORMATTED_SCHEMA, IGNORE_INDEX, REJECTED_SCHEMA, BadRowError
 from stages.data.masking import load_tokenizer
+from stages.data.rows import ALLOWED
 from stages.data.sources import open_sources
 from stages.data.tables import parquet_writer, read_batches, shard_writer, sharded, shards
 from stages.data.templates import SELECTED_TEMPLATE, Template, load_template, select_template
@@ -249,7 +250,9 @@ def show_columns() -> None:
     """Print what the columns of each dataset become, with its first row, before a template renders it."""
     out = console()
     for source in open_sources(load_params(DownloadDatasetParams)):
-        number, row = next(source.rows())
+        number, row = next(source.rows(), (0, None))
+        if row is None:
+            raise UserError(f"{source.name}: has no rows; {ALLOWED}")
         table = Table.grid(padding=(0, 2))
         out.print(Text(f"{source.name}, row {number:,}", "bold"))
         try:

@@ -1,8 +1,8 @@
 """Drop duplicates and split by prompt: `data/formatted.parquet` → train, validation and test.
 
-The split of a row depends on a seeded hash of its normalized prompt alone. Adding rows never moves others, and equal
-prompts are never in different splits. Rows of a dataset with `use` belong to that split instead. Training examples that
-match or nearly match a test prompt are counted, and dropped if `drop_near_duplicates` is set.
+The split of a row depends on a seeded hash of its normalized prompt alone. Adding rows never moves others, and the
+hash never puts equal prompts in different splits. Rows of a dataset with `use` belong to that split instead. Training
+examples that match or nearly match a test prompt are counted, and dropped if `drop_near_duplicates` is set.
 
 The rows are read twice, because all test prompts must be known before the first training row is written. One process
 per CPU core works on the shards of a large table.

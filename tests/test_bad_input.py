@@ -22,12 +22,10 @@ from tests.clone import edit
 
 ROWS = (
     "every row needs 'instruction' and 'output', 'prompt' and 'completion', 'messages', or other columns that "
-    "docs/data.md lists; name yours in `columns`"
+    "docs/data.md lists; map your column names in dataset_columns"
 )
-FILES = (
-    "must end in .json, .jsonl, .csv, .tsv, .parquet (or these with .gz, .bz2, .xz, .zst), or be a folder of such files"
-)
-COLUMNS = "prompt, completion, messages, text, system, input, history, reasoning, tools"
+FILES = "must end in .json, .jsonl, .ndjson, .csv, .tsv, .parquet (or these with .gz, .bz2, .xz, .zst), or be a folder of such files"
+COLUMNS = "prompt, completion, system, input, history, reasoning, tools"
 RESTORE = "restore it with `dvc checkout`, or write it again"
 OTHER_MODEL = "use another causal language model, one that transformers can load"
 REPRO = "run `dvc repro` in the project's folder, which creates the inputs of a stage"
@@ -287,9 +285,10 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("dataset_file in another format", "download_dataset", data("a.xlsx", "x"), f"dataset_file: found 'data/a.xlsx'; {FILES}"),
     ("compressed file cut off", "download_dataset", data("a.jsonl.gz", b"\x1f\x8b"), "data/a.jsonl.gz: can't be decompressed: Truncated compressed stream; copy or download it again"),
     ("folder with two formats", "download_dataset", lambda p: (p / "data/a").mkdir() or write(p / "data/a/a.csv", "x") or write(p / "data/a/a.jsonl", "x") or edit(p, dataset_file="data/a"), "data/a: has .csv and .jsonl files; keep one format, or list the files in `datasets`"),
-    ("unknown name in columns", "download_dataset", params(dataset_columns="{prompt: a, completion: b, sytem: c}"), f"params.yaml:\n  dataset_columns: found {{'prompt': 'a', 'completion': 'b', 'sytem': 'c'}}; sytem: not known; must be {COLUMNS}"),
-    ("columns without a completion", "download_dataset", params(dataset_columns="{prompt: a}"), "params.yaml:\n  dataset_columns: found {'prompt': 'a'}; must name either prompt and completion, messages, or text"),
-    ("columns of an entry without a prompt", "download_dataset", params(datasets="[{file: a.jsonl, columns: {completion: a}}]"), "params.yaml:\n  datasets.0.columns: found {'completion': 'a'}; must name either prompt and completion, messages, or text"),
+    ("unknown name in columns", "download_dataset", params(dataset_columns="{prompt: a, completion: b, sytem: c}"), f"params.yaml:\n  dataset_columns: found {{'prompt': 'a', 'completion': 'b', 'sytem': 'c'}}; sytem: must be {COLUMNS}"),
+    ("reasoning next to messages in columns", "download_dataset", params(dataset_columns="{messages: a, reasoning: b}"), "params.yaml:\n  dataset_columns: found {'messages': 'a', 'reasoning': 'b'}; reasoning: must be messages, system, tools"),
+    ("columns without a completion", "download_dataset", params(dataset_columns="{prompt: a}"), "params.yaml:\n  dataset_columns: found {'prompt': 'a'}; must name prompt and completion, messages, or text"),
+    ("columns of an entry without a prompt", "download_dataset", params(datasets="[{file: a.jsonl, columns: {completion: a}}]"), "params.yaml:\n  datasets.0.columns: found {'completion': 'a'}; must name prompt and completion, messages, or text"),
     ("use of an unknown split", "download_dataset", params(datasets="[{file: a.jsonl, use: exam}]"), "params.yaml:\n  datasets.0.use: found 'exam'; must be 'train', 'validation' or 'test'"),
     ("subset of a file", "download_dataset", params(datasets="[{file: a.jsonl, subset: main}]"), "params.yaml:\n  datasets.0: found {'file': 'a.jsonl', 'subset': 'main'}; `revision`, `subset` and `data_files` are for a Hub dataset; must have `name`"),
     ("dataset_file with a name that is too long", "download_dataset", params(dataset_file="a" * 300 + ".jsonl"), "aaa…aaa.jsonl: File name too long; check it and run again"),

@@ -47,7 +47,9 @@ def test_a_signal_to_a_forked_stage_acts_as_on_a_process(tmp_path: Path, number:
     (tmp_path / ".ci").mkdir()
     (tmp_path / ".ci/slow.py").write_text(f"{code}except KeyboardInterrupt: print('Ctrl-C')")
     command, pipe = ["python", ".ci/slow.py"], subprocess.PIPE
-    with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=pipe, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=pipe, text=True, preexec_fn=chaos.heed_ctrl_c
+    ) as process:
         assert process.stdout
         fork = psutil.Process(int(process.stdout.readline()))
         process.send_signal(number)

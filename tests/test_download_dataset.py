@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tests.clone import edit
 
 ALLOWED = (
     "every row needs 'instruction' and 'output', 'prompt' and 'completion', 'messages', or other columns that "
-    "docs/data.md lists; name yours in `columns`"
+    "docs/data.md lists; map your column names in dataset_columns"
 )
 
 
@@ -125,9 +126,9 @@ def test_max_examples_takes_the_first_rows(project: Path) -> None:
         ('{"instruction": "A"}', "missing_field", f"'output' is missing; {ALLOWED}"),
         ('{"output": "b"}', "missing_field", f"'instruction' is missing; {ALLOWED}"),
         ('{"instruction": "A", "output": null}', "missing_field", f"'output' is missing; {ALLOWED}"),
-        ('{"instruction": "A", "output": 5}', "not_text", f"'output' is int 5; {ALLOWED}"),
-        ('{"instruction": ["A"], "output": "b"}', "not_text", f"'instruction' is list ['A']; {ALLOWED}"),
-        ('{"instruction": "A", "input": true, "output": "b"}', "not_text", f"'input' is bool True; {ALLOWED}"),
+        ('{"instruction": "A", "output": 5}', "not_text", "'output' is int 5; must be text"),
+        ('{"instruction": ["A"], "output": "b"}', "not_text", "'instruction' is list ['A']; must be text"),
+        ('{"instruction": "A", "input": true, "output": "b"}', "not_text", "'input' is bool True; must be text"),
         ('["A", "b"]', "not_an_object", f"found list ['A', 'b']; {ALLOWED}"),
         ('"A"', "not_an_object", f"found str 'A'; {ALLOWED}"),
         (
@@ -335,6 +336,7 @@ def test_columns_may_be_separated_by_semicolons_or_tabs(project: Path, name: str
     [
         '{\n  "instruction": "Name é.",\n  "output": "É."\n}\n{\n  "instruction": "B",\n  "output": "c"\n}\n',
         '{"version": 1, "data": [{"instruction": "Name é.", "output": "É."}, {"instruction": "B", "output": "c"}]}',
+        '{"data": [\n{"instruction": "Name é.", "output": "É."},\n{"instruction": "B", "output": "c"}\n]}',
         '{\n "rows": [\n{"instruction": "Name é.", "output": "É."}, {"instruction": "B", "output": "c"}]}',
     ],
 )
@@ -349,6 +351,26 @@ def test_a_single_object_is_a_row(project: Path) -> None:
     ]
 
 
+def test_a_single_mapped_row_with_a_list_is_a_row(project: Path) -> None:
+    edit(project, dataset_columns="{prompt: Q, completion: R}")
+    assert read("a.jsonl", '{"Q": "A", "R": "b", "tags": ["x"]}') == [row("A", "b", 1)]
+
+
+def test_a_column_that_occurs_twice_is_an_error(project: Path) -> None:
+    with pytest.raises(UserError) as error:
+        read("a.csv", "instruction,input,input,output,id,id\nA,x,y,b,1,2\n")
+    assert str(error.value) == "data/a.csv: column 'input' occurs 2 times; keep one of them"
+
+
+def test_a_date_in_the_arguments_of_a_call_makes_its_row_unreadable(project: Path) -> None:
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"day": date(2026, 1, 2)}}]}
+    pq.write_table(pa.Table.from_pylist([{"messages": [MESSAGES[1], call]}]), project / "data/a.parquet")
+    edit(project, dataset_file="data/a.parquet")
+    download_dataset.main()
+    detail = "message 2: the tool call can't be written as JSON: Object of type date is not JSON serializable"
+    assert unreadable() == [(1, "bad_tools", detail)]
+
+
 def test_rows_under_several_keys_are_an_error(project: Path) -> None:
     with pytest.raises(UserError) as error:
         read("a.json", '{"train": [{"instruction": "A", "output": "b"}], "test": [{}]}')
@@ -356,8 +378,9 @@ def test_rows_under_several_keys_are_an_error(project: Path) -> None:
 
 
 def test_the_files_of_a_folder_or_a_glob_are_one_dataset(project: Path) -> None:
-    (project / "data/mine/more").mkdir(parents=True)
-    for name, letters in {"b.jsonl": "CD", "a.jsonl.gz": "AB", "more/c.jsonl": "E", ".hidden.jsonl": "X"}.items():
+    for folder in ("more", ".hidden"):
+        (project / "data/mine" / folder).mkdir(parents=True)
+    for name, letters in {"b.jsonl": "CD", "a.jsonl.gz": "AB", "more/c.jsonl": "E", ".hidden/d.jsonl": "X"}.items():
         text = "".join(f'{{"instruction": "{letter}", "output": "b"}}\n\n' for letter in letters).encode()
         (project / "data/mine" / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
     (project / "data/mine/README.md").write_text("About these data.")
@@ -380,7 +403,7 @@ def test_columns_are_mapped_and_a_mapped_column_that_no_row_has_is_an_error(proj
     assert json.loads(Path("data/source.json").read_text())["columns_not_read"] == ["id"]
     with pytest.raises(UserError) as error:
         read("a.jsonl", '{"problem": "A", "solution": "b"}')
-    assert str(error.value) == "columns: no row of data/a.jsonl has rules"
+    assert str(error.value) == "dataset_columns: no row of data/a.jsonl has rules; must be columns of the dataset"
     with pytest.raises(UserError, match=r"^data/a\.csv: column 'rules' is missing; found problem, solution;"):
         read("a.csv", "problem,solution\nA,b\n")
 

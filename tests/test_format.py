@@ -99,7 +99,7 @@ def test_the_stage_stops_if_more_than_half_of_the_rows_are_rejected(project: Pat
         "data/a.jsonl: 2 of 3 rows can't be trained on (missing_field: 1, empty_response: 1); more than half were "
         "rejected; fix the source. First: data/a.jsonl, row 2: missing_field: 'output' is missing; every row needs "
         "'instruction' and 'output', 'prompt' and 'completion', 'messages', or other columns that docs/data.md lists; "
-        "name yours in `columns`"
+        "map your column names in dataset_columns"
     )
     assert not Path("data/formatted.parquet").exists()
     assert not Path("data/rejected.parquet").exists()
@@ -206,7 +206,8 @@ def test_columns_are_explained_with_the_first_row_of_each_dataset(
         'reasoning_content: "C"',
         "data/mine/c.jsonl, row 1",
         "missing_field: 'answer' is missing; every row needs 'instruction' and 'output', 'prompt' and 'completion', "
-        "'messages', or other columns that docs/data.md lists; name yours in `columns`",
+        "'messages', or other columns that docs/data.md lists; map your column names in",
+        "dataset_columns",
     ]
 
 

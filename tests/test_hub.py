@@ -177,7 +177,7 @@ def test_a_dataset_without_the_required_columns_is_an_error(project: Path, hub: 
     assert failure(run_stage("download_dataset")) == (
         "error: acme/rows: column 'answer' is missing; found question, reply; "
         "every row needs 'instruction' and 'output', 'prompt' and 'completion', 'messages', or other columns that "
-        "docs/data.md lists; name yours in `columns`"
+        "docs/data.md lists; map your column names in dataset_columns"
     )
 
 

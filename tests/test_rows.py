@@ -245,6 +245,21 @@ def test_columns_can_be_mapped_and_others_are_not_read() -> None:
     assert parser.missing == {"solution", "rules"}
 
 
+def test_the_input_belongs_to_the_last_question() -> None:
+    row = {"prompt": [*PAIR, user("And?")], "completion": "9.", "more": "4"}
+    columns = {"prompt": "prompt", "completion": "completion", "input": "more"}
+    assert [message["content"] for message in parse(row, columns).messages] == ["Add 2, 3.", "5.", "And?\n\n4", "9."]
+
+
+@pytest.mark.parametrize("name", ["arguments", "parameters", "args", "input"])
+def test_arguments_may_have_the_names_of_other_formats(name: str) -> None:
+    call = {"name": "weather", name: {"town": "Bonn", "wei": 10**21}, "id": "1"}
+    (_, answer) = parse({"messages": [user("A"), assistant(None, tool_calls=[call])]}).messages
+    assert answer["tool_calls"] == [
+        {"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"town": "Bonn", "wei": 10**21}}}
+    ]
+
+
 def test_a_mapped_reasoning_column_belongs_to_the_answer() -> None:
     columns = {"prompt": "Question", "completion": "Response", "reasoning": "Complex_CoT"}
     row = {"Question": "Add 2, 3.", "Response": "5.", "Complex_CoT": "2 + 3 is 5."}
@@ -295,7 +310,7 @@ def test_plain_text_is_supervised_after_its_first_token_and_ends_with_eos() -> N
 
 ALLOWED = (
     "every row needs 'instruction' and 'output', 'prompt' and 'completion', 'messages', or other columns that "
-    "docs/data.md lists; name yours in `columns`"
+    "docs/data.md lists; map your column names in dataset_columns"
 )
 ROLES = "system, developer, user, human, assistant, gpt, model, bot, function_call, tool, function, observation"
 MESSAGES_ALLOWED = f"must be a list of objects with 'role' ({ROLES}) and 'content'"
@@ -366,6 +381,27 @@ RESULT = {"role": "tool", "content": "sunny"}
             "bad_tool_call",
             f"message 2: the tool call is 'weather()'; {CALLS_ALLOWED}",
         ),
+        (
+            {"messages": [user("A"), assistant(None, tool_calls=[{"name": "f", "kwargs": {"a": 1}}])]},
+            "bad_tool_call",
+            f"message 2: the tool call is {{'kwargs': {{'a': 1}}, 'name': 'f'}}; {CALLS_ALLOWED}",
+        ),
+        (
+            {"messages": [user("A"), assistant("B", thinking="C", reasoning="D")]},
+            "unsupported",
+            "message 2 has 'thinking' and 'reasoning'; keep one of them",
+        ),
+        (
+            {"messages": [user("A"), {"from": "gpt", "role": "assistant", "value": "B"}]},
+            "unsupported",
+            "message 2 has 'role' and 'from'; keep one of them",
+        ),
+        (
+            {"instruction": "A", "input": "B", "context": "C", "output": "D"},
+            "unsupported",
+            "has 'input' and 'context'; remove one, or map one in dataset_columns",
+        ),
+        ({"messages": [user("A", tool_call_id=1)]}, "not_text", "'tool_call_id' of message 1 is int 1; must be text"),
         (
             {"messages": [user("A"), assistant("B"), RESULT]},
             "result_without_call",

@@ -283,7 +283,13 @@ class ChatTemplate:
             message["thinking"] = message["reasoning_content"]  # the name in the template of gpt-oss
         if "tool_calls" in message and self._calls_as_text:
             message["tool_calls"] = [
-                {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+                {
+                    **call,
+                    "function": {
+                        **call["function"],
+                        "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+                    },
+                }
                 for call in message["tool_calls"]
             ]
         return message

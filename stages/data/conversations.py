@@ -121,7 +121,7 @@ def parse_conversation(
 def content_ids(conversation: Conversation) -> tuple[str, str]:
     """The id of the prompt, which determines the split, and of the example, which identifies duplicates.
 
-    Conversations that begin with the same question have the same prompt id and are never in different splits.
+    Conversations that begin with the same question have the same prompt id, so the hash puts them in the same split.
     """
     first = conversation.first_question
     prompt_id = content_hash(normalize(first["content"]), normalize(conversation.input))

@@ -23,7 +23,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 PART_KEYS = ("text", "value", "content", *REASONING)
 PAIR_ROLES, PAIR_KEYS = ("user", "assistant"), {"input", "output"}
 ALTERNATIVES = (ROLE, CONTENT, REASONING, ("tool_calls", "function_call"))
-OTHER_KEYS = {*WEIGHTS, *FLAGS, "tool_call_id", "name"}
+MESSAGE_KEYS = {*WEIGHTS, *FLAGS, "tool_call_id", "name", *(name for names in ALTERNATIVES for name in names)}
 MESSAGES_ALLOWED = f"must be a list of objects with 'role' ({', '.join(ROLES)}) and 'content'"
 
 
@@ -51,7 +51,7 @@ def parse_messages(column: str, messages: Any, unread: Counter[str]) -> list[Mes
         if present.keys() >= PAIR_KEYS:
             known, new = PAIR_KEYS, _parse_texts("part", [present["input"], present["output"]])
         else:
-            known = OTHER_KEYS | {_first(names, present) for names in ALTERNATIVES}
+            known = MESSAGE_KEYS
             new = [_parse_message(f"message {number}", present)]
         parsed += new
         unread.update(f"{column}[].{name}" for name in present.keys() - known)
@@ -67,16 +67,16 @@ def _parse_texts(where: str, texts: list[Any]) -> list[Message]:
 
 
 def _parse_message(where: str, present: Mapping[str, Any]) -> Message:
-    """A message, an object with keys of `ALTERNATIVES` and `OTHER_KEYS`.
+    """A message, an object with `MESSAGE_KEYS`.
 
     Raises:
         BadRowError: a key is missing or invalid.
     """
 
     def text(name: str) -> str:
-        return require_text(f"{name!r} of {where}", present[name], MESSAGES_ALLOWED)
+        return require_text(f"{name!r} of {where}", present[name], "must be text")
 
-    role_key, content_key, reasoning_key, calls_key = (_first(names, present) for names in ALTERNATIVES)
+    role_key, content_key, reasoning_key, calls_key = (_first(where, names, present) for names in ALTERNATIVES)
     calls = present.get(calls_key)
     for name in (role_key, *(() if calls else (content_key,))):
         if name not in present:
@@ -87,6 +87,10 @@ def _parse_message(where: str, present: Mapping[str, Any]) -> Message:
     role = ROLES[role_name]
     content, reasoning = _parse_content(where, content_key, present.get(content_key, ""))
     if role_name == "function_call":
+        if calls:
+            raise BadRowError(
+                "unsupported", f"{where} has calls in {content_key!r} and {calls_key!r}; keep one of them"
+            )
         calls, content = content, ""
     if reasoning_key in present:
         reasoning += text(reasoning_key)
@@ -106,9 +110,16 @@ def _parse_message(where: str, present: Mapping[str, Any]) -> Message:
     return message
 
 
-def _first(names: tuple[str, ...], message: Mapping[str, Any]) -> str:
-    """The first of the alternative names of a key that a message has; another one is not read."""
-    return next((name for name in names if name in message), names[0])
+def _first(where: str, names: tuple[str, ...], message: Mapping[str, Any]) -> str:
+    """The one of the alternative names of a key that a message has.
+
+    Raises:
+        BadRowError: it has several, with different values.
+    """
+    stated = [name for name in names if message.get(name) not in (None, "", [])]
+    if any(message[name] != message[stated[0]] for name in stated):
+        raise BadRowError("unsupported", f"{where} has {' and '.join(map(repr, stated))}; keep one of them")
+    return next(iter([*stated, *(name for name in names if name in message), names[0]]))
 
 
 def _parse_content(where: str, key: str, content: Any) -> tuple[str, str]:
@@ -121,10 +132,10 @@ def _parse_content(where: str, key: str, content: Any) -> tuple[str, str]:
         fields = {"type": "text", "text": part} if isinstance(part, str) else part
         fields = fields if isinstance(fields, dict) else {}
         kind = "reasoning" if fields.get("type") in REASONING else fields.get("type")
-        value = next((fields[name] for name in PART_KEYS if fields.get(name) is not None), None)
-        if kind not in texts or value is None:
+        values = [fields[name] for name in PART_KEYS if fields.get(name) is not None]
+        if kind not in texts or len(values) != 1:
             raise BadRowError("not_text", f"{part_of} is {describe(part)}; must be a text or a reasoning part")
-        texts[kind].append(require_text(part_of, value, "must be text"))
+        texts[kind].append(require_text(part_of, values[0], "must be text"))
     return "".join(texts["text"]), "".join(texts["reasoning"])
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stages.data.examples import BadRowError
-from stages.data.rows import ALLOWED, Row, RowParser, find_schema
+from stages.data.rows import ALLOWED, Row, RowParser
 from stages.data.tables import read_batches
 from stages.runtime.errors import UserError, user_errors
 
@@ -25,9 +25,9 @@ COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # the 
 DELIMITERS = (",", ";", "\t")
 WHITESPACE = re.compile(r"[ \t\r\n]*")
 CHARACTERS_PER_READ = 2**16
-# Python refuses to parse integers of more than 4,300 digits. Long integers become floats, so that they don't prevent
-# the other fields from being read.
-JSON = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits))
+# Python refuses to parse integers of more than 4,300 digits. They become floats, so that they don't prevent the other
+# fields from being read.
+JSON = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) <= 4300 else float(digits))
 
 
 def file_format(path: Path) -> str:
@@ -79,12 +79,12 @@ def read_json(path: Path, slice_column: str, parser: RowParser) -> Iterator[Row]
     with open_binary(path) as file:
         lines = (line.strip() for line in _decoded_lines(path, file) if line.strip())
         first, second = next(lines, ""), next(lines, "")
-    if not second or (not second.startswith("{") and not _is_json(first)):
-        return read_json_objects(path)
+    if not second or first.endswith(("{", "[", ",", ":")):  # the first object continues
+        return read_json_objects(path, parser)
     return read_json_lines(path)
 
 
-def read_json_objects(path: Path) -> Iterator[Row]:
+def read_json_objects(path: Path, parser: RowParser) -> Iterator[Row]:
     """Read objects that span several lines, or the rows under a key of the only object. The file is read as a whole.
 
     Raises:
@@ -103,20 +103,12 @@ def read_json_objects(path: Path) -> Iterator[Row]:
             raise UserError(f"{path}: row {len(values) + 1} is nested too deeply; {ALLOWED}") from None
         values.append(value)
         position = WHITESPACE.match(text, end).end()  # type: ignore[union-attr]  # it matches the empty string
-    if len(values) == 1 and isinstance(values[0], dict) and not values[0].keys() >= set(find_schema(values[0])):
+    if len(values) == 1 and isinstance(values[0], dict) and not parser.is_complete(values[0]):
         lists = {key: rows for key, rows in values[0].items() if isinstance(rows, list) and rows}
         if len(lists) > 1:
             raise UserError(f"{path}: has rows under the keys {', '.join(lists)}; keep one of these lists")
         values = next(iter(lists.values()), values)
     yield from enumerate(values, 1)
-
-
-def _is_json(text: str) -> bool:
-    try:
-        JSON.decode(text)
-    except (json.JSONDecodeError, RecursionError):
-        return False
-    return True
 
 
 def _json_error(path: Path, error: json.JSONDecodeError) -> UserError:
@@ -193,7 +185,7 @@ def read_json_lines(path: Path) -> Iterator[Row]:
 
 
 def read_csv(path: Path, slice_column: str, parser: RowParser) -> Iterator[Row]:
-    """Read a file with a header, separated by commas, semicolons or tabs: the one that gives the most columns.
+    """Read a file with a header, separated by commas, semicolons or tabs: those of which the header has the most.
 
     A row with more fields than the header gives a `BadRowError`.
     """
@@ -201,8 +193,7 @@ def read_csv(path: Path, slice_column: str, parser: RowParser) -> Iterator[Row]:
     with open_binary(path) as file:
         lines = _decoded_lines(path, file)
         header = next(lines, "")
-        delimiter = max(DELIMITERS, key=lambda each: len(next(csv.reader([header], delimiter=each), [])))
-        reader = csv.DictReader(chain([header], lines), delimiter=delimiter, strict=True)
+        reader = csv.DictReader(chain([header], lines), delimiter=max(DELIMITERS, key=header.count), strict=True)
         try:
             parser.require_columns(path, reader.fieldnames or ())
             for number, row in enumerate(reader, 1):
@@ -259,6 +250,7 @@ def without_nulls(value: Any) -> Any:
 READERS: dict[str, Callable[[Path, str, RowParser], Iterator[Row]]] = {
     ".json": read_json,
     ".jsonl": read_json,
+    ".ndjson": read_json,
     ".csv": read_csv,
     ".tsv": read_csv,
     ".parquet": read_parquet,

@@ -47,7 +47,7 @@ UNSUPPORTED = {"image", "images", "video", "videos", "audio", "audios", "chat_te
 
 ALLOWED = (
     "every row needs 'instruction' and 'output', 'prompt' and 'completion', 'messages', or other columns that "
-    "docs/data.md lists; name yours in `columns`"
+    "docs/data.md lists; map your column names in dataset_columns"
 )
 
 
@@ -93,9 +93,6 @@ class RowParser:
         if not isinstance(row, dict):
             raise BadRowError("not_an_object", f"found {describe(row)}; {ALLOWED}")
         fields = {name: value for name, value in row.items() if not is_missing(value)}
-        for name in UNSUPPORTED & fields.keys():
-            if fields[name]:
-                raise BadRowError("unsupported", f"{name!r} is {describe(fields[name])}; no template can express it")
         if self.columns is not None:
             renamed = {name: fields[own] for name, own in self.columns.items() if own in fields}
             unread = fields.keys() - set(self.columns.values())
@@ -105,10 +102,12 @@ class RowParser:
             schema = find_schema(fields)
             renamed = {name: fields[name] for name in (*schema, *optional_columns(schema)) if name in fields}
             unread = fields.keys() - renamed.keys()
+            if name := next((name for name in UNSUPPORTED if fields.get(name)), None):
+                raise BadRowError("unsupported", f"{name!r} is {describe(fields[name])}; no template can express it")
         for group in (SYSTEM, INPUT, REASONING):
             if len(stated := [name for name in group if renamed.get(name)]) > 1:
                 raise BadRowError(
-                    "unsupported", f"has {' and '.join(map(repr, stated))}; name one of them in `columns`"
+                    "unsupported", f"has {' and '.join(map(repr, stated))}; remove one, or map one in dataset_columns"
                 )
         for name in schema:
             if name not in renamed:
@@ -121,12 +120,13 @@ class RowParser:
         """Check the columns of a table.
 
         Raises:
-            UserError: a column of the schema is missing or occurs twice.
+            UserError: a column of the schema is missing, or one that is read occurs twice.
         """
         for name in self.columns.values() if self.columns is not None else find_schema(names):
             if name not in names:
                 found = textwrap.shorten(", ".join(names), 300, placeholder=" ...") or "none"
                 raise UserError(f"{where}: column {name!r} is missing; found {found}; {ALLOWED}")
+        for name in filter(self.reads, names):
             if (count := list(names).count(name)) > 1:
                 raise UserError(f"{where}: column {name!r} occurs {count} times; keep one of them")
 
@@ -137,6 +137,11 @@ class RowParser:
         read = {*schema, *optional_columns(schema)} if self.columns is None else {*self.columns}
         return {name: MEANINGS[own[name]] if own.get(name) in read else "not read" for name in names}
 
+    def is_complete(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row has all columns of a schema."""
+        columns = self.columns or {name: name for name in row}
+        return all(columns.get(name) in row for name in find_schema(columns))
+
     def reads(self, name: str) -> bool:
         """Whether a column of the source may be read."""
         return name in (MEANINGS.keys() | UNSUPPORTED if self.columns is None else self.columns.values())
@@ -145,7 +150,7 @@ class RowParser:
         return repr((self.columns or {}).get(name, name))
 
     def _text(self, fields: Mapping[str, Any], name: str) -> str:
-        return require_text(self._own_name(name), fields[name], ALLOWED)
+        return require_text(self._own_name(name), fields[name], "must be text")
 
     def _parse(self, schema: tuple[str, ...], fields: Mapping[str, Any]) -> ParsedRow:
         """The content of the fields of a schema, by the names of the schema."""
@@ -173,10 +178,11 @@ class RowParser:
             context = self._messages(fields, prompt)
             messages += [{**each, "train": False} if each["role"] == "assistant" else each for each in context]
         else:
-            question = self._text(fields, prompt)
-            if messages and input_text.strip():  # it belongs to this question, and not to the first one
-                question, input_text = f"{question.strip()}\n\n{input_text.strip()}", ""
-            messages.append({"role": "user", "content": question})
+            messages.append({"role": "user", "content": self._text(fields, prompt)})
+        questions = [message for message in messages if message["role"] == "user"]
+        if input_text.strip() and len(questions) > 1:  # it belongs to the last question, and not to the first one
+            questions[-1]["content"] = f"{questions[-1]['content'].strip()}\n\n{input_text.strip()}"
+            input_text = ""
         if completion == "answers":
             calls = parse_tool_calls(self._own_name(completion), fields[completion])
             return [*messages, {"role": "assistant", "content": "", "tool_calls": calls}], input_text

@@ -90,15 +90,16 @@ def find_files(path: Path) -> list[Path]:
     """
     if path.is_dir():
         files = [file for file in path.rglob("*") if file_format(file) in READERS]
-    elif GLOB.search(path.name):
-        files = [*path.parent.glob(path.name)]
+        files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     elif path.is_file():
         files = [path]
+    elif GLOB.search(path.name):
+        files = [file for file in path.parent.glob(path.name) if not file.name.startswith(".")]
     else:
         raise UserError(
             f"dataset_file: {str(path)!r} is not a file or folder; name one, or a Hub dataset in dataset_name"
         )
-    files = sorted(file for file in files if file.is_file() and not file.name.startswith("."))
+    files = sorted(file for file in files if file.is_file())
     formats = sorted({file_format(file) for file in files})
     if not files or not set(formats) <= READERS.keys():
         raise UserError(

@@ -9,6 +9,9 @@ from typing import Any
 from stages.data.examples import BadRowError, Message
 
 TOOLS_ALLOWED = "must be a list of tools with a 'name', or such a list as JSON text"
+# The names of the arguments in the formats of OpenAI, xLAM, LangChain and Anthropic.
+ARGUMENTS = ("arguments", "parameters", "args", "input")
+CALL_KEYS = {"id", "type", "index", "function", "name", *ARGUMENTS}
 CALLS_ALLOWED = "must be a call with 'name' and 'arguments', an object or its JSON text, or a list of calls"
 
 
@@ -21,7 +24,7 @@ def parse_tools(where: str, tools: Any) -> list[dict[str, Any]]:
     functions = [_function(parse_json(tool)) for tool in _as_list(parse_json(tools))]
     if not all(isinstance(function.get("name"), str) for function in functions):
         raise BadRowError("bad_tools", f"{where} is {reprlib.repr(tools)}; {TOOLS_ALLOWED}")
-    return [{"type": "function", "function": require_unicode(where, function)} for function in functions]
+    return [{"type": "function", "function": require_json(where, function)} for function in functions]
 
 
 def parse_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
@@ -33,12 +36,14 @@ def parse_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
     parsed = []
     for call in _as_list(parse_json(calls)):
         function = _function(call)
-        arguments = parse_json(function.get("arguments", function.get("parameters"))) or {}
-        if not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
+        given = [parse_json(function[name]) for name in ARGUMENTS if name in function]
+        arguments = given[0] if given and given[0] not in (None, "") else {}
+        is_call = isinstance(function.get("name"), str) and isinstance(arguments, dict) and len(given) <= 1
+        if not is_call or not {*call, *function} <= CALL_KEYS:
             raise BadRowError("bad_tool_call", f"{where} is {reprlib.repr(call)}; {CALLS_ALLOWED}")
         number = {"id": call["id"]} if call.get("id") is not None else {}
         content = {"name": function["name"], "arguments": arguments}
-        parsed.append({**number, "type": "function", "function": require_unicode(where, content)})
+        parsed.append(require_json(where, {**number, "type": "function", "function": content}))
     if not parsed:
         raise BadRowError("bad_tool_call", f"{where} is {reprlib.repr(calls)}; {CALLS_ALLOWED}")
     return parsed
@@ -87,11 +92,14 @@ def parse_json(value: Any) -> Any:
         return value
 
 
-def require_unicode(where: str, value: Any) -> Any:
+def require_json(where: str, value: dict[str, Any]) -> dict[str, Any]:
+    """Returns the value; raises BadRowError if JSON can't express it."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise BadRowError("not_unicode", f"{where} has a lone surrogate") from None
+    except (TypeError, ValueError, RecursionError) as error:  # such as a date in Parquet
+        raise BadRowError("bad_tools", f"{where} can't be written as JSON: {error}") from None
     return value
 
 

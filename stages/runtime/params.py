@@ -70,25 +70,28 @@ def _inside(value: str) -> str:
     return value
 
 
-def _columns(value: dict[str, str] | None) -> dict[str, str] | None:
-    if value is not None:
-        for name in value.keys() - {*COLUMNS}:
-            raise ValueError(f"{name}: not known; must be {', '.join(COLUMNS)}")
-        if sum(value.keys() >= {*schema} for schema in (("prompt", "completion"), ("messages",), ("text",))) != 1:
-            raise ValueError("must name either prompt and completion, messages, or text")
+def _columns(value: dict[str, str]) -> dict[str, str]:
+    needed = next((schema for schema in COLUMNS if value.keys() >= {*schema}), None)
+    if needed is None:
+        raise ValueError("must name prompt and completion, messages, or text")
+    if unknown := sorted(value.keys() - {*needed, *COLUMNS[needed]}):
+        raise ValueError(f"{unknown[0]}: must be {', '.join(needed + COLUMNS[needed])}")
     return value
 
 
 def _distinct(entries: list["DatasetParams"]) -> list["DatasetParams"]:
-    names = [(entry.file, entry.name, entry.subset, entry.data_files, entry.split) for entry in entries]
-    if len(set(names)) < len(names):
+    if len({(one.file, one.name, one.subset, one.data_files, one.split) for one in entries}) < len(entries):
         raise ValueError("must list each dataset once")
     return entries
 
 
-# What a column of a dataset can be mapped to.
-COLUMNS = ("prompt", "completion", "messages", "text", "system", "input", "history", "reasoning", "tools")
-Columns = Annotated[dict[str, str] | None, AfterValidator(_columns)]
+# What columns can be mapped to: those that a row needs, and those that it may have.
+COLUMNS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("prompt", "completion"): ("system", "input", "history", "reasoning", "tools"),
+    ("messages",): ("system", "tools"),
+    ("text",): (),
+}
+Columns = Annotated[dict[str, str], AfterValidator(_columns)] | None
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(pattern=r"\S")]  # not blank
@@ -252,9 +255,7 @@ P = TypeVar("P", bound=StageParams)
 
 
 def load_params(stage: type[P], path: Path = PARAMS_FILE) -> P:
-    """Read the parameters of one stage.
-
-    The whole file is checked, so that a mistake in a parameter of `train` is found before `format` runs.
+    """Read the parameters of one stage, and check the whole file.
 
     Raises:
         UserError: lists every parameter that is unknown, missing or invalid, with its value.
@@ -270,7 +271,7 @@ def load_params(stage: type[P], path: Path = PARAMS_FILE) -> P:
 
     known = {name for model in STAGES for name in model.model_fields}
     problems = [_unknown(name, known) for name in content if name not in known]
-    for model in STAGES:
+    for model in STAGES:  # all of them, so that a mistake in a parameter of `train` is found before `format` runs
         try:
             model.model_validate({name: content[name] for name in model.model_fields if name in content})
         except ValidationError as errors:
