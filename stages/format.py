@@ -68,9 +68,8 @@ class Counts:
         for row in rejected:
             self.sources[row["source"]].update(rows_in=1, left_out=1)
             self.reasons[row["reason"]] += 1
-        counted = examples.select(
-            ["source", "source_row", "labels", "truncated"]
-        )  # without the texts, which `filter` would copy
+        # Without the texts, which `filter` would copy.
+        counted = examples.select(["source", "source_row", "labels", "truncated"])
         for name in pc.unique(counted["source"]).to_pylist():
             own = counted.filter(pc.equal(counted["source"], name))
             labels = own["labels"].combine_chunks()

@@ -12,14 +12,10 @@ from stages.data.chat_template import ChatTemplate
 from stages.data.conversations import Conversation, parse_conversation
 from stages.data.examples import BadRowError
 from stages.data.rows import RowParser
-from tests.test_chat_templates import jinja, supervised, with_bos
+from tests.test_chat_templates import CALL, HERMES_CALL, TOOLS, WEATHER, jinja, supervised, with_bos
 
 TOKENIZER = with_bos(["<|im_start|>", "<|im_end|>", "<|endoftext|>"], "<|im_end|>")
 TEMPLATES = {name: ChatTemplate(TOKENIZER, jinja(name), name) for name in ("qwen2_5", "qwen3")}
-TOOL = {"name": "weather", "description": "Of a town.", "parameters": {"type": "object", "properties": {}}}
-TOOLS = [{"type": "function", "function": TOOL}]
-CALL = {"name": "weather", "arguments": {"town": "Bonn"}}
-RENDERED_CALL = '<tool_call>\n{"name": "weather", "arguments": {"town": "Bonn"}}\n</tool_call>'
 
 
 def user(content: str, **more: Any) -> dict[str, Any]:
@@ -30,7 +26,7 @@ def assistant(content: str | None, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content, **more}
 
 
-def calls(arguments: Any = CALL["arguments"], **more: Any) -> dict[str, Any]:
+def calls(arguments: Any = CALL["function"]["arguments"], **more: Any) -> dict[str, Any]:
     return assistant(None, tool_calls=[{"function": {"name": "weather", "arguments": arguments}, **more}])
 
 
@@ -87,7 +83,7 @@ SCHEMAS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Any, list[str]]] 
         },
         USE,
         TOOLS,
-        [RENDERED_CALL, "Sunny."],
+        [HERMES_CALL, "Sunny."],
     ),
     "functions of OpenAI": (
         {
@@ -97,11 +93,11 @@ SCHEMAS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Any, list[str]]] 
                 {"role": "function", "name": "weather", "content": "sunny"},
                 assistant("Sunny."),
             ],
-            "functions": [TOOL],
+            "functions": [WEATHER],
         },
         USE,
         TOOLS,
-        [RENDERED_CALL, "Sunny."],
+        [HERMES_CALL, "Sunny."],
     ),
     "ShareGPT": (
         {
@@ -130,15 +126,15 @@ SCHEMAS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Any, list[str]]] 
         {
             "conversations": [
                 {"from": "human", "value": "In Bonn?"},
-                {"from": "function_call", "value": json.dumps(CALL)},
+                {"from": "function_call", "value": json.dumps(CALL["function"])},
                 {"from": "observation", "value": "sunny"},
                 {"from": "gpt", "value": "Sunny."},
             ],
-            "tools": json.dumps([TOOL]),
+            "tools": json.dumps([WEATHER]),
         },
         USE,
         TOOLS,
-        [RENDERED_CALL, "Sunny."],
+        [HERMES_CALL, "Sunny."],
     ),
     "LIMA": ({"conversations": ["Add 2, 3.", "5."], "source": "x"}, PAIR, None, ["5."]),
     "Capybara": (
@@ -182,10 +178,10 @@ SCHEMAS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Any, list[str]]] 
     ),
     "MetaMathQA": ({"query": "Add 2, 3.", "response": "5.", "type": "x"}, PAIR, None, ["5."]),
     "xLAM": (
-        {"query": "In Bonn?", "answers": json.dumps([CALL]), "tools": json.dumps([TOOL])},
+        {"query": "In Bonn?", "answers": json.dumps([CALL["function"]]), "tools": json.dumps([WEATHER])},
         USE[:2],
         TOOLS,
-        [RENDERED_CALL],
+        [HERMES_CALL],
     ),
 }
 
@@ -225,7 +221,9 @@ def test_reasoning_is_supervised_with_each_answer_and_not_repeated_in_the_prompt
 
 
 def test_results_of_parallel_calls_are_in_the_order_of_the_calls() -> None:
-    both = assistant(None, tool_calls=[{"function": CALL, "id": "b"}, {"function": CALL, "id": "a"}])
+    both = assistant(
+        None, tool_calls=[{"function": CALL["function"], "id": "b"}, {"function": CALL["function"], "id": "a"}]
+    )
     results = [{"role": "tool", "content": name, "tool_call_id": name} for name in "ab"]
     conversation = parse({"messages": [user("A"), both, *results, assistant("C")]})
     assert [message["content"] for message in conversation.messages] == ["A", "", "b", "a", "C"]
