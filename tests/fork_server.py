@@ -1,7 +1,7 @@
 """Run Python commands in forks of a process that has imported torch, transformers and DVC.
 
-A new process takes up to five seconds for these imports. `tests/bin/python` sends the project's modules and scripts to
-the server, and `tests.clone.run` sends `dvc`.
+A new process takes up to five seconds for these imports. The programs in `tests/bin` send commands to the server;
+`tests.clone.run` does the same for `dvc`, without a process in between.
 
 Signals act as on one process: `tests/bin/python` forwards those that it can, and the kernel kills a fork as soon as its
 client is dead. The server has a single thread and does nothing else, so forking it is safe; forking a pytest worker is
@@ -28,10 +28,12 @@ PRELOADED = (
     "accelerate",
     "datasets",
     "dvc.cli.parser",
+    "dvc.repo.experiments.queue.celery",
     "dvc.repo.index",
     "dvc.repo.plots",
     "dvc.repo.stage",
     "dvc.rwlock",
+    "hydra._internal.hydra",
     "networkx",
     "pandas",
     "peft",
@@ -42,6 +44,7 @@ PRELOADED = (
     "rich.progress",
     "ruamel.yaml",
     "scmrepo.git",
+    "torch.distributed.run",
     "torchmetrics.functional.text",
     "transformers.models.llama.modeling_llama",
 )
@@ -137,8 +140,9 @@ def execute(arguments: list[str], folder: str, env: dict[str, str], streams: lis
     os.environ.update(env)
     os.chdir(folder)
     sys.executable = str(PYTHON)  # what the command starts is forked, too
-    sys.path[:0] = [folder, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
     option, *rest = arguments
+    first = folder if option in ("-m", "-c") else str(Path(option).parent)
+    sys.path[:0] = [first, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv = rest if option == "-m" else arguments
     code = 0
     try:
@@ -150,7 +154,7 @@ def execute(arguments: list[str], folder: str, env: dict[str, str], streams: lis
         else:
             runpy.run_path(option, run_name="__main__")
     except SystemExit as ending:  # Python prints a text and exits with 1
-        code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        code = int(ending.code) if isinstance(ending.code, int) else int(ending.code is not None)
         if isinstance(ending.code, str):
             print(ending.code, file=sys.stderr)
     except BaseException:

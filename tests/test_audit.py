@@ -1,11 +1,9 @@
 """`make audit` fails on vulnerable pins and on secrets, and reports if the advisory service can't be reached."""
 
 import json
-import os
 import random
 import string
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +13,9 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.subprocess
-ROOT = Path(__file__).parent.parent
+from tests.clone import ROOT, run
+
+pytestmark = [pytest.mark.subprocess, pytest.mark.usefixtures("fast_stages")]
 UNREACHABLE = "http://127.0.0.1:0"  # no service can listen on port 0
 NOT_DONE = "dependency audit: not done, the advisory service can't be reached"
 
@@ -58,9 +57,8 @@ def advisory_service(answer: Callable[[str, str], dict[str, Any] | int]) -> Iter
 
 def audit(folder: Path, service: str = UNREACHABLE) -> tuple[int, str]:
     """Exit code and output of the audit of a folder."""
-    environment = {**os.environ, "ADVISORY_SERVICE": service, "NO_PROXY": "127.0.0.1"}
-    command = [sys.executable, ROOT / ".ci/audit.py"]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    script = str(ROOT / ".ci/audit.py")
+    result = run(folder, "python", script, check=False, ADVISORY_SERVICE=service, NO_PROXY="127.0.0.1")
     return result.returncode, result.stdout
 
 

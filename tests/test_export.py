@@ -11,6 +11,7 @@ from jinja2 import Environment
 from stages.data.alpaca import render_alpaca
 from stages.runtime.errors import UserError
 from tests.clone import edit
+from tests.fork_server import PYTHON
 from tools import export
 
 
@@ -48,6 +49,12 @@ def make_llama(folder: Path, merges: list[tuple[str, str]]) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     (folder / "README.md").write_text("# Model card\n")
     return folder
+
+
+@pytest.fixture
+def project(project: Path, fast_stages: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(sys, "executable", str(PYTHON))  # runs the converter in a fork
+    return project
 
 
 @pytest.fixture
