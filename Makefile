@@ -60,7 +60,7 @@ architectures: $(INSTALLED)  ## compare every architecture in transformers with 
 clean: $(INSTALLED)  ## delete checkpoints and leftovers of killed runs; results are kept
 	python -m tools.clean
 
-bench: $(INSTALLED)  ## measure speed against a textbook loop and TRL (15 min)
+bench: $(INSTALLED)  ## measure speed against a textbook loop and TRL (20 min)
 	pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	dvc repro split
 	python -m benchmarks

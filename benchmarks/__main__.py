@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from benchmarks import formatting, training
-from benchmarks.data import long_examples
+from benchmarks.data import ALPACA, long_examples
 from benchmarks.report import RESULTS, draw, table
 from stages.data.examples import read_split
-from stages.engine.models import uses_bf16
+from stages.engine.models import load_model, uses_bf16
+from stages.engine.speed import flops_per_token
 from stages.runtime.files import write_json
 from stages.runtime.params import TrainParams, load_params
 
@@ -28,10 +29,11 @@ def main() -> None:
     num_examples = training.STEPS * params.effective_batch_size
     results = {
         **machine(),
-        "flops_per_token": training.flops_per_token(),
+        "flops_per_token": flops_per_token(load_model(training.BASE)),
         "training": {
             "short": training.measure(read_split(Path("data/train.parquet")), params, runs),
             "long": training.measure(long_examples(num_examples), params, runs),
+            "Alpaca-like": training.measure(long_examples(num_examples, ALPACA), params, runs),
             # Measured separately, because a fifth engine would not fit in memory.
             "LoRA against all weights, long": training.measure(
                 long_examples(num_examples), params, [(training.LORA, precision), ("this project", precision)]

@@ -127,8 +127,13 @@ def report(results: dict[str, Any]) -> str:
             + " of memory"
             for stage in STAGES
         )
-        + f". The tables take {format_bytes(TEN_MILLION * bytes_per_row(results))}. Training would need "
-        f"{format_bytes(linear_fit(parallel, peak_of('read_train'))(TEN_MILLION))} of memory for its split.",
+        + f". The tables take {format_bytes(TEN_MILLION * bytes_per_row(results))}.",
+        "",
+        f"The training split is memory-mapped. For {curve[-1]['rows']:,} rows, to read and order it takes "
+        f"{format_duration(seconds_of('read_train')(curve[-1]))}, and the process has "
+        f"{format_bytes(anonymous_of(curve[-1]))} of memory, including the libraries, besides pages that the kernel "
+        f"can drop. The same fit gives {format_bytes(linear_fit(parallel, anonymous_of)(TEN_MILLION))} for "
+        f"{TEN_MILLION:,} rows.",
         "",
         "Speedup of all cores over one core: "
         + ", ".join(
@@ -187,6 +192,11 @@ def seconds_of(stage: str) -> Callable[[dict[str, Any]], float]:
 def peak_of(stage: str) -> Callable[[dict[str, Any]], float]:
     """A function that returns the peak memory of a stage, in bytes, at a point of the curve."""
     return lambda point: float(point[stage]["peak_memory_bytes"])
+
+
+def anonymous_of(point: dict[str, Any]) -> float:
+    """Memory without pages of files, in bytes, of reading the training split at a point of the curve."""
+    return float(point["read_train"]["anonymous_memory_bytes"])
 
 
 def format_duration(seconds: float) -> str:

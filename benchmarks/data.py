@@ -16,17 +16,20 @@ from stages.data.templates import load_template
 from stages.format import format_batch
 from stages.runtime.params import FormatParams, load_params
 
-JOINED = 3  # instructions per row; about 170 tokens with the template, as many as a row of Alpaca has
+JOINED = 3, 3  # instructions and outputs per row; about 170 tokens with the template
+ALPACA = 1, 5  # about 170 tokens, of which 70% are supervised, as in the rows of Alpaca
 
 
-def long_rows(num_rows: int) -> Iterator[dict[str, Any]]:
-    """Rows of `RAW_SCHEMA`, all different, each made of `JOINED` instructions."""
+def long_rows(num_rows: int, joined: tuple[int, int] = JOINED) -> Iterator[dict[str, Any]]:
+    """Rows of `RAW_SCHEMA`, all different, each made of several instructions and outputs."""
     lines = Path("data/instructions.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     choose = random.Random(0)
     for number in range(1, num_rows + 1):
-        parts = choose.sample(rows, JOINED)
-        fields = {key: "\n".join(row[key] for row in parts if row[key]) for key in ("instruction", "input", "output")}
+        num_instructions, num_outputs = joined
+        parts = choose.sample(rows, max(joined))
+        numbers = {"instruction": num_instructions, "input": num_instructions, "output": num_outputs}
+        fields = {key: "\n".join(row[key] for row in parts[:count] if row[key]) for key, count in numbers.items()}
         messages = [
             {"role": "user", "content": f"{number}. {fields['instruction']}"},
             {"role": "assistant", "content": fields["output"]},
@@ -34,13 +37,13 @@ def long_rows(num_rows: int) -> Iterator[dict[str, Any]]:
         yield {"messages": json.dumps(messages), "input": fields["input"], "source": "joined", "source_row": number}
 
 
-def long_examples(num_examples: int) -> list[Example]:
+def long_examples(num_examples: int, joined: tuple[int, int] = JOINED) -> list[Example]:
     """`long_rows`, formatted with the parameters of `params.yaml`."""
     params = load_params(FormatParams)
     template = load_template(params.template, load_tokenizer())
-    rows = pa.Table.from_pylist(list(long_rows(num_examples)), RAW_SCHEMA)
+    rows = pa.Table.from_pylist(list(long_rows(num_examples, joined)), RAW_SCHEMA)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "long.parquet"
         with parquet_writer(path, FORMATTED_SCHEMA) as writer:
             writer.write(format_batch(rows, template, params)[0])
-        return read_split(path)
+        return read_split(path)[:]

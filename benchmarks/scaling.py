@@ -20,7 +20,7 @@ from benchmarks import training
 from benchmarks.__main__ import machine
 from benchmarks.costs import RESULTS, STAGES, report
 from benchmarks.data import long_examples, long_rows
-from benchmarks.memory import peak_memory
+from benchmarks.memory import anonymous_memory, peak_memory
 from stages.data.tables import ROWS_PER_SHARD
 from stages.engine.models import uses_bf16
 from stages.runtime.files import write_json
@@ -29,7 +29,16 @@ from stages.runtime.terminal import disk_usage
 
 ROWS = [count * ROWS_PER_SHARD for count in (1, 2, 4, 8, 16)]
 TABLES = ("raw", "formatted", "train", "validation", "test")
-READ_TRAIN = "from pathlib import Path; from stages.data.examples import *; read_split(Path('data/train.parquet'))"
+# What `train` does with its split besides the model: look at all examples, and order an epoch.
+READ_TRAIN = """
+from pathlib import Path
+from stages.data.examples import read_split
+from stages.engine.batches import Limits, shuffled_batches
+from stages.engine.probe import scan_examples
+train = read_split(Path("data/train.parquet"))
+scan_examples(train, Limits(1024, 1024))
+next(shuffled_batches(train, 16, 0, 0))
+"""
 CORES_ROWS, REPEATS = 2 * ROWS_PER_SHARD, 2  # for the comparison of one core with all cores
 
 
@@ -106,21 +115,27 @@ def prepare(folder: Path, num_rows: int) -> None:
 def run(command: Sequence[str], folder: Path) -> dict[str, Any]:
     """Run a command; returns its seconds, and its peak memory in bytes.
 
-    The peak memory is the largest sum, over the processes that run at the same time, of their peaks so far.
+    The peak memory is the largest sum, over the processes that run at the same time, of their peaks so far. The
+    anonymous memory is the largest sum that was seen; it does not include pages of files.
 
     Shared memory is counted in each process. Proportional set sizes would be exact, but reading them slows down the
     processes.
     """
-    start, peak = time.perf_counter(), 0
+    start, peak, anonymous = time.perf_counter(), 0, 0
     process = psutil.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         with suppress(psutil.NoSuchProcess):  # a process has ended
             members = [process, *process.children(recursive=True)]
             peak = max(peak, sum(peak_memory(member.pid) for member in members))
+            anonymous = max(anonymous, sum(anonymous_memory(member.pid) for member in members))
         time.sleep(0.1)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: exited with {process.returncode}")
-    return {"seconds": time.perf_counter() - start, "peak_memory_bytes": peak}
+    return {
+        "seconds": time.perf_counter() - start,
+        "peak_memory_bytes": peak,
+        "anonymous_memory_bytes": anonymous,
+    }
 
 
 if __name__ == "__main__":

@@ -15,9 +15,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from benchmarks.memory import peak_memory
 from stages.data.examples import IGNORE_INDEX, Example
 from stages.engine.batches import NO_LIMITS, PackedBatches, shuffled_batches
+from stages.engine.speed import matmul_rate
 from stages.runtime.params import TrainParams
 
 BASE, TOKENIZER = Path("models/base").absolute(), Path("models/tokenizer").absolute()
@@ -28,17 +31,19 @@ Wait = Callable[[], None]  # returns when it is the engine's turn
 
 @dataclass(frozen=True)
 class Work:
-    """The work of every engine: one epoch of the examples, with the parameters of `params.yaml`, in fp32 or bf16."""
+    """The work of every engine: one epoch of the examples, with the parameters of `params.yaml`, in fp32 or bf16.
 
-    examples: list[Example]
+    The learning rate is constant, because the engines have different schedules.
+    """
+
+    examples: Sequence[Example]
     params: TrainParams
     base: Path
-    num_warmup_steps: int = 2  # of the learning rate schedule
 
     @property
     def batches(self) -> list[list[Example]]:
         """The effective batches, in the same order for all engines."""
-        return shuffled_batches(self.examples, self.params.effective_batch_size, self.params.seed, epoch=0)
+        return [*shuffled_batches(self.examples, self.params.effective_batch_size, self.params.seed, epoch=0)]
 
 
 def textbook(work: Work, wait: Wait) -> list[float]:
@@ -50,7 +55,7 @@ def textbook(work: Work, wait: Wait) -> list[float]:
     model = AutoModelForCausalLM.from_pretrained(work.base, dtype="float32").train()
     losses = []
     wait()
-    for loss in textbook_steps(model, work.batches, work.params, work.num_warmup_steps, work.params.max_length):
+    for loss in textbook_steps(model, work.batches, work.params, 0, work.params.max_length):
         losses.append(loss)
         wait()
     return losses
@@ -88,7 +93,6 @@ def trl(work: Work, wait: Wait) -> list[float]:
             gradient_accumulation_steps=params.gradient_accumulation_steps,
             learning_rate=params.learning_rate,
             lr_scheduler_type=params.lr_scheduler,
-            warmup_steps=work.num_warmup_steps,
             weight_decay=params.weight_decay,
             max_grad_norm=params.max_grad_norm,
             num_train_epochs=1,
@@ -118,15 +122,16 @@ def this_project(work: Work, wait: Wait) -> list[float]:
     """`fit` of `stages/train.py`, in a temporary folder."""
     from stages.engine.checkpoints import Checkpoints
     from stages.engine.distributed import DistributedContext
-    from stages.engine.engine import Engine, StepResult
+    from stages.engine.engine import EffectiveBatch, Engine, StepResult
     from stages.engine.models import pick_device
+    from stages.engine.schedule import Schedule
     from stages.engine.training_log import TrainingLog
     from stages.train import fit
 
     class WaitingEngine(Engine):
         """Waits before each step and before the validation at the end."""
 
-        def train_step(self, batch: Sequence[Example]) -> StepResult:
+        def train_step(self, batch: EffectiveBatch) -> StepResult:
             wait()
             return super().train_step(batch)
 
@@ -134,11 +139,11 @@ def this_project(work: Work, wait: Wait) -> list[float]:
             wait()
             return super().validation_loss(examples)
 
-    params = work.params.model_copy(update={"num_epochs": 1, "warmup_steps": work.num_warmup_steps})
     context = DistributedContext(pick_device())
-    engine = WaitingEngine.load(params, work.examples, len(work.batches), context, work.base)
+    schedule = Schedule.plan(work.params, len(work.examples))
+    engine = WaitingEngine.load(work.params, work.examples, schedule, context, work.base)
     with TemporaryDirectory() as folder, chdir(folder):
-        log = TrainingLog(engine.num_steps, params.logging_steps, Path("curve.csv"))
+        log = TrainingLog(schedule.num_steps, work.params.logging_steps, Path("curve.csv"))
         fit(engine, work.examples, work.examples[:1], Checkpoints(Path("checkpoints")), log)
         return [float(line.split(",")[1]) for line in Path("curve.csv").read_text().splitlines()[1:]]
 
@@ -185,7 +190,7 @@ def start_engine(engine: str, work: Work) -> Iterator[Connection]:
 
 
 def measure(
-    examples: list[Example], params: TrainParams, runs: Sequence[tuple[str, str]], base: Path = BASE
+    examples: Sequence[Example], params: TrainParams, runs: Sequence[tuple[str, str]], base: Path = BASE
 ) -> dict[str, Any]:
     """Losses, seconds per step and peak memory of each run.
 
@@ -193,7 +198,11 @@ def measure(
         runs: engines with their precisions; the others are compared with the last one.
     """
     examples = examples[: STEPS * params.effective_batch_size]
-    works = [Work(examples, params.model_copy(update={"precision": precision}), base) for _, precision in runs]
+    common = {"num_epochs": 1, "max_steps": None, "lr_scheduler": "constant", "warmup_steps": 0}
+    common |= {"eval_steps": STEPS, "save_steps": STEPS, "early_stopping_patience": None}
+    works = [
+        Work(examples, params.model_copy(update={**common, "precision": precision}), base) for _, precision in runs
+    ]
     seconds: list[list[float]] = [[] for _ in runs]
     peaks: list[float] = []
     with ExitStack() as stack:
@@ -201,7 +210,7 @@ def measure(
             stack.enter_context(start_engine(engine, work)) for (engine, _), work in zip(runs, works, strict=True)
         ]
         for step in range(STEPS):
-            peaks.append(matmul_rate(runs[-1][1]))
+            peaks.append(matmul_rate(torch.device("cpu"), runs[-1][1]))
             for engine, own in zip(engines, seconds, strict=True):
                 start = time.perf_counter()
                 engine.send("go")
@@ -228,29 +237,3 @@ def measure(
             for (engine, precision), own, (losses, memory) in zip(runs, seconds, ends, strict=True)
         },
     }
-
-
-def matmul_rate(precision: str, size: int = 2048) -> float:
-    """The highest rate of a large matrix multiplication in FLOP/s, a measure of the machine's peak at this moment."""
-    import torch
-
-    a, b = torch.randn(2, size, size).to(torch.bfloat16 if precision == "bf16" else torch.float32)
-    best = 0.0
-    for _ in range(10):
-        start = time.perf_counter()
-        a @ b
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best
-
-
-def flops_per_token() -> tuple[int, int]:
-    """FLOPs of forward and backward per token in the body and per supervised token in the head.
-
-    These are 6 per parameter (Kaplan et al., 2020), without attention scores, which add 2% at these lengths.
-    """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(BASE)
-    head = model.get_output_embeddings().weight.numel()
-    body = sum(parameter.numel() for name, parameter in model.base_model.named_parameters() if "embed" not in name)
-    return 6 * body, 6 * head

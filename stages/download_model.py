@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from stages.runtime.errors import UserError, user_errors
 from stages.runtime.files import atomic_path, file_sha256, write_json
-from stages.runtime.params import PYPI_MODEL, DownloadModelParams, load_params
+from stages.runtime.param_types import PYPI_MODEL
+from stages.runtime.params import DownloadModelParams, load_params
 from stages.runtime.run import run
 from stages.runtime.terminal import summary
 
@@ -178,7 +179,7 @@ def probe_model(where: str, folder: Path, token_ids: list[int]) -> dict[str, str
         labels = np.where(np.arange(length) < length // 2, IGNORE_INDEX, input_ids)
         examples.append(Example(str(length), input_ids, labels))
     try:
-        _, (engine, *_) = choose_batches(model, examples, sum(PROBE_LENGTHS))
+        engine = choose_batches(model, examples, sum(PROBE_LENGTHS)).messages[0]
         method = choose_method(model, [example.input_ids.tolist() for example in examples], PROBE_TOKENS)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

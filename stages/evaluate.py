@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from stages.engine.batches import Batches
+    from stages.engine.distributed import DistributedContext
 
 TEST = Path("data/test.parquet")
-TOKENS_PER_MICRO_BATCH = 2048
+SCORED_TOKENS = 2  # per token of a micro-batch in training; no activations are kept for a backward pass
 MAX_LOSS = 100  # nats/token; a uniform guess over the vocabulary has about 10
 NGRAM = 4  # words of the sequences that `repetition` counts
 PREDICTIONS_SCHEMA = pa.schema(
@@ -105,7 +106,15 @@ def main() -> None:
     predictions = Path(f"data/predictions/{name}.parquet")
     metrics_file, losses_file = (Path(f"metrics/evaluate/{name}.{suffix}") for suffix in ("json", "csv"))
 
-    rows = predict(Path("models") / name, params)
+    from stages.engine.distributed import init_distributed
+
+    context = init_distributed()
+    if context.sharded:
+        print(f"Launcher: {params.launcher}: {context}")
+    rows = predict(Path("models") / name, params, context) if context.is_needed_for_inference else None
+    context.shutdown()
+    if rows is None or not context.is_main_process:
+        return
     metrics = compute_metrics(rows)
     slices = {value: compute_metrics(part) for value, part in rows.groupby("slice")}
     write_parquet(predictions, rows.to_dict("records"), PREDICTIONS_SCHEMA)
@@ -125,8 +134,10 @@ def main() -> None:
     )
 
 
-def predict(folder: Path, params: EvaluateParams) -> "pd.DataFrame":
+def predict(folder: Path, params: EvaluateParams, context: "DistributedContext") -> "pd.DataFrame":
     """The columns of `PREDICTIONS_SCHEMA` for each test example: its loss, and its greedy answer.
+
+    If the weights are sharded, all ranks compute the same.
 
     Raises:
         UserError: the loss is far above that of a random guess, or not a number.
@@ -134,19 +145,20 @@ def predict(folder: Path, params: EvaluateParams) -> "pd.DataFrame":
     import pandas as pd
 
     from stages.engine.decoding import generate_answers, generation_settings
-    from stages.engine.models import autocast, load_model
+    from stages.engine.loading import load_for_inference
+    from stages.engine.models import autocast
     from stages.engine.probe import choose_batches
 
     examples = read_split(TEST)
     test = read_table(TEST, ["example_id", "prompt_id", "slice", "response"]).to_pandas()
-    model, tokenizer = load_model(folder).eval(), load_tokenizer()
-    batches, messages = choose_batches(model, examples, TOKENS_PER_MICRO_BATCH)
+    model, tokenizer = load_for_inference(folder, params.precision, context), load_tokenizer()
+    batches, messages, _ = choose_batches(model, examples, SCORED_TOKENS * params.tokens_per_batch)
     print(*messages, sep="\n", flush=True)
     prompts = [example.input_ids[: example.last_response].tolist() for example in examples]
     settings = generation_settings(load_template(params.template, tokenizer).eos_token_ids, params.max_new_tokens)
-    with autocast(params.precision, model.device):
+    with autocast(params.precision, model.device, cache_enabled=not context.sharded):
         scores = score_tokens(model, batches, examples)
-        answers = generate_answers(model, tokenizer, prompts, settings)
+        answers = generate_answers(model, tokenizer, prompts, settings, params.tokens_per_batch)
     rows = [
         {
             "loss": score.loss_sum / score.num_tokens,
@@ -180,7 +192,7 @@ class Score:
     num_correct: int
 
 
-def score_tokens(model: "PreTrainedModel", batches: "Batches", examples: list[Example]) -> list[Score]:
+def score_tokens(model: "PreTrainedModel", batches: "Batches", examples: Sequence[Example]) -> list[Score]:
     """The scores of the examples, in their order. Only one micro-batch is in memory at a time."""
     import torch
 

@@ -7,14 +7,12 @@ process per CPU core formats the shards of a large table.
 import argparse
 import json
 import sys
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +29,7 @@ from stages.data.tables import parquet_writer, read_batches, shard_writer, shard
 from stages.data.templates import SELECTED_TEMPLATE, Template, load_template, select_template
 from stages.runtime.errors import UserError, user_errors
 from stages.runtime.files import write_csv, write_json
-from stages.runtime.parallel import map_processes
+from stages.runtime.parallel import map_processes, prefetch_map
 from stages.runtime.params import DownloadDatasetParams, FormatParams, load_params
 from stages.runtime.run import run
 from stages.runtime.terminal import console, summary
@@ -42,8 +40,6 @@ FORMATTED, REJECTED = Path("data/formatted.parquet"), Path("data/rejected.parque
 METRICS, LENGTHS = Path("metrics/format.json"), Path("metrics/lengths.csv")
 COUNT_NAMES = ("rows_in", "kept", "left_out", "examples", "truncated", "tokens", "supervised_tokens")
 LENGTH_BIN = 16  # tokens per bar in the plot of lengths
-S = TypeVar("S")
-T = TypeVar("T")
 
 
 @dataclass
@@ -153,7 +149,8 @@ def format_shard(params: FormatParams, formatted: Path, number: int, raw: Path) 
     counts, all_rejected = Counts(), []
     with shard_writer(formatted, FORMATTED_SCHEMA, number) as writer:
         format_one = partial(format_batch, template=template, params=params)
-        for examples, rejected in prefetch_map(format_one, read_batches(raw)):
+        # Two threads: tokenizing releases the GIL, so that the other one can run.
+        for examples, rejected in prefetch_map(format_one, read_batches(raw), num_ahead=2):
             writer.write(examples)
             counts.count(examples, rejected)
             all_rejected += rejected
@@ -202,16 +199,6 @@ def format_batch(batch: pa.Table, template: Template, params: FormatParams) -> t
     ]
     assert len({*rows[fits].tolist()}) + len(rejected) == len(batch), "a row vanished"  # noqa: S101
     return pa.table(columns, FORMATTED_SCHEMA).filter(pa.array(fits)), rejected
-
-
-def prefetch_map(function: Callable[[S], T], items: Iterator[S]) -> Iterator[T]:
-    """`map` with two threads, at most two items ahead. Tokenizing releases the GIL, so the other thread can run."""
-    with ThreadPoolExecutor(2) as pool:
-        pending = deque(pool.submit(function, item) for item in islice(items, 2))
-        while pending:
-            result = pending.popleft().result()
-            pending.extend(pool.submit(function, item) for item in islice(items, 1))
-            yield result
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -24,16 +24,26 @@ def main() -> None:
     from transformers import set_seed
 
     from stages.engine.decoding import generate_answers, generation_settings
-    from stages.engine.models import autocast, check_context_length, load_model
+    from stages.engine.distributed import init_distributed
+    from stages.engine.loading import load_for_inference
+    from stages.engine.models import autocast, check_context_length
 
-    model, tokenizer = load_model(Path("models") / name).eval(), load_tokenizer()
+    context = init_distributed()
+    if not context.is_needed_for_inference:
+        return
+    if context.sharded:
+        print(f"Launcher: {params.launcher}: {context}")
+    model, tokenizer = load_for_inference(Path("models") / name, params.precision, context), load_tokenizer()
     template = load_template(params.template, tokenizer)
     prompts = template.encode_prompts(params.sample_prompts)
     check_context_length(model, max(map(len, prompts)), "the longest of sample_prompts")
     set_seed(params.seed)
     settings = generation_settings(template.eos_token_ids, params.max_new_tokens, params.temperature, params.top_p)
-    with autocast(params.precision, model.device):
-        answers = generate_answers(model, tokenizer, prompts, settings)
+    with autocast(params.precision, model.device, cache_enabled=not context.sharded):
+        answers = generate_answers(model, tokenizer, prompts, settings, params.tokens_per_batch)
+    context.shutdown()
+    if not context.is_main_process:
+        return
     shown = f"temperature {params.temperature:g}, top_p {params.top_p:g}, seed {params.seed}"
     parts = [f"# Answers of the {name} model\n\nAt most {params.max_new_tokens} tokens, {shown}.\n"]
     for instruction, answer in zip(params.sample_prompts, answers, strict=True):

@@ -25,17 +25,22 @@ def main() -> None:
     predictions = Path(f"data/predictions/replicates/{seed}.parquet")
 
     training = TrainParams(**params.model_dump(include=set(TrainingParams.model_fields)), seed=seed)
-    metrics = train_model(training, tuned)
-    if metrics is None:  # not the main process
+    from stages.engine.distributed import DistributedContext
+    from stages.engine.models import pick_device
+
+    result = train_model(training, tuned)
+    if result is None:  # not the main process
         return
+    metrics, speed = result
     try:
-        rows = predict(tuned, params)
+        rows = predict(tuned, params, DistributedContext(pick_device()))  # the other ranks have ended
     finally:
         remove(tuned)
     write_parquet(predictions, rows.to_dict("records"), PREDICTIONS_SCHEMA)
     summary(
         {
             "validation": f"loss {metrics['validation_loss']:.4f} at step {metrics['best_step']:,}, the best",
+            "speed": speed,
             "test": f"loss {compute_metrics(rows)['loss']:.4f}",
         },
         wrote=[predictions],

@@ -1,16 +1,17 @@
 """Fine-tune `models/base` on `data/train.parquet` → `models/tuned`, the checkpoint with the lowest validation loss."""
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.data.examples import Example, read_split
 from stages.data.masking import load_tokenizer
 from stages.data.templates import load_template
-from stages.engine.optimizer import count_warmup_steps, trainable_parameters
+from stages.engine.optimizer import trainable_parameters
+from stages.engine.schedule import Schedule
 from stages.runtime.files import atomic_path, write_json, write_text
 from stages.runtime.params import TrainParams, load_params
 from stages.runtime.run import run
@@ -27,9 +28,10 @@ TUNED, METRICS, CURVE = Path("models/tuned"), Path("metrics/train.json"), Path("
 
 
 def main() -> None:
-    metrics = train_model(load_params(TrainParams), TUNED, CURVE)
-    if metrics is None:
+    result = train_model(load_params(TrainParams), TUNED, CURVE)
+    if result is None:
         return
+    metrics, speed = result
     write_json(METRICS, metrics)
     root = Path(os.environ.get("DVC_ROOT", "."))
     used = [f"{format_bytes(disk_usage(root / name))} in {name}" for name in (".dvc/cache", ".scratch")]
@@ -37,6 +39,7 @@ def main() -> None:
         {
             "training": f"loss {metrics['loss']:.4f}, mean of the run",
             "validation": f"loss {metrics['validation_loss']:.4f} at step {metrics['best_step']:,}, the best",
+            "speed": speed,
             "disk": f"{', '.join(used)}; how to free it: README, Disk",
         },
         wrote=[TUNED, CURVE, METRICS],
@@ -44,22 +47,22 @@ def main() -> None:
     )
 
 
-def train_model(params: TrainParams, tuned: Path, curve: Path | None = None) -> dict[str, Any] | None:
+def train_model(params: TrainParams, tuned: Path, curve: Path | None = None) -> tuple[dict[str, Any], str] | None:
     """Train the base model, and save the model with the lowest validation loss to the folder `tuned`.
 
     Args:
         curve: where to write the training curve.
 
     Returns:
-        The metrics of the run on the main process, None on the other ranks.
+        The metrics of the run and its speed on the main process, None on the other ranks.
     """
     train, validation = read_split(Path("data/train.parquet")), read_split(Path("data/validation.parquet"))
-    num_steps = params.num_epochs * count_steps_per_epoch(train, params)
-    count_warmup_steps(params.warmup_steps, num_steps)  # reports a mistake before torch is imported
+    schedule = Schedule.plan(params, len(train))  # reports mistakes before torch is imported
 
     from stages.engine.checkpoints import Checkpoints
     from stages.engine.distributed import init_distributed
     from stages.engine.engine import Engine
+    from stages.engine.speed import matmul_rate
     from stages.engine.training_log import TrainingLog
     from stages.runtime.environment import environment
 
@@ -70,24 +73,20 @@ def train_model(params: TrainParams, tuned: Path, curve: Path | None = None) -> 
         open_run = Checkpoints.open_run("train", params.model_dump(exclude=RESUMABLE), run_environment)
         folder = context.broadcast_from_main(lambda: stack.enter_context(open_run).folder)
         checkpoints = Checkpoints(folder, read_only=not context.is_main_process)
-        engine = Engine.load(params, [*train, *validation], num_steps, context)
-        print(f"{len(train):,} examples, {num_steps:,} steps of {params.effective_batch_size}")
+        engine = Engine.load(params, chain(train, validation), schedule, context)
+        print(f"{len(train):,} examples, {schedule.num_steps:,} steps of {params.effective_batch_size}")
         if context.world_size > 1:
             print(f"Launcher: {params.launcher}: {context}")
         print(*engine.messages, sep="\n", flush=True)
-        log = TrainingLog(num_steps, params.logging_steps, curve if context.is_main_process else None)
+        peak = sum(context.gather(matmul_rate(context.device, params.precision)))
+        log = TrainingLog(schedule.num_steps, params.logging_steps, curve if context.is_main_process else None, peak)
         metrics = fit(engine, train, validation, checkpoints, log)
         if context.is_main_process:
             save_tuned(engine, metrics, checkpoints, tuned)
     context.shutdown()
     if context.world_size > 1:
         run_environment["processes"] = str(context)
-    return {**metrics, "environment": run_environment} if context.is_main_process else None
-
-
-def count_steps_per_epoch(train: Sequence[Example], params: TrainParams) -> int:
-    """Optimizer steps per epoch; the last effective batch may be smaller."""
-    return math.ceil(len(train) / params.effective_batch_size)
+    return ({**metrics, "environment": run_environment}, log.speed) if context.is_main_process else None
 
 
 def fit(
@@ -107,12 +106,12 @@ def fit(
     """
     from stages.engine.engine import require_finite
 
-    params = engine.params
+    params, schedule = engine.params, engine.schedule
     if state := engine.resume(checkpoints):
         log.load_state_dict(state["log"])
         print(f"Resuming from the checkpoint at step {log.step:,}", flush=True)
 
-    for batch in effective_batches(train, params, first_step=log.step):
+    for batch in engine.prepare(effective_batches(train, params, schedule, first_step=log.step)):
         # Step.
         result = engine.train_step(batch)
 
@@ -120,31 +119,41 @@ def fit(
         log.log_step(result)
 
         # Validate, and keep the best.
-        is_last = log.step == engine.num_steps
-        if log.step % params.eval_steps == 0 or is_last:
-            validation_loss = require_finite("validation loss", engine.validation_loss(validation), log.step, batch)
-            if log.log_validation(validation_loss):
+        if schedule.validates_after(log.step):
+            loss = engine.validation_loss(validation)
+            if log.log_validation(require_finite("validation loss", loss, log.step, batch.examples)):
                 checkpoints.save_best(engine.trainable_weights())
         log.write()
 
+        # Stop early.
+        stale = log.validations_since_best  # validations without a lower loss
+        if params.early_stopping_patience and stale >= params.early_stopping_patience and log.step < schedule.num_steps:
+            print(f"Stopped early at step {log.step:,}: {stale} validations without a lower loss")
+            log.end()
+            break
+
         # Checkpoint.
-        if log.step % params.save_steps == 0 and not is_last:
+        if schedule.saves_after(log.step):
             tensors, engine_state = engine.state_dict()
             checkpoints.save(log.step, tensors, {"engine": engine_state, "log": log.state_dict()})
     return log.metrics(len(train))
 
 
-def effective_batches(train: Sequence[Example], params: TrainParams, first_step: int) -> Iterator[Sequence[Example]]:
+def effective_batches(
+    train: Sequence[Example], params: TrainParams, schedule: Schedule, first_step: int
+) -> Iterator[Sequence[Example]]:
     """The effective batches of the run from `first_step` (counted from 0) on.
 
     Their order is a function of seed and epoch, so checkpoints do not record it.
     """
     from stages.engine.batches import shuffled_batches
 
-    first_epoch, done = divmod(first_step, count_steps_per_epoch(train, params))
-    for epoch in range(first_epoch, params.num_epochs):
-        yield from shuffled_batches(train, params.effective_batch_size, params.seed, epoch)[done:]
-        done = 0
+    first_epoch, done = divmod(first_step, schedule.steps_per_epoch)
+    batches = chain.from_iterable(
+        shuffled_batches(train, params.effective_batch_size, params.seed, epoch, 0 if epoch > first_epoch else done)
+        for epoch in range(first_epoch, params.num_epochs)
+    )
+    return islice(batches, schedule.num_steps - first_step)
 
 
 def save_tuned(engine: "Engine", metrics: dict[str, Any], checkpoints: "Checkpoints", folder: Path) -> None:
@@ -152,18 +161,17 @@ def save_tuned(engine: "Engine", metrics: dict[str, Any], checkpoints: "Checkpoi
     import torch
     from transformers import GenerationConfig
 
-    from stages.engine.engine import BASE
+    from stages.engine.loading import BASE
     from stages.engine.model_card import model_card
     from stages.engine.models import checkpoint_dtype, load_model
 
     params = engine.params
-    uses_lora = params.finetuning == "lora"
-    if uses_lora:
+    if params.uses_lora:
         from stages.engine.lora import add_adapters, merge, save_adapter
     model = engine.model
     if hasattr(model, "unshard"):  # this rank has only a part of a sharded model
         model = load_model(BASE, torch.device("cpu"))
-        if uses_lora:
+        if params.uses_lora:
             add_adapters(model, params)
     best = checkpoints.load_best()
     with torch.no_grad():
@@ -174,7 +182,7 @@ def save_tuned(engine: "Engine", metrics: dict[str, Any], checkpoints: "Checkpoi
     tokenizer.chat_template = template.chat_template or tokenizer.chat_template
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(template.eos_token_ids[0])
     with atomic_path(folder, durable=True) as partial:
-        if uses_lora:
+        if params.uses_lora:
             save_adapter(model, BASE, partial / "adapter")
             model = merge(BASE, partial / "adapter")
         model.generation_config = GenerationConfig(

@@ -109,7 +109,7 @@ def compare(model: PreTrainedModel) -> Outcome:
     for kind, lengths in LENGTHS.items():
         examples = make_examples(lengths)
         num_supervised = sum(one.num_supervised for one in examples)
-        batches, (message, *_) = choose_batches(model.train(), examples, max_tokens=40)
+        batches, (message, *_), _ = choose_batches(model.train(), examples, max_tokens=40)
         training.append(message.removeprefix("Engine: ").partition(";")[0])
 
         model.train(not has_dropout(model, examples))  # some routers of experts are random in training

@@ -65,7 +65,7 @@ def test_micro_batches_do_not_exceed_the_token_limit() -> None:
 
 def test_last_effective_batch_of_an_epoch_is_smaller_and_kept() -> None:
     examples = [example([i], [2], str(i)) for i in range(7)]
-    batches = shuffled_batches(examples, 3, seed=0, epoch=0)
+    batches = list(shuffled_batches(examples, 3, seed=0, epoch=0))
     assert [len(batch) for batch in batches] == [3, 3, 1]
     assert sorted(e.example_id for batch in batches for e in batch) == ["0", "1", "2", "3", "4", "5", "6"]
 

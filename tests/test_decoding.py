@@ -14,6 +14,7 @@ from stages.engine.decoding import (
     Answer,
     Method,
     NewTokens,
+    batches_of_prompts,
     choose_method,
     generate,
     generate_alone,
@@ -36,7 +37,7 @@ def tokenizer(tiny_model: Path) -> Any:
 def test_answer_ends_before_the_eos_token(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = tokenizer.encode("ab")
     monkeypatch.setattr(decoding, "generate", lambda *_: [[a, 0], [a, b, b]])
-    answers = generate_answers(None, tokenizer, [[7], [8, 9]], generation_settings([0], 3))  # type: ignore[arg-type]
+    answers = generate_answers(None, tokenizer, [[7], [8, 9]], generation_settings([0], 3), 1000)  # type: ignore[arg-type]
     assert answers == [Answer("a", 1, stopped=True), Answer("abb", 3, stopped=False)]
 
 
@@ -44,9 +45,15 @@ def test_answers_are_in_the_order_of_the_prompts(monkeypatch: pytest.MonkeyPatch
     # Batches are sorted by length, which saves padding.
     monkeypatch.setattr(decoding, "choose_method", lambda *_: "lengths")
     monkeypatch.setitem(METHODS, "lengths", lambda _, prompts, __: [NewTokens([len(ids)], []) for ids in prompts])
-    monkeypatch.setattr(decoding, "PROMPTS_PER_BATCH", 2)
     prompts = [[1, 2], [3], [4, 5, 6]]
-    assert generate(None, prompts, generation_settings([0], 1)) == [[2], [1], [3]]  # type: ignore[arg-type]
+    assert generate(None, prompts, generation_settings([0], 1), 1) == [[2], [1], [3]]  # type: ignore[arg-type]
+
+
+def test_batches_of_prompts_have_similar_lengths_and_are_limited_by_tokens() -> None:
+    prompts = [[1] * length for length in (3, 1, 9, 2)]
+    assert list(batches_of_prompts(prompts, 2, max_tokens=100)) == [[1, 3, 0, 2]]
+    assert list(batches_of_prompts(prompts, 2, max_tokens=15)) == [[1, 3, 0], [2]]
+    assert list(batches_of_prompts(prompts, 2, max_tokens=9)) == [[1, 3], [0], [2]]  # the last is longer by itself
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +95,7 @@ def test_packed_prompts_give_the_answers_of_transformers(name: str) -> None:
     prompts = [[5, 6, 7, 8], [5, 6, 9, 10, 11, 12, 13], [5, 6, 14]]
     expected = [textbook_answer(model, prompt, 2, 20) for prompt in prompts]
     assert choose_method(model, prompts, 12) == "packed prompts"
-    assert generate(model, prompts, generation_settings([2], 20)) == expected
+    assert generate(model, prompts, generation_settings([2], 20), 1000) == expected
     assert len({tuple(answer) for answer in expected}) == 3
 
 
@@ -97,7 +104,7 @@ def test_answers_beyond_a_sliding_window_equal_those_of_transformers() -> None:
     for window, method in ((4, "padded prompts"), (8, "padded prompts"), (64, "packed prompts")):
         model = random_model(Gemma3TextConfig(**SLIDING_WINDOW.to_dict() | {"sliding_window": window})).eval()
         assert choose_method(model, prompts, 12) == method
-        found = generate(model, prompts, generation_settings([2], 12))
+        found = generate(model, prompts, generation_settings([2], 12), 1000)
         assert found == [textbook_answer(model, prompt, 2) for prompt in prompts]
         # `evaluate` calls it inside autocast, where bf16 rounding would hide the difference.
         with torch.autocast("cpu", torch.bfloat16):
@@ -116,8 +123,8 @@ def test_answer_ends_when_the_context_is_full(name: str, method: Method) -> None
 
 def test_batch_gives_the_same_answers_as_single_prompts(model: Any, tokenizer: Any) -> None:
     settings = generation_settings([0], 8)
-    together = generate_answers(model, tokenizer, PROMPTS, settings)
-    assert together == [generate_answers(model, tokenizer, [prompt], settings)[0] for prompt in PROMPTS]
+    together = generate_answers(model, tokenizer, PROMPTS, settings, 1000)
+    assert together == [generate_answers(model, tokenizer, [prompt], settings, 1000)[0] for prompt in PROMPTS]
     assert all(answer.num_tokens == 8 or answer.stopped for answer in together)
 
 
@@ -125,7 +132,7 @@ def test_samples_depend_on_the_seed(model: Any, tokenizer: Any) -> None:
     def sample(seed: int) -> list[str]:
         torch.manual_seed(seed)
         settings = generation_settings([0], 8, temperature=1.0, top_p=0.9)
-        return [answer.text for answer in generate_answers(model, tokenizer, PROMPTS, settings)]
+        return [answer.text for answer in generate_answers(model, tokenizer, PROMPTS, settings, 1000)]
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
@@ -133,7 +140,7 @@ def test_samples_depend_on_the_seed(model: Any, tokenizer: Any) -> None:
 
 def test_temperature_zero_is_textbook_answer(model: Any, tokenizer: Any) -> None:
     torch.manual_seed(1)
-    first = generate(model, PROMPTS, generation_settings([0], 8, temperature=0, top_p=0.5))
+    first = generate(model, PROMPTS, generation_settings([0], 8, temperature=0, top_p=0.5), 1000)
     assert first == [textbook_answer(model, prompt, 0, 8) for prompt in PROMPTS]
 
 

@@ -24,7 +24,7 @@ from stages.engine.batches import Limits, PackedBatches, PaddedBatches, partitio
 from stages.engine.checkpoints import Checkpoints
 from stages.engine.distributed import DistributedContext
 from stages.engine.models import load_model
-from tests.clone import copy_clone, edit, environment
+from tests.clone import copy_clone, edit, environment, run_pipeline
 from tests.clone import run as run_in
 from tests.conftest import example
 from tests.fork_server import PYTHON
@@ -33,13 +33,14 @@ pytestmark = [pytest.mark.subprocess, pytest.mark.usefixtures("fast_stages")]
 
 TORCHRUN = "torchrun --standalone --nproc-per-node 2"
 ACCELERATE = "accelerate launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+CPU = torch.device("cpu")
 LIMITS = Limits(100, 100)
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false"}
 
 
-def launch(launcher: str, **env: str) -> subprocess.Popen[str]:
-    """Start `stages.train` in two processes. torchrun runs them with the program PYTHON_EXEC."""
-    command = [*launcher.split(), "-m", "stages.train"]
+def launch(launcher: str, *stage: str, **env: str) -> subprocess.Popen[str]:
+    """Start a stage, by default train, in two processes. torchrun runs them with the program PYTHON_EXEC."""
+    command = [*launcher.split(), "-m", *(stage or ["stages.train"])]
     log = Path("log").open("w")  # noqa: SIM115 (the process writes it)
     return subprocess.Popen(
         command,
@@ -51,9 +52,9 @@ def launch(launcher: str, **env: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(launcher: str, **env: str) -> tuple[int, str]:
+def finish(launcher: str, *stage: str, **env: str) -> tuple[int, str]:
     """Exit code and log."""
-    with launch(launcher, **env) as process:
+    with launch(launcher, *stage, **env) as process:
         process.wait(timeout=600)
     return process.returncode, Path("log").read_text()
 
@@ -145,6 +146,24 @@ def test_two_processes_train_like_one_also_after_a_kill(
     assert metrics["environment"]["processes"] == processes
 
 
+def test_a_sharded_model_has_the_losses_and_answers_of_one_process(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shutil.copytree(prepared, tmp_path / "project"))
+    edit(Path.cwd(), precision="fp32", max_new_tokens="6", launcher=TORCHRUN)
+    run_pipeline(Path.cwd(), "evaluate@base", "generate@base")
+    predictions, samples = Path("data/predictions/base.parquet"), Path("metrics/samples/base.md")
+    expected, answers = pq.read_table(predictions).to_pylist(), samples.read_text()
+    for stage in ("stages.evaluate", "stages.generate"):
+        status, log = finish(TORCHRUN, stage, "base", **SHARDED)
+        assert status == 0, log
+        assert log.count(f"Launcher: {TORCHRUN}: 2 processes, weights sharded (FSDP2)\n") == 1
+        assert log.count("Generation: packed prompts\n") == 1  # only the main process prints
+    assert samples.read_text() == answers
+    for one, other in zip(expected, pq.read_table(predictions).to_pylist(), strict=True):
+        assert other == one | {"loss": pytest.approx(one["loss"], rel=1e-5)}
+
+
 @pytest.mark.usefixtures("training_inputs")
 def test_an_error_in_one_process_ends_all() -> None:
     # The embedding of one token is NaN, and one example of the first step has it, so one of the processes fails.
@@ -155,7 +174,7 @@ def test_an_error_in_one_process_ends_all() -> None:
     weights["model.embed_tokens.weight"][399] = float("nan")
     save_file(weights, "models/base/model.safetensors", metadata={"format": "pt"})
     table = pq.read_table("data/train.parquet")
-    first_batch = shuffled_batches(read_split(Path("data/train.parquet")), 4, 42, 0)[0]
+    first_batch = next(shuffled_batches(read_split(Path("data/train.parquet")), 4, 42, 0))
     bad = next(example.example_id for example in first_batch if example.example_id != "0")
     rows = table.to_pylist()
     rows[int(bad)]["input_ids"][20] = 399
@@ -167,6 +186,9 @@ def test_an_error_in_one_process_ends_all() -> None:
     assert re.search(
         rf"^error: (process 1: )?step 1: loss is nan; .* examples of data/train.parquet: .*\b{bad}\b", log, re.M
     )
+    deadline = time.monotonic() + 10
+    while workers() and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert workers() == []
     assert not Path("models/tuned").exists()
 
@@ -181,7 +203,7 @@ def test_weights_that_no_rank_uses_keep_no_gradient(monkeypatch: pytest.MonkeyPa
         return Mock()
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    DistributedContext(torch.device("cpu"), world_size=2).all_reduce_gradients(model)  # type: ignore[arg-type]
+    DistributedContext(CPU, world_size=2).all_reduce_gradients(model)  # type: ignore[arg-type]
     assert used.grad.tolist() == [4, 4]
     assert used_elsewhere.grad.tolist() == [3, 3]
     assert unused.grad is None  # so AdamW does not decay it
@@ -200,14 +222,19 @@ def test_examples_are_partitioned_by_cost() -> None:
 
 def test_all_ranks_together_have_the_whole_batch() -> None:
     examples = [example([5, 6 + n], [*range(20, 21 + n % 4), 2], str(n)) for n in range(11)]
-    parts = []
-    for rank in range(3):
-        context = DistributedContext(torch.device("cpu"), rank=rank, world_size=3)
-        micro_batches = list(context.micro_batches(PackedBatches(Limits(12, 100)), examples))
-        assert not any(is_padding_step for _, is_padding_step in micro_batches)
-        parts.append([one.example_id for micro_batch, _ in micro_batches for one in micro_batch.examples])
+    costs = PackedBatches(LIMITS).costs(examples)
+    parts = [
+        [one.example_id for one in DistributedContext(CPU, rank, world_size=3).own_examples(examples, costs)]
+        for rank in range(3)
+    ]
     assert sorted((number for part in parts for number in part), key=int) == [str(n) for n in range(11)]
     assert [len(part) for part in parts] == [4, 4, 3]
+
+
+def test_ranks_with_sharded_weights_call_the_model_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DistributedContext, "gather", lambda *_: [2, 5])
+    assert DistributedContext(CPU, world_size=2, sharded=True).num_padding_steps(2) == 3
+    assert DistributedContext(CPU, world_size=2).num_padding_steps(2) == 0
 
 
 def test_the_pipeline_trains_with_a_launcher(tmp_path: Path, ran: Path) -> None:

@@ -12,6 +12,11 @@ from tests.clone import ROOT
 PIPELINE: dict[str, Any] = parse_yaml((ROOT / "dvc.yaml").read_text())
 STAGES = PIPELINE["stages"]
 NAMES = list(STAGES)
+PROPERTIES = {
+    "effective_batch_size": {"batch_size", "gradient_accumulation_steps"},
+    "tokens_per_batch": {"batch_size", "max_length"},
+    "uses_lora": {"finetuning"},
+}
 
 
 def imports(script: str) -> set[str]:
@@ -86,10 +91,10 @@ def test_a_stage_reads_the_parameters_that_its_model_has(name: str) -> None:
         for node in ast.walk(ast.parse(source.read_text()))
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("params", "self.params", "engine.params")
     }
-    if "effective_batch_size" in read:  # their product
-        read |= {"batch_size", "gradient_accumulation_steps"}
-    # max_length of train is part of the size of a micro-batch; model_dump gives all of them.
-    assert read - {"model_dump", "effective_batch_size"} == parameters_of_model(name)
+    for computed in read & PROPERTIES.keys():
+        read |= PROPERTIES[computed]
+    # model_dump gives all of them.
+    assert read - {"model_dump", *PROPERTIES} == parameters_of_model(name)
 
 
 def test_every_parameter_is_read_and_has_a_comment() -> None:

@@ -70,7 +70,7 @@ def test_stop_rate_counts_only_examples_whose_reference_fits() -> None:
 
 def run_evaluate(monkeypatch: pytest.MonkeyPatch, rows: pd.DataFrame) -> dict[str, Any]:
     """The metrics that the stage writes for these predictions."""
-    monkeypatch.setattr(evaluate, "predict", lambda folder, params: rows)
+    monkeypatch.setattr(evaluate, "predict", lambda folder, params, context: rows)
     monkeypatch.setattr(sys, "argv", ["evaluate", "tuned"])
     evaluate.main()
     result: dict[str, Any] = json.loads(Path("metrics/evaluate/tuned.json").read_text())

@@ -10,12 +10,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
 from stages import train
 from stages.data.examples import read_split
+from stages.engine import loading
 from stages.engine.batches import shuffled_batches
-from stages.engine.lora import add_adapters, merge, save_adapter, store_frozen_in_bf16
+from stages.engine.distributed import DistributedContext
+from stages.engine.loading import load_for_training
+from stages.engine.lora import add_adapters, merge, save_adapter
+from stages.engine.loss import summed_loss
 from stages.engine.models import load_model
 from stages.engine.optimizer import trainable_parameters
 from stages.engine.probe import choose_batches
@@ -32,8 +36,12 @@ BASE, TUNED = Path("models/base"), Path("models/tuned")
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
-def edit_lora(**changes: str) -> TrainParams:
-    edit(Path.cwd(), finetuning="lora", lora_rank="4", lora_alpha="8", learning_rate="1e-2", **changes)
+FINETUNING = pytest.mark.parametrize("finetuning", ["lora", "qlora"])
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+def edit_lora(finetuning: str = "lora", **changes: str) -> TrainParams:
+    edit(Path.cwd(), finetuning=finetuning, lora_rank="4", lora_alpha="8", learning_rate="1e-2", **changes)
     return load_params(TrainParams)
 
 
@@ -42,11 +50,14 @@ def base_in_fp32() -> None:
     load_model(BASE).save_pretrained(BASE)
 
 
-def test_losses_equal_those_of_plain_peft_in_the_textbook_loop() -> None:
-    params = edit_lora(eval_steps="1000")
+@FINETUNING
+def test_losses_equal_those_of_plain_peft_in_the_textbook_loop(finetuning: str) -> None:
+    params = edit_lora(finetuning, eval_steps="1000")
     set_seed(params.seed)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(load_model(BASE), config).train()
+    quantization = NF4 if finetuning == "qlora" else None
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, quantization_config=quantization)
+    model = get_peft_model(base, config).train()
     examples = read_split(Path("data/train.parquet"))
     batches = [batch for epoch in range(4) for batch in shuffled_batches(examples, 4, params.seed, epoch)]
     losses = list(textbook_steps(model, batches, params, num_warmup_steps=3))
@@ -60,9 +71,10 @@ def test_losses_equal_those_of_plain_peft_in_the_textbook_loop() -> None:
         assert (adapter[name] - weight).norm() <= 1e-4 * weight.norm(), name
 
 
-def test_the_tuned_model_is_the_base_with_its_adapter_merged() -> None:
+@FINETUNING
+def test_the_tuned_model_is_the_base_with_its_adapter_merged(finetuning: str) -> None:
     base_in_fp32()
-    edit_lora()
+    edit_lora(finetuning)
     train.main()
     tuned = AutoModelForCausalLM.from_pretrained(TUNED)
     base = AutoModelForCausalLM.from_pretrained(BASE)
@@ -120,11 +132,13 @@ def outcome() -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(paths) if path.is_file()}
 
 
-@pytest.mark.parametrize(("dropout", "precision"), [("0.0", "fp32"), ("0.3", "bf16")])
+@pytest.mark.parametrize(
+    ("finetuning", "dropout", "precision"), [("lora", "0.0", "fp32"), ("lora", "0.3", "bf16"), ("qlora", "0.0", "bf16")]
+)
 def test_an_interrupted_run_resumes_to_the_same_bytes(
-    dropout: str, precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finetuning: str, dropout: str, precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    edit_lora(lora_dropout=dropout, precision=precision)
+    edit_lora(finetuning, lora_dropout=dropout, precision=precision)
     train.main()
     expected = outcome()
     for folder in ("models/tuned", "metrics", ".scratch"):
@@ -166,29 +180,53 @@ def test_a_layer_that_peft_does_not_support_is_an_error_that_names_the_parameter
 def test_prefixes_are_not_shared_if_adapters_have_dropout(dropout: float, shared: bool) -> None:
     model = load_model(BASE).train()
     add_adapters(model, edit_lora(lora_dropout=str(dropout)))
-    batches, _ = choose_batches(model, read_split(Path("data/train.parquet")), 1000)
+    batches, _, _ = choose_batches(model, read_split(Path("data/train.parquet")), 1000)
     assert batches.share_prefix is shared  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_frozen_matrices_in_bf16_give_the_same_bits(architecture: str) -> None:
+def test_frozen_matrices_in_bf16_give_the_same_bits(architecture: str, tmp_path: Path) -> None:
+    random_model(CONFIGS[architecture]).to(torch.bfloat16).save_pretrained(tmp_path)
     found = []
-    for rounded in (False, True):
-        model = random_model(CONFIGS[architecture]).train()
+    for precision in ("fp32", "bf16"):
+        model = load_model(tmp_path, torch.device("cpu"), precision).train()
         add_adapters(model, edit_lora())
-        if rounded:
-            store_frozen_in_bf16(model)
         for name, parameter in trainable_parameters(model).items():
+            assert parameter.dtype == torch.float32
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=IDS, labels=IDS).loss
         loss.backward()
         found.append([loss, *(parameter.grad for parameter in trainable_parameters(model).values())])
-        num_bytes = sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
     for before, after in zip(*found, strict=True):
         assert torch.equal(before, after)
-    tied = 50 * 32 * 4  # the embeddings stay in fp32
-    assert num_bytes < 0.6 * (sum(p.nbytes for p in random_model(CONFIGS[architecture]).parameters()) - tied) + 3 * tied
+
+
+def test_qlora_stores_the_linear_layers_in_4_bits_and_divides_batches_exactly() -> None:
+    params = edit_lora("qlora")
+    examples = read_split(Path("data/train.parquet"))
+    losses = []
+    for tokens in (1000, 40):
+        model, _ = load_for_training(params, DistributedContext(torch.device("cpu")))
+        sizes = {name: p.numel() for name, p in model.named_parameters() if name.endswith("q_proj.base_layer.weight")}
+        assert set(sizes.values()) == {32 * 32 // 2}  # two weights per byte
+        batches, (message, *_), _ = choose_batches(model, examples, tokens)
+        assert message == "Engine: packed batches with shared prefixes"
+        losses.append(sum(summed_loss(model, batch).item() for batch in batches.micro_batches(examples)))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_qlora_without_its_package_or_with_sharded_weights_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = edit_lora("qlora")
+    with pytest.raises(UserError, match=r"^finetuning: found 'qlora' with a launcher that shards the weights"):
+        load_for_training(params, DistributedContext(torch.device("cpu"), sharded=True))
+    monkeypatch.setattr(loading, "find_spec", lambda _: None)
+    with pytest.raises(UserError) as error:
+        train.main()
+    assert str(error.value) == (
+        "finetuning: found 'qlora', which needs the package bitsandbytes; install it with "
+        "`.venv/bin/pip install -c constraints.txt -e '.[qlora]'`, or use lora"
+    )
 
 
 def test_transposed_matrices_are_merged(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_every_code_path_gives_the_textbook_losses(name: str) -> None:
     expected = values(textbook_losses(model, EXAMPLES))
     assert list(map(len, expected.values())) == [3, 2, 6, 2, 1]
     padded = found_losses(model, PaddedBatches(Limits(30, 30)))
-    batches, messages = choose_batches(model, EXAMPLES, 30)
+    batches, messages, _ = choose_batches(model, EXAMPLES, 30)
     assert messages == ["Engine: packed batches with shared prefixes"]
     packed = found_losses(model, batches)
     unshared = found_losses(model, PackedBatches(Limits(30, 30), share_prefix=False))
@@ -127,7 +127,7 @@ def test_bf16_gradient_equals_fp32_up_to_rounding(name: str) -> None:
 def test_window_shorter_than_an_example_uses_padded_batches() -> None:
     model = random_model(SLIDING_WINDOW).eval()
     expected = values(textbook_losses(model, EXAMPLES))
-    batches, (message,) = choose_batches(model, EXAMPLES, 30)
+    batches, (message,), _ = choose_batches(model, EXAMPLES, 30)
     assert re.fullmatch(
         r"Engine: padded batches; packed batches with shared prefixes: losses differ by up to [\d.]+ nats/token",
         message,
@@ -141,7 +141,7 @@ def test_examples_are_computed_alone_if_positions_depend_on_the_longest_one() ->
     factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 16.0}
     longrope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 8, **factors}
     model = random_model(Phi3Config(**SMALL, original_max_position_embeddings=8, rope_parameters=longrope)).eval()
-    batches, (message,) = choose_batches(model, EXAMPLES, 60)
+    batches, (message,), _ = choose_batches(model, EXAMPLES, 60)
     assert message.startswith("Engine: one example at a time; packed batches with shared prefixes: losses differ by ")
     expected = values(textbook_losses(model, EXAMPLES))
     found = found_losses(model, batches)
@@ -153,7 +153,7 @@ def test_a_prefix_that_only_later_examples_share_is_probed() -> None:
     model = random_model(
         GPTJConfig(**GPT2, rotary_dim=4, **NO_DROPOUT)
     ).eval()  # its attention does not receive the layout
-    _, (message,) = choose_batches(model, EXAMPLES[3:] + EXAMPLES[:3], 13)
+    _, (message,), _ = choose_batches(model, EXAMPLES[3:] + EXAMPLES[:3], 13)
     assert message.startswith("Engine: padded batches; ")
 
 
@@ -170,7 +170,7 @@ def test_a_model_without_an_exact_kind_of_batch_is_rejected(monkeypatch: pytest.
 
 def test_examples_beyond_the_limits_are_reported_and_computed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.engine.batches.MAX_LOGITS", 50 * 4)
-    batches, messages = choose_batches(random_model(CONFIGS["llama"]).eval(), EXAMPLES, 30)
+    batches, messages, _ = choose_batches(random_model(CONFIGS["llama"]).eval(), EXAMPLES, 30)
     assert messages[1:] == [
         "Examples with more than 30 tokens or 4 supervised tokens, each a micro-batch of its own: 1"
     ]

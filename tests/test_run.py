@@ -84,14 +84,19 @@ def test_full_disk_while_writing_parquet_is_reported(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".scratch"]
 
 
+OUT_OF_MEMORY = (
+    "out of memory; lower batch_size (memory of activations grows with batch_size * max_length) or max_length, set "
+    "activation_checkpointing: on (keeps one activation per layer) or finetuning: lora (no gradients and optimizer "
+    "state for the base weights), or free some memory, and run again"
+)
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("raise MemoryError", "out of memory; lower batch_size or max_length, or free some memory, and run again"),
-        (
-            "import torch; torch.empty(2**50)",
-            "out of memory; lower batch_size or max_length, or free some memory, and run again",
-        ),
+        ("raise MemoryError", OUT_OF_MEMORY),
+        ("import torch; torch.empty(2**50)", OUT_OF_MEMORY),
+        ("import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')", OUT_OF_MEMORY),
         (
             "raise Exception('I/O error: No space left on device (os error 28)')",
             "No space left on device; free some space (README, Disk) and run again",

@@ -23,8 +23,9 @@ from stages.engine.checkpoints import Checkpoints
 from stages.engine.distributed import DistributedContext
 from stages.engine.engine import Engine
 from stages.engine.models import load_model
-from stages.engine.optimizer import count_warmup_steps, parameter_groups
+from stages.engine.optimizer import parameter_groups
 from stages.engine.probe import choose_batches
+from stages.engine.schedule import Schedule
 from stages.engine.training_log import TrainingLog
 from stages.runtime.errors import UserError
 from stages.runtime.params import TrainParams, load_params
@@ -35,23 +36,6 @@ from tests.textbook import textbook_steps
 from tests.tiny_models import random_model, tiny_config, tiny_model
 
 ONE_PROCESS = DistributedContext(torch.device("cpu"))
-
-
-@pytest.mark.parametrize(
-    ("warmup_steps", "num_steps", "expected"),
-    [(0, 10, 0), (0, 1, 0), (0.1, 10, 1), (0.1, 51, 6), (0.5, 3, 2), (1, 2, 1), (9, 10, 9)],
-)
-def test_warmup_counts_steps_or_is_a_fraction(warmup_steps: float, num_steps: int, expected: int) -> None:
-    assert count_warmup_steps(warmup_steps, num_steps) == expected
-
-
-@pytest.mark.parametrize(("warmup_steps", "num_steps", "found"), [(10, 10, "10"), (500, 57, "500"), (0.9, 1, "1")])
-def test_warmup_as_long_as_the_run_is_an_error_with_both_numbers(
-    warmup_steps: float, num_steps: int, found: str
-) -> None:
-    with pytest.raises(UserError) as error:
-        count_warmup_steps(warmup_steps, num_steps)
-    assert f"which is {found} steps of a run of {num_steps}; must be shorter than the run" in str(error.value)
 
 
 def test_biases_and_norms_are_not_decayed() -> None:
@@ -78,7 +62,9 @@ def test_losses_and_weights_equal_those_of_the_textbook_loop(training_inputs: Pa
     records = curve("loss")
     assert [step for step, _ in records] == list(range(1, 25))
     assert [found for _, found in records] == pytest.approx(losses, rel=1e-5)
-    assert [rate for _, rate in curve("learning_rate")[:4]] == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, 1e-3])
+    assert [rate for _, rate in curve("learning_rate")[:4]] == pytest.approx(
+        [1e-3 / 3, 2e-3 / 3, 1e-3, 0.9949e-3], rel=1e-4
+    )
     assert losses[-1] < losses[0] - 0.3
     tuned = dict(load_model(Path("models/tuned")).named_parameters())
     for name, weight in model.named_parameters():
@@ -121,7 +107,7 @@ def assert_trains_like_the_textbook_loop(config: PreTrainedConfig, batches: Batc
 
     model = random_model(config).train()
     batches = batches or choose_batches(model, examples, 1000)[0]
-    engine = Engine(model, batches, params, 24, ONE_PROCESS)
+    engine = Engine(model, batches, params, Schedule.plan(params, len(examples)), ONE_PROCESS)
     log = TrainingLog(24, params.logging_steps, train.CURVE)
     train.fit(engine, examples, examples[:3], Checkpoints(Path("checkpoints")), log)
     assert [found for _, found in curve("loss")] == pytest.approx(losses, rel=1e-5)
@@ -154,7 +140,8 @@ def test_the_log_says_that_the_load_balancing_loss_of_experts_is_not_added() -> 
     model = tiny_model("mixtral")
     model.config.output_router_logits = True
     model.save_pretrained("models/base")
-    engine = Engine.load(load_params(TrainParams), read_split(Path("data/train.parquet")), 20, ONE_PROCESS)
+    params = load_params(TrainParams)
+    engine = Engine.load(params, read_split(Path("data/train.parquet")), Schedule.plan(params, 22), ONE_PROCESS)
     assert engine.messages[1] == (
         "The load-balancing loss of the experts is not added, because it depends on micro-batches"
     )
@@ -203,8 +190,33 @@ def test_the_tuned_model_has_the_lowest_validation_loss(training_inputs: Path, m
     assert validation_loss(Path("models/tuned"), examples) == pytest.approx(best_loss, rel=5e-3)
 
 
+def test_training_stops_after_validations_without_a_lower_loss(
+    training_inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = iter([3.0, 2.0, 2.5, 1.5, 1.6, 1.5, 1.4])
+    monkeypatch.setattr(Engine, "validation_loss", lambda *_: next(losses))
+    edit(training_inputs, eval_steps="3", early_stopping_patience="2")
+    train.main()
+    assert curve("validation_loss") == [(3, 3.0), (6, 2.0), (9, 2.5), (12, 1.5), (15, 1.6), (18, 1.5)]
+    metrics = json.loads(Path("metrics/train.json").read_text())
+    assert (metrics["steps"], metrics["best_step"], metrics["validation_loss"]) == (18, 12, 1.5)
+    assert "Stopped early at step 18: 2 validations without a lower loss\n" in capsys.readouterr().out
+
+
+def test_a_run_of_max_steps_ends_within_an_epoch_and_reports_its_speed(
+    training_inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(training_inputs, max_steps="4")
+    train.main()
+    assert [step for step, _ in curve("loss")] == [1, 2, 3, 4]
+    assert json.loads(Path("metrics/train.json").read_text())["steps"] == 4
+    assert re.search(r"^  speed +[\d,]+ tokens/s, \d+% of peak$", capsys.readouterr().out, re.M)
+
+
 def validation_loss(folder: Path, examples: Any) -> float:
-    engine = Engine(load_model(folder), PaddedBatches(Limits(1000, 1000)), load_params(TrainParams), 10, ONE_PROCESS)
+    params = load_params(TrainParams)
+    schedule = Schedule.plan(params, 22)
+    engine = Engine(load_model(folder), PaddedBatches(Limits(1000, 1000)), params, schedule, ONE_PROCESS)
     return engine.validation_loss(examples)
 
 
@@ -227,22 +239,28 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Non
 
 
 @pytest.mark.parametrize(
-    ("interrupted_at", "save_steps", "logging_steps", "dropout", "resumed_from"),
-    [(14, 5, 1, 0.0, 10), (14, 5, 3, 0.0, 10), (24, 7, 4, 0.2, 21), (2, 1, 24, 0.2, 1)],
+    ("interrupted_at", "resumed_from", "dropout", "params"),
+    [
+        (14, 10, 0.0, {"save_steps": "5"}),
+        (14, 10, 0.0, {"save_steps": "5", "logging_steps": "3"}),
+        (24, 21, 0.2, {"save_steps": "7", "logging_steps": "4"}),
+        (2, 1, 0.2, {"save_steps": "1", "logging_steps": "24"}),
+        (14, 10, 0.0, {"save_steps": "0.25", "max_steps": "17", "min_learning_rate_ratio": "0.1"}),
+        (7, 5, 0.0, {"save_steps": "5", "eval_steps": "2", "early_stopping_patience": "3", "learning_rate": "0.3"}),
+    ],
 )
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     training_inputs: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     interrupted_at: int,
-    save_steps: int,
-    logging_steps: int,
-    dropout: float,
     resumed_from: int,
+    dropout: float,
+    params: dict[str, str],
 ) -> None:
     config = json.loads(Path("models/base/config.json").read_text())
     Path("models/base/config.json").write_text(json.dumps({**config, "attention_dropout": dropout}))
-    edit(training_inputs, save_steps=str(save_steps), logging_steps=str(logging_steps))
+    edit(training_inputs, **params)
     train.main()
     expected = outcome()
     for folder in ("models/tuned", "metrics", ".scratch"):

@@ -29,7 +29,7 @@ def textbook_steps(
     not_decayed = [p for p in model.parameters() if p.ndim == 1]  # biases and norms
     groups = [{"params": decayed, "weight_decay": params.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=params.learning_rate)
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(batches, 1):
         num_tokens = sum(int((example.labels != -100).sum()) for example in batch)
         total = 0.0
         for start in range(0, len(batch), params.batch_size):
@@ -79,8 +79,9 @@ def textbook_answer(model: Any, prompt: list[int], eos_token_id: int | None, max
 
 
 def schedule(kind: str, step: int, num_warmup_steps: int, num_steps: int) -> float:
-    """Learning rate ÷ its peak at a step, counted from 0."""
+    """Learning rate ÷ its peak at a step, counted from 1: the peak at the end of the warmup, 0 after the last step."""
     if step < num_warmup_steps:
         return step / num_warmup_steps
-    progress = (step - num_warmup_steps) / (num_steps - num_warmup_steps)
+    peak = max(num_warmup_steps, 1)
+    progress = (step - peak) / (num_steps + 1 - peak)
     return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[kind]

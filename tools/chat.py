@@ -39,7 +39,7 @@ def main() -> None:
         sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is not UTF-8 must not end the conversation
     tokenizer = load_tokenizer()
     template = load_template(params.template, tokenizer)
-    models = {"tuned": load_model(Path("models/tuned")).eval()}
+    models = {"tuned": load_model(Path("models/tuned"), precision=params.precision).eval()}
     print(f"{HELP}. At most {params.max_new_tokens} tokens, temperature {params.temperature:g}: params.yaml.")
     name, question, reply = "tuned", "", ""
     history: list[Message] = []  # before the last question
@@ -48,7 +48,7 @@ def main() -> None:
             if line in ("/base", "/tuned"):
                 name = line[1:]
                 if name not in models:
-                    models[name] = load_model(Path("models") / name).eval()
+                    models[name] = load_model(Path("models") / name, precision=params.precision).eval()
             elif line == "/new":
                 history, question, reply = [], "", ""
             elif line.startswith("/"):

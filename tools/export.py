@@ -45,7 +45,7 @@ def main() -> None:
 
     tokenizer = load_tokenizer(TUNED)
     prompts = load_template(params.template, tokenizer).encode_prompts(params.sample_prompts)
-    expected = tuned_answers(prompts, tokenizer, params.max_new_tokens)
+    expected = tuned_answers(prompts, tokenizer, params)
     dtype = str(checkpoint_dtype(TUNED)).removeprefix("torch.")
     with atomic_path(GGUF) as partial:
         with console().status(f"converting {TUNED}"):
@@ -135,7 +135,7 @@ def check_eos_token(path: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
 
 
 def tuned_answers(
-    prompts: list[list[int]], tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int
+    prompts: list[list[int]], tokenizer: "PreTrainedTokenizerBase", params: GenerateParams
 ) -> list[list[int]]:
     """The greedy answers of `models/tuned` as token ids, ending with EOS if it was generated.
 
@@ -147,7 +147,8 @@ def tuned_answers(
 
     model = load_model(TUNED).eval()
     check_context_length(model, max(map(len, prompts)), "the longest of sample_prompts")
-    return generate(model, prompts, generation_settings([int(tokenizer.eos_token_id)], max_new_tokens))
+    settings = generation_settings([int(tokenizer.eos_token_id)], params.max_new_tokens)
+    return generate(model, prompts, settings, params.tokens_per_batch)
 
 
 def gguf_answers(path: Path, questions: list[str], prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:

@@ -1,15 +1,20 @@
 """The schemas of the tables that stages exchange, and the examples of a split."""
 
+import mmap
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stages.data.tables import read_table
-from stages.runtime.errors import UserError
+from stages.data.tables import read_batches
+from stages.runtime.errors import UserError, user_errors
 
 # source: a file or Hub id. source_row: counts from 1; for JSONL, the line number.
 RAW_SCHEMA = pa.schema(
@@ -47,6 +52,7 @@ FORMATTED_SCHEMA = pa.schema(
         ("truncated", pa.bool_()),
     ]
 )
+EXAMPLE_SCHEMA = pa.schema([FORMATTED_SCHEMA.field(name) for name in ("example_id", "input_ids", "labels")])
 IGNORE_INDEX = -100  # the label of tokens that are not trained
 Message = dict[str, Any]  # see stages.data.rows.ParsedRow
 
@@ -83,19 +89,56 @@ class Example:
         return int((self.labels != IGNORE_INDEX).sum())
 
 
-def read_split(path: Path) -> list[Example]:
-    """Read the examples of a split. Their arrays are views of the table's columns (8 bytes per token).
+class Split(Sequence[Example]):
+    """The examples of a split, memory-mapped, so that its size is not limited by memory.
+
+    Parquet is compressed, so the columns are first copied to a file (8 bytes per token). It has no name, so nothing is
+    left of it when the process ends.
+    """
+
+    def __init__(self, path: Path):
+        folder = Path(".scratch")  # on a disk, unlike the folder for temporary files, which can be in memory
+        folder.mkdir(exist_ok=True)
+        with TemporaryFile(dir=folder) as file:
+            with user_errors(path), pa.ipc.new_file(file, EXAMPLE_SCHEMA) as writer:
+                for batch in read_batches(path, EXAMPLE_SCHEMA.names):
+                    writer.write(batch)
+            file.flush()
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        reader = pa.ipc.open_file(pa.py_buffer(mapped))
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        self._ids = [batch.column("example_id") for batch in batches]
+        self._lists = [
+            tuple((column.offsets.to_numpy(), column.values.to_numpy()) for column in batch.columns[1:])
+            for batch in batches
+        ]
+        self._ends = list(accumulate(map(len, batches)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        index = range(len(self))[index]  # also checks it
+        batch = bisect_right(self._ends, index)
+        row = index - (self._ends[batch - 1] if batch else 0)
+        input_ids, labels = (values[offsets[row] : offsets[row + 1]] for offsets, values in self._lists[batch])
+        return Example(self._ids[batch][row].as_py(), input_ids, labels)
+
+
+def read_split(path: Path) -> Split:
+    """Open a split.
 
     Raises:
         UserError: the split has no examples or can't be read.
     """
-    examples: list[Example] = []
-    for batch in read_table(path, ["example_id", "input_ids", "labels"]).to_batches():
-        columns = [batch.column(name) for name in ("input_ids", "labels")]
-        views = [
-            np.split(column.flatten().to_numpy(), column.value_lengths().to_numpy().cumsum()[:-1]) for column in columns
-        ]
-        examples += map(Example, batch.column("example_id").to_pylist(), *views)
-    if not examples:
+    split = Split(path)
+    if not len(split):
         raise UserError(f"{path}: has no examples; run `dvc repro`, or add rows to the dataset")
-    return examples
+    return split

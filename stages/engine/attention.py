@@ -8,7 +8,7 @@ every token attends, causally, to its own example and to the prefix of its group
 blocks of queries, keys and values; all other layers see the packed row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,8 +45,8 @@ class Block:
         mask = torch.full((longest, prefix_length + longest), float("-inf")).triu(prefix_length + 1)
         return cls(prefix, rows, mask)
 
-    def to(self, device: torch.device) -> "Block":
-        return Block(self.prefix, self.rows.to(device), self.mask.to(device))
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Block":
+        return Block(self.prefix, function(self.rows), function(self.mask))
 
     def gather_padded(self, x: torch.Tensor) -> torch.Tensor:
         """(tokens, heads, head size) → (examples, heads, longest suffix, head size)."""
@@ -93,8 +93,9 @@ class PackedLayout:
         unpad_indices[tokens[real]] = real
         return cls(blocks, unpad_indices)
 
-    def to(self, device: torch.device) -> "PackedLayout":
-        return PackedLayout([block.to(device) for block in self.blocks], self.unpad_indices.to(device))
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PackedLayout":
+        """Apply a function to all tensors, such as a copy to another device."""
+        return PackedLayout([block.map(function) for block in self.blocks], function(self.unpad_indices))
 
 
 def suffix_positions(start: int, suffix_lengths: Sequence[int]) -> torch.Tensor:

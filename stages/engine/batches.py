@@ -6,7 +6,7 @@ micro-batches never changes the gradient and can be chosen for speed.
 
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from stages.data.examples import IGNORE_INDEX, Example
 from stages.engine.attention import PackedLayout
 
-MAX_LOGITS = 2**26  # of a micro-batch, supervised tokens × vocabulary; 256 MiB per fp32 copy
+MAX_LOGITS = 2**25  # of a micro-batch, supervised tokens × vocabulary; 128 MiB per fp32 copy
 # Each example of a micro-batch has its own copy of the keys of a shared prefix. Keys take far less memory than the
 # other activations, but without a limit many short examples with a long prefix would not fit.
 KEYS_PER_TOKEN = 4
@@ -37,19 +37,40 @@ class MicroBatch:
     columns: torch.Tensor
     labels: torch.Tensor
 
+    @property
+    def num_tokens(self) -> int:
+        """Computed tokens, without padding."""
+        mask = self.inputs.get("attention_mask")
+        return int(self.inputs["input_ids"].numel() if mask is None else mask.sum())
 
-def shuffled_batches(examples: Sequence[Example], batch_size: int, seed: int, epoch: int) -> list[list[Example]]:
-    """The effective batches of an epoch; the last one may be smaller.
+    def pin_memory(self) -> "MicroBatch":
+        """The same in page-locked memory, from which a GPU copies while it computes."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        return self._map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
+        inputs = {
+            name: function(value) if isinstance(value, torch.Tensor) else value.map(function)
+            for name, value in self.inputs.items()
+        }
+        return MicroBatch(self.examples, inputs, function(self.columns), function(self.labels))
+
+
+def shuffled_batches(
+    examples: Sequence[Example], batch_size: int, seed: int, epoch: int, first: int = 0
+) -> Iterator[list[Example]]:
+    """The effective batches of an epoch from number `first` on; the last one may be smaller.
 
     The order is that of a seeded hash of each example's id. So adding or removing examples keeps the order of the
-    others, and a review can pair two runs by their seed.
+    others, and a review can pair two runs by their seed. Memory: 16 bytes per example.
     """
-
-    def position(example: Example) -> bytes:
-        return hashlib.sha256(f"{seed}:{epoch}:{example.example_id}".encode()).digest()
-
-    order = sorted(examples, key=position)
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    texts = (f"{seed}:{epoch}:{example.example_id}".encode() for example in examples)
+    positions = (int.from_bytes(hashlib.sha256(text).digest()[:8]) for text in texts)
+    order = np.fromiter(positions, np.uint64, len(examples)).argsort(kind="stable")
+    for start in range(first * batch_size, len(examples), batch_size):
+        yield [examples[index] for index in order[start : start + batch_size]]
 
 
 def partition_by_cost(costs: Sequence[int], num_ranks: int) -> list[list[int]]:

@@ -1,6 +1,6 @@
 """Batched generation: prompts → answers, up to the EOS token."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import cycle, islice, takewhile
@@ -23,7 +23,9 @@ from stages.engine.models import context_length, probing
 from stages.runtime.errors import UserError, is_out_of_memory
 from stages.runtime.terminal import progress
 
-PROMPTS_PER_BATCH = 128
+# Per token of a micro-batch in training. The keys and values of a token take a twentieth of the memory of all its
+# activations, or less with grouped heads.
+CACHED_TOKENS = 20
 PROBE_TOKENS = 4  # decoded to find out whether a method is exact
 TOLERANCE = 1e-4  # of a logit, absolute and relative; fp32 rounding gives a tenth of this
 TokenIds = Sequence[int]
@@ -91,10 +93,11 @@ def generate_answers(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[TokenIds],
     settings: GenerationConfig,
+    tokens_per_batch: int,
 ) -> list[Answer]:
     """Generate answers, in the order of `prompts`, which are token ids."""
     answers = []
-    for new_ids in generate(model, prompts, settings):
+    for new_ids in generate(model, prompts, settings, tokens_per_batch):
         stopped = new_ids[-1] in (settings.eos_token_id or [])
         kept = new_ids[:-1] if stopped else new_ids
         text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -103,21 +106,35 @@ def generate_answers(
 
 
 @torch.inference_mode()
-def generate(model: PreTrainedModel, prompts: Sequence[TokenIds], settings: GenerationConfig) -> list[list[int]]:
+def generate(
+    model: PreTrainedModel, prompts: Sequence[TokenIds], settings: GenerationConfig, tokens_per_batch: int
+) -> list[list[int]]:
     """The new token ids of each prompt, ending with EOS if it was generated.
 
     An answer also ends when the model's context is full.
+
+    Args:
+        tokens_per_batch: tokens of the largest micro-batch in training, from which the size of batches is derived.
     """
     name = choose_method(model, prompts, settings.max_new_tokens)
     print(f"Generation: {name}", flush=True)
     method = METHODS[name]
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # saves padding
     new_ids: dict[int, list[int]] = {}
-    for start in range(0, len(order), PROMPTS_PER_BATCH):
-        indices = order[start : start + PROMPTS_PER_BATCH]
+    for indices in batches_of_prompts(prompts, settings.max_new_tokens, CACHED_TOKENS * tokens_per_batch):
         rows = method(model, [prompts[index] for index in indices], settings)
         new_ids |= {index: row.ids for index, row in zip(indices, rows, strict=True)}
     return [new_ids[index] for index in range(len(prompts))]
+
+
+def batches_of_prompts(prompts: Sequence[TokenIds], max_new_tokens: int, max_tokens: int) -> Iterator[list[int]]:
+    """Indices of prompts, the shortest first, in batches of at most `max_tokens` with padding and new tokens."""
+    batch: list[int] = []
+    for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index])):
+        if batch and (len(batch) + 1) * (len(prompts[index]) + max_new_tokens) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    yield batch
 
 
 def choose_method(model: PreTrainedModel, prompts: Sequence[TokenIds], max_new_tokens: int) -> str:
@@ -199,7 +216,7 @@ def prefill_packed(
             position_ids=torch.tensor([positions], device=model.device),
             past_key_values=cache,
             logits_to_keep=(ends - 1).to(model.device),
-            layout=PackedLayout.build([(prefix, lengths)]).to(model.device),
+            layout=PackedLayout.build([(prefix, lengths)]).map(lambda tensor: tensor.to(model.device)),
         )
     # Unpack the cache to one row per prompt, padded on the left, so that distances in a row are those of positions.
     rows = torch.full((len(prompts), max(map(len, prompts))), -1)

@@ -5,7 +5,7 @@ all ranks. So gradients are summed over ranks, and the loss equals that of one p
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import compress
@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stages.data.examples import Example
-from stages.engine.batches import Batches, MicroBatch, partition_by_cost
+from stages.engine.batches import partition_by_cost
 from stages.engine.models import pick_device
 from stages.runtime.errors import UserError
 
@@ -41,6 +41,11 @@ class DistributedContext:
     def is_main_process(self) -> bool:
         return self.rank == 0
 
+    @property
+    def is_needed_for_inference(self) -> bool:
+        """Whether this rank takes part in evaluation: if weights are replicated, the main process works alone."""
+        return self.is_main_process or self.sharded
+
     def __str__(self) -> str:
         return f"{self.world_size} processes, weights " + ("sharded (FSDP2)" if self.sharded else "replicated")
 
@@ -61,25 +66,20 @@ class DistributedContext:
         torch.distributed.all_gather(gathered, own)
         return [tensor.item() for tensor in gathered]
 
-    def micro_batches(self, batches: Batches, examples: Sequence[Example]) -> Iterator[tuple[MicroBatch, bool]]:
-        """The micro-batches of this rank, each with whether it is a padding step, whose result is not used.
+    def own_examples(self, examples: Sequence[Example], costs: Sequence[int]) -> list[Example]:
+        """The examples of this rank.
 
-        With sharded weights all ranks must call the model equally often, so ranks that are done add padding steps.
+        Args:
+            costs: the cost of each example, to give all ranks about the same work.
         """
-        if self.world_size > 1:
-            own = [examples[i] for i in partition_by_cost(batches.costs(examples), self.world_size)[self.rank]]
-        else:
-            own = list(examples)
-        micro_batches = batches.micro_batches(own)
-        while True:
-            micro_batch = next(micro_batches, None)
-            has_more = micro_batch is not None
-            if not (any(self.gather(has_more)) if self.sharded else has_more):
-                return
-            if micro_batch is None:
-                yield next(batches.micro_batches(examples[:1])), True
-            else:
-                yield micro_batch, False
+        return [examples[index] for index in partition_by_cost(costs, self.world_size)[self.rank]]
+
+    def num_padding_steps(self, num_calls: int) -> int:
+        """How often this rank must also call the model, after `num_calls`, so that all ranks call it equally often.
+
+        Sharded weights need this, because each call gathers them from all ranks.
+        """
+        return int(max(self.gather(num_calls))) - num_calls if self.sharded else 0
 
     def all_reduce_gradients(self, model: PreTrainedModel) -> None:
         """Sum the gradients of replicated weights over all ranks; FSDP2 sums those of sharded weights itself.

@@ -1,27 +1,47 @@
 """The training engine: optimizer steps and validation for any model, precision and number of processes."""
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from stages.data.examples import Example
-from stages.engine.batches import Batches
+from stages.engine.batches import Batches, Limits, MicroBatch
 from stages.engine.checkpoints import Checkpoints, load
 from stages.engine.distributed import DistributedContext, full_tensor, shard_like
-from stages.engine.loss import summed_loss
-from stages.engine.models import autocast, load_model, load_on_meta, uses_bf16
+from stages.engine.loading import BASE, load_for_training
+from stages.engine.loss import attention_for, summed_loss
+from stages.engine.memory import check_checkpointing, find_fit, set_checkpointing
+from stages.engine.models import autocast
 from stages.engine.optimizer import create_optimizer, trainable_parameters
 from stages.engine.probe import choose_batches
+from stages.engine.schedule import Schedule
+from stages.engine.speed import flops_per_token
 from stages.runtime.errors import UserError
+from stages.runtime.parallel import prefetch_map
 from stages.runtime.params import TrainParams
+from stages.runtime.terminal import format_bytes
 
-BASE = Path("models/base")
+CHUNK = 256  # validation examples whose micro-batches are in memory
+
+
+@dataclass(frozen=True)
+class EffectiveBatch:
+    """The examples of an optimizer step, and the micro-batches of this rank."""
+
+    examples: Sequence[Example]
+    micro_batches: Sequence[MicroBatch]
+
+    @property
+    def num_supervised(self) -> int:
+        """Supervised tokens of all ranks."""
+        return sum(example.num_supervised for example in self.examples)
 
 
 @dataclass(frozen=True)
@@ -31,6 +51,8 @@ class StepResult:
     loss_sum: summed over the supervised tokens of the effective batch, in nats.
     num_supervised, num_tokens: supervised tokens and all tokens of the effective batch.
     gradient_norm: L2 norm before clipping.
+    seconds: the duration of the step.
+    flops: model FLOPs of forward and backward.
     """
 
     loss_sum: float
@@ -38,6 +60,8 @@ class StepResult:
     num_tokens: int
     learning_rate: float
     gradient_norm: float
+    seconds: float
+    flops: float
 
 
 class Engine:
@@ -45,7 +69,6 @@ class Engine:
 
     Args:
         batches: how to divide an effective batch into micro-batches.
-        num_steps: optimizer steps of the whole run, for the learning rate schedule.
         messages: log messages about the model and its batches.
     """
 
@@ -54,24 +77,25 @@ class Engine:
         model: PreTrainedModel,
         batches: Batches,
         params: TrainParams,
-        num_steps: int,
+        schedule: Schedule,
         context: DistributedContext,
         messages: Sequence[str] = (),
     ):
         self.model = model
-        self.messages = messages
-        self.num_steps = num_steps
-        self._batches = batches
+        self.messages = list(messages)
+        self.schedule = schedule
         self.params = params
+        self._batches = batches
         self._context = context
-        self._optimizer, self._scheduler = create_optimizer(model, params, num_steps)
+        self._optimizer, self._scheduler = create_optimizer(model, params, schedule)
+        self._flops_per_token = flops_per_token(model)
 
     @classmethod
     def load(
         cls,
         params: TrainParams,
-        examples: Sequence[Example],
-        num_steps: int,
+        examples: Iterable[Example],
+        schedule: Schedule,
         context: DistributedContext,
         base: Path = BASE,
     ) -> Self:
@@ -80,72 +104,80 @@ class Engine:
         Args:
             examples: all that the model will see, to choose batches that are exact for them.
         """
-        set_seed(params.seed)
-        if not context.sharded:
-            model = load_model(base, context.device).train()
-        elif context.is_main_process:
-            model = load_model(base, torch.device("cpu")).train()
-        else:
-            model = load_on_meta(base).train()
-        messages = []
-        if params.finetuning == "lora":
-            from stages.engine.lora import add_adapters, store_frozen_in_bf16
-
-            messages.append(add_adapters(model, params))
-        if context.sharded:
-            context.shard(model)
-        if context.rank:
-            set_seed(params.seed + context.rank)  # equal adapters on all ranks, but different dropout
+        model, messages = load_for_training(params, context, base)
+        allowed = check_checkpointing(model, params.activation_checkpointing)
         # FSDP2 needs all ranks for it; then one choice for all, because rounding could make theirs differ.
-        choice = choose_batches(model, examples, params.batch_size * params.max_length)
-        batches, reasons = context.broadcast_from_main(lambda: choice)
+        own_choice = choose_batches(model, examples, params.tokens_per_batch)
+        choice = context.broadcast_from_main(lambda: own_choice)
         context.reshard(model)
-        precision = "bf16" if uses_bf16(params.precision, model.device) else "fp32"
-        if params.finetuning == "lora" and precision == "bf16" and not context.sharded:
-            store_frozen_in_bf16(model)  # only now, because `choose_batches` computes in fp32
-        if getattr(model.config.get_text_config(), "output_router_logits", False):
-            messages.append("The load-balancing loss of the experts is not added, because it depends on micro-batches")
-        messages = [f"Precision: {precision} on {model.device}", *messages, *reasons]
-        return cls(model, batches, params, num_steps, context, messages)
+        engine = cls(model, choice.batches, params, schedule, context, [*messages, *choice.messages])
+        engine._fit_to_device(choice.longest, allowed)
+        return engine
 
-    def train_step(self, batch: Sequence[Example]) -> StepResult:
-        """Do one optimizer step on an effective batch.
+    def prepare(self, batches: Iterable[Sequence[Example]]) -> Iterator[EffectiveBatch]:
+        """Divide effective batches into the micro-batches of this rank.
+
+        On a GPU, a thread prepares the next one during a step. On a CPU, it would take cores from the step: a default
+        run took a third longer.
+        """
+        if self.model.device.type == "cuda":
+            return prefetch_map(self._prepare, iter(batches), num_ahead=1)
+        return map(self._prepare, batches)
+
+    def _prepare(self, examples: Sequence[Example]) -> EffectiveBatch:
+        own = self._context.own_examples(examples, self._batches.costs(examples))
+        micro_batches = self._batches.micro_batches(own)
+        if self.model.device.type != "cuda":
+            return EffectiveBatch(examples, list(micro_batches))
+        with torch.cuda.device(self.model.device):  # the current device is that of the thread
+            return EffectiveBatch(examples, [micro_batch.pin_memory() for micro_batch in micro_batches])
+
+    def train_step(self, batch: EffectiveBatch) -> StepResult:
+        """Do one optimizer step. The device is only waited for at its end.
 
         Raises:
             UserError: the loss or the gradient is not finite.
         """
-        step = self._scheduler.last_epoch + 1
-        num_supervised = sum(example.num_supervised for example in batch)
-        loss_sum = 0.0
+        start, step = time.perf_counter(), self._scheduler.last_epoch + 1
+        num_supervised, losses = batch.num_supervised, []
         with self._autocast():  # around the whole step, so that each weight is cast once
-            for micro_batch, is_padding_step in self._context.micro_batches(self._batches, batch):
-                loss = summed_loss(self.model, micro_batch)
-                # Dividing by infinity makes the gradient of a padding step 0.
-                (loss / (math.inf if is_padding_step else num_supervised)).backward()
-                loss_sum += 0.0 if is_padding_step else require_finite("loss", loss.item(), step, micro_batch.examples)
-        loss_sum = sum(self._context.gather(loss_sum))
+            for micro_batch, is_padding_step in self._calls(batch):
+                with attention_for(self.model, micro_batch):  # backward calls layers again if they are checkpointed
+                    loss = summed_loss(self.model, micro_batch)
+                    # Dividing by infinity makes the gradient of a padding step 0.
+                    (loss / (math.inf if is_padding_step else num_supervised)).backward()
+                losses.append(loss.detach())
         self._context.all_reduce_gradients(self.model)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.params.max_grad_norm)
-        gradient_norm = require_finite("gradient norm", full_tensor(norm).item(), step, batch)
-        learning_rate = self._scheduler.get_last_lr()[0]
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.params.max_grad_norm))
+        own_losses = self._own_losses(losses, batch)
+        loss_sum = sum(self._context.gather(sum(own_losses)))
+        for value, micro_batch in zip(own_losses, batch.micro_batches, strict=True):
+            require_finite("loss", value, step, micro_batch.examples)
+        require_finite("loss", loss_sum, step, batch.examples)  # of another rank
+        gradient_norm = require_finite("gradient norm", norm.item(), step, batch.examples)
+        learning_rate = float(self._scheduler.get_last_lr()[0])
         self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad()
-        num_tokens = sum(len(example.input_ids) for example in batch)
-        return StepResult(loss_sum, num_supervised, num_tokens, learning_rate, gradient_norm)
+        num_tokens = sum(len(example.input_ids) for example in batch.examples)
+        flops = sum(self._context.gather(sum(map(self._flops, batch.micro_batches))))
+        seconds = time.perf_counter() - start
+        return StepResult(loss_sum, num_supervised, num_tokens, learning_rate, gradient_norm, seconds, flops)
 
     def validation_loss(self, examples: Sequence[Example]) -> float:
         """Mean loss over all supervised tokens, in nats/token."""
+        total, num_supervised = 0.0, 0
+        chunks = (examples[start : start + CHUNK] for start in range(0, len(examples), CHUNK))
         self.model.eval()
-        total = 0.0
         # Not inference_mode: FSDP2 reuses the gathered weights in training.
         with torch.no_grad(), self._autocast():
-            for micro_batch, is_padding_step in self._context.micro_batches(self._batches, examples):
-                loss = summed_loss(self.model, micro_batch).item()
-                total += 0.0 if is_padding_step else loss
+            for batch in self.prepare(chunks):
+                losses = [summed_loss(self.model, micro_batch) for micro_batch, _ in self._calls(batch)]
+                total += sum(self._own_losses(losses, batch))
+                num_supervised += batch.num_supervised
         self._context.reshard(self.model)
         self.model.train()
-        return sum(self._context.gather(total)) / sum(example.num_supervised for example in examples)
+        return sum(self._context.gather(total)) / num_supervised
 
     def trainable_weights(self) -> dict[str, torch.Tensor]:
         """Full trainable weights by name, on the main process; an empty dict on the other ranks."""
@@ -183,6 +215,59 @@ class Engine:
         tensors, state = load(folder)
         self.load_state_dict(tensors, state["engine"])
         return state
+
+    def _fit_to_device(self, longest: Example, allowed: list[bool]) -> None:
+        """Choose activation checkpointing and the size of micro-batches; a GPU tries them, unless weights are sharded.
+
+        Args:
+            allowed: values of activation checkpointing, the fastest first.
+        """
+        limits, checkpointing, measured = self._batches.limits, allowed[0], ""
+        if self.model.device.type == "cuda" and not self._context.sharded:
+            fit = find_fit(self.model, self._batches, longest, allowed, self._try)
+            free, _ = torch.cuda.mem_get_info(self.model.device)
+            available = free + torch.cuda.memory_reserved(self.model.device)
+            measured = f"; peak {format_bytes(fit.peak)}, headroom {format_bytes(available - fit.peak)}"
+            # The same on all ranks, because each of them has the same model and the same longest example.
+            checkpointing = bool(max(self._context.gather(fit.checkpointing)))
+            limits = Limits(*(int(min(self._context.gather(limit))) for limit in astuple(fit.limits)))
+        set_checkpointing(self.model, checkpointing)
+        self._batches = replace(self._batches, limits=limits)
+        self.messages.append(
+            f"Memory: micro-batches of up to {limits.tokens:,} tokens and {limits.supervised:,} supervised tokens, "
+            f"activation checkpointing {'on' if checkpointing else 'off'}{measured}"
+        )
+
+    def _try(self, micro_batch: MicroBatch) -> int:
+        """Peak memory in bytes of a forward and a backward pass on the GPU, with gradients and optimizer state."""
+        state: list[torch.Tensor] = []
+        torch.cuda.reset_peak_memory_stats(self.model.device)
+        try:
+            for parameter in trainable_parameters(self.model).values():
+                state += [torch.empty_like(parameter), torch.empty_like(parameter)]
+                parameter.grad = torch.zeros_like(parameter)  # as in all micro-batches but the first
+            with torch.random.fork_rng([self.model.device]), self._autocast(), attention_for(self.model, micro_batch):
+                summed_loss(self.model, micro_batch).backward()
+            return torch.cuda.max_memory_allocated(self.model.device)
+        finally:
+            self.model.zero_grad()
+            del state
+            torch.cuda.empty_cache()
+
+    def _calls(self, batch: EffectiveBatch) -> list[tuple[MicroBatch, bool]]:
+        """The calls of the model, each with whether it is a padding step, whose result is not used."""
+        calls = [(micro_batch, False) for micro_batch in batch.micro_batches]
+        for _ in range(self._context.num_padding_steps(len(calls))):
+            calls.append((next(self._batches.micro_batches(batch.examples[:1])), True))
+        return calls
+
+    def _own_losses(self, losses: list[torch.Tensor], batch: EffectiveBatch) -> list[float]:
+        """The losses of this rank's micro-batches, without padding steps. This waits for the device."""
+        return torch.stack(losses).tolist()[: len(batch.micro_batches)] if losses else []
+
+    def _flops(self, batch: MicroBatch) -> int:
+        body, head = self._flops_per_token
+        return body * batch.num_tokens + head * sum(example.num_supervised for example in batch.examples)
 
     def _autocast(self) -> AbstractContextManager[None]:
         return autocast(self.params.precision, self.model.device, cache_enabled=not self._context.sharded)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from stages.engine.models import load_model
+from stages.engine.optimizer import trainable_parameters
 from stages.runtime.errors import UserError
 from stages.runtime.files import read_json
 from stages.runtime.params import TrainParams
@@ -55,8 +56,11 @@ def add_adapters(model: PreTrainedModel, params: TrainParams) -> str:
             f"lora_target_modules: peft can't adapt one of these layers: {str(error).rstrip('.')}; "
             f"must be a list without it, from: {', '.join(names)}"
         ) from None
+    for parameter in trainable_parameters(model).values():
+        parameter.data = parameter.data.float()  # peft gives adapters the dtype of their layer
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    num_all = sum(parameter.numel() for parameter in model.parameters())
+    # A quantized weight has two parameters per byte.
+    num_all = sum(parameter.numel() * (1 + (parameter.dtype == torch.uint8)) for parameter in model.parameters())
     layers = ", ".join(target_modules)
     return f"LoRA of rank {params.lora_rank} on {layers}: {num_trained:,} of {num_all:,} parameters are trained"
 
@@ -67,14 +71,6 @@ def linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head:
             yield path, module
-
-
-def store_frozen_in_bf16(model: PreTrainedModel) -> None:
-    """Store the frozen matrices as autocast would cast them for each multiplication: the same bits, half the memory."""
-    for _, layer in linear_layers(model):
-        for parameter in layer.parameters(recurse=False):
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def save_adapter(model: PreTrainedModel, base: Path, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -26,30 +26,34 @@ class TokenLosses:
     correct: torch.Tensor
 
 
+def attention_for(model: PreTrainedModel, batch: MicroBatch) -> AbstractContextManager[None]:
+    """Inside the block the model can attend to this micro-batch."""
+    return use_packed_attention(model) if "layout" in batch.inputs else nullcontext()
+
+
 def target_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     """Logits at the columns of a micro-batch, (rows, columns, vocabulary), by one call of the model."""
-    inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
-    columns = batch.columns.to(model.device)
-    with use_packed_attention(model) if "layout" in inputs else nullcontext():
+    with attention_for(model, batch):
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            logits: torch.Tensor = model(**inputs, use_cache=False, logits_to_keep=columns).logits
+            logits: torch.Tensor = model(**batch.inputs, use_cache=False, logits_to_keep=batch.columns).logits
         else:
-            logits = model(**inputs, use_cache=False).logits.index_select(1, columns)
+            logits = model(**batch.inputs, use_cache=False).logits.index_select(1, batch.columns)
     return logits
 
 
 def summed_loss(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     """The loss summed over supervised tokens, in nats. Not the mean, because micro-batches differ in their number."""
-    return _cross_entropy(target_logits(model, batch), batch, "sum")
+    batch = batch.to(model.device)
+    return _cross_entropy(target_logits(model, batch), batch.labels, "sum")
 
 
 def token_losses(model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
     """The loss at each supervised token of a micro-batch."""
+    batch = batch.to(model.device)
     logits = target_logits(model, batch)
-    labels = batch.labels.to(logits.device)
-    is_supervised = labels != IGNORE_INDEX
-    losses = _cross_entropy(logits, batch, "none").view(labels.shape)
-    return TokenLosses(losses[is_supervised], (logits.argmax(-1) == labels)[is_supervised])
+    is_supervised = batch.labels != IGNORE_INDEX
+    losses = _cross_entropy(logits, batch.labels, "none").view(batch.labels.shape)
+    return TokenLosses(losses[is_supervised], (logits.argmax(-1) == batch.labels)[is_supervised])
 
 
 def losses_by_example(
@@ -64,6 +68,5 @@ def losses_by_example(
             yield example, TokenLosses(losses, correct)
 
 
-def _cross_entropy(logits: torch.Tensor, batch: MicroBatch, reduction: str) -> torch.Tensor:
-    labels = batch.labels.to(logits.device).flatten()
-    return cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=IGNORE_INDEX, reduction=reduction)
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, reduction: str) -> torch.Tensor:
+    return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)

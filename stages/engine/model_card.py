@@ -35,7 +35,10 @@ def model_card(params: TrainParams, metrics: dict[str, Any]) -> str:
     else:
         inputs = f'messages = [{{"role": "user", "content": "{question}"}}]\ninputs = tokenizer.apply_chat_template('
         inputs += 'messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)'
-    trained = f"LoRA of rank {params.lora_rank}, weights merged" if params.finetuning == "lora" else "all weights"
+    names = {"lora": "LoRA", "qlora": "QLoRA (4-bit base)"}
+    trained = (
+        f"{names[params.finetuning]} of rank {params.lora_rank}, weights merged" if params.uses_lora else "all weights"
+    )
     return f"""\
 ---
 library_name: transformers
@@ -66,4 +69,4 @@ tokenizer = AutoTokenizer.from_pretrained("models/tuned")
 output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
-{ADAPTER if params.finetuning == "lora" else ""}"""
+{ADAPTER if params.uses_lora else ""}"""

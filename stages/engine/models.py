@@ -3,11 +3,15 @@
 import ctypes
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from stages.runtime.errors import UserError, user_errors
 
@@ -31,17 +35,63 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def load_model(folder: Path, device: torch.device | None = None) -> PreTrainedModel:
-    """Load a causal language model with fp32 weights, on `pick_device()` by default."""
+def load_model(
+    folder: Path, device: torch.device | None = None, precision: str = "fp32", quantization: Any = None
+) -> PreTrainedModel:
+    """Load a causal language model, with fp32 weights by default.
+
+    Args:
+        device: `pick_device()` by default.
+        precision: that of matrix multiplications. With bf16, matrices that are not trained are stored as autocast would
+            cast them: the same bits, in half the memory.
+        quantization: a quantization config of transformers.
+    """
     keep_freed_memory()
     device = device or pick_device()
+    in_bf16 = uses_bf16(precision, device)
     with user_errors(folder):
+        # A checkpoint in bf16 is loaded without an intermediate fp32 copy; other checkpoints must not be rounded.
+        dtype = torch.bfloat16 if in_bf16 and is_stored_in_bf16(folder) else torch.float32
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, device_map={"": device}
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            device_map={"": device},
+            quantization_config=quantization,
         )
+    if in_bf16:
+        matrices = {id(parameter) for layer in matrix_layers(model) for parameter in layer.parameters(recurse=False)}
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.bfloat16 if id(parameter) in matrices else torch.float32)
+    if dtype == torch.bfloat16:
+        widen_buffers(model)
+    for layer in matrix_layers(model) if quantization else ():
+        # The CPU kernel for inference would replace the weights by a packed form, which rounds their scales.
+        setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010 (nn.Module types attributes as tensors)
     # A checkpoint's own settings, such as a repetition penalty, would change greedy answers.
     model.generation_config = GenerationConfig()
     return model
+
+
+def widen_buffers(model: PreTrainedModel) -> None:
+    """Replace buffers that are not in the checkpoint, which transformers has computed in bf16."""
+    with init_empty_weights(include_buffers=False):
+        buffers = dict(AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).named_buffers())
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                exact = buffers[f"{path}.{name}"] if name in module._non_persistent_buffers_set else buffer.float()
+                setattr(module, name, exact.to(buffer.device))
+
+
+def matrix_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
+    """The layers that multiply with a matrix, except a head whose matrix is also the token embedding."""
+    embeddings = model.get_input_embeddings()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and module.weight is not getattr(embeddings, "weight", None):
+            yield module
 
 
 def load_on_meta(folder: Path) -> PreTrainedModel:
@@ -79,6 +129,15 @@ def checkpoint_dtype(folder: Path) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
+def is_stored_in_bf16(folder: Path) -> bool:
+    """Whether all tensors of a saved model are in bf16, whatever its config says."""
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            if any(file.get_slice(name).get_dtype() != "BF16" for name in file.keys()):  # noqa: SIM118 (not a dict)
+                return False
+    return True
+
+
 def uses_bf16(precision: str, device: torch.device) -> bool:
     """Whether matrix multiplications run in bf16; with `auto`, if the processor has bf16 instructions.
 
@@ -92,7 +151,7 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
 
 
 def autocast(precision: str, device: torch.device, cache_enabled: bool = True) -> AbstractContextManager[None]:
-    """Run the model in bf16 if `uses_bf16`. Its weights and precision-sensitive operations stay in fp32.
+    """Run the model in bf16 if `uses_bf16`. Precision-sensitive operations, and weights that are trained, stay in fp32.
 
     Args:
         cache_enabled: cast each weight once, and keep the bf16 copy until the end of the block. False for sharded
@@ -105,11 +164,33 @@ def autocast(precision: str, device: torch.device, cache_enabled: bool = True) -
 
 @contextmanager
 def probing(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block the model computes in fp32, without dropout and gradients."""
+    """Inside the block the model computes in fp32, without dropout and gradients.
+
+    One decoder layer at a time is converted, so that the whole model never takes the memory of fp32.
+    """
+    stored: dict[torch.nn.Module, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
+
+    def widen(module: torch.nn.Module, _: Any) -> None:
+        stored[module] = [(item, item.data) for item in module.parameters() if item.dtype == torch.bfloat16]
+        for parameter, data in stored[module]:
+            parameter.data = data.float()
+
+    def restore(module: torch.nn.Module, *_: Any) -> None:
+        for parameter, data in stored.pop(module, ()):
+            parameter.data = data
+
     training = model.training
     model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            yield
-    finally:
-        model.train(training)
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False), ExitStack() as undo:
+        undo.callback(model.train, training)
+        blocks = [block for block in model.modules() if type(block).__name__ in (model._no_split_modules or ())]
+        # The layers of a block together, because a block can read their matrices without calling them.
+        others = {*matrix_layers(model)}.difference(*(block.modules() for block in blocks))
+        for module in (*blocks, *others):
+            undo.callback(module.register_forward_pre_hook(widen).remove)
+            undo.callback(module.register_forward_hook(restore, always_call=True).remove)
+        for layer in matrix_layers(model):
+            if hasattr(layer, "compute_dtype"):  # a quantized layer
+                undo.callback(setattr, layer, "compute_dtype", layer.compute_dtype)
+                setattr(layer, "compute_dtype", torch.float32)  # noqa: B010 (nn.Module types attributes as tensors)
+        yield

@@ -1,40 +1,24 @@
-"""The optimizer and its learning rate schedule."""
+"""The optimizer and its learning rate."""
 
-import math
 from typing import TYPE_CHECKING, Any
 
-from stages.runtime.errors import UserError
+from stages.engine.schedule import Schedule
 from stages.runtime.params import TrainParams
 
 if TYPE_CHECKING:
     import torch
 
 
-def count_warmup_steps(warmup_steps: float, num_steps: int) -> int:
-    """Optimizer steps of warmup. A value of 1 or more counts steps; below 1 it is a fraction of the run.
-
-    Raises:
-        UserError: the warmup is not shorter than the run.
-    """
-    steps = int(warmup_steps) if warmup_steps >= 1 else math.ceil(warmup_steps * num_steps)
-    if steps and steps >= num_steps:
-        raise UserError(
-            f"warmup_steps: found {warmup_steps:g}, which is {steps:,} steps of a run of {num_steps:,}; "
-            "must be shorter than the run: lower it, or train longer (num_epochs, a smaller effective batch)"
-        )
-    return steps
-
-
 def create_optimizer(
-    model: "torch.nn.Module", params: TrainParams, num_steps: int
-) -> tuple["torch.optim.Optimizer", Any]:
-    """AdamW, and the learning rate scheduler of transformers."""
+    model: "torch.nn.Module", params: TrainParams, schedule: Schedule
+) -> tuple["torch.optim.Optimizer", "torch.optim.lr_scheduler.LambdaLR"]:
+    """AdamW, and the scheduler of its learning rate."""
     import torch
-    from transformers import get_scheduler
 
     optimizer = torch.optim.AdamW(parameter_groups(model, params.weight_decay), params.learning_rate, fused=True)
-    name = "constant_with_warmup" if params.lr_scheduler == "constant" else params.lr_scheduler
-    return optimizer, get_scheduler(name, optimizer, count_warmup_steps(params.warmup_steps, num_steps), num_steps)
+    # The scheduler counts steps from 0.
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: schedule.learning_rate_ratio(done + 1))
+    return optimizer, scheduler
 
 
 def trainable_parameters(model: "torch.nn.Module") -> dict[str, "torch.Tensor"]:

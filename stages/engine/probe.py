@@ -5,9 +5,11 @@ fp32 without dropout, and their losses are compared with those of the plain mode
 `model(input_ids, attention_mask).logits` of one example at a time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,16 +25,27 @@ from stages.runtime.errors import UserError, is_out_of_memory
 TOLERANCE = 1e-4  # nats/token; fp32 rounding gives a hundredth of this, a different attention pattern far more
 
 
-def choose_batches(model: PreTrainedModel, examples: Sequence[Example], max_tokens: int) -> tuple[Batches, list[str]]:
-    """The fastest kind of batch that is exact for this model, and log messages with the reason.
+class Choice(NamedTuple):
+    """The fastest kind of batch that is exact, log messages with the reason, and the longest of the examples."""
+
+    batches: Batches
+    messages: list[str]
+    longest: Example
+
+
+def choose_batches(model: PreTrainedModel, examples: Iterable[Example], max_tokens: int) -> Choice:
+    """Choose the fastest kind of batch that is exact for this model.
+
+    Args:
+        examples: all that the model will see; they are read once.
+        max_tokens: of a micro-batch.
 
     Raises:
         UserError: an example is longer than the model's context, or no kind of batch is exact.
     """
-    longest = max(len(example.input_ids) for example in examples)
-    check_context_length(model, longest, "the longest example (max_length)")
     limits = Limits.of(model, max_tokens)
-    probe = probe_examples(examples, limits)
+    probe, num_large = scan_examples(examples, limits)
+    check_context_length(model, len(probe[0].input_ids), "the longest example (max_length)")
     share_prefix = not (model.training and has_dropout(model, probe[1:]))  # without the longest, which is slow
     candidates: dict[str, Callable[[Limits], Batches]] = {
         f"packed batches{' with shared prefixes' if share_prefix else ''}": partial(
@@ -55,34 +68,43 @@ def choose_batches(model: PreTrainedModel, examples: Sequence[Example], max_toke
                 "set model_name to another model"
             )
     messages = ["; ".join([f"Engine: {name}", *reasons])]
-    if large := sum(map(limits.exceeded_by, examples)):
+    if num_large:
         messages.append(
             f"Examples with more than {limits.tokens:,} tokens or {limits.supervised:,} supervised tokens, "
-            f"each a micro-batch of its own: {large:,}"
+            f"each a micro-batch of its own: {num_large:,}"
         )
-    return make_batches(limits), messages
+    return Choice(make_batches(limits), messages, probe[0])
 
 
-def probe_examples(examples: Sequence[Example], limits: Limits) -> list[Example]:
-    """About a micro-batch of real examples: the longest, the shortest, the longest prompt twice, then the first ones.
+def scan_examples(examples: Iterable[Example], limits: Limits) -> tuple[list[Example], int]:
+    """About a micro-batch of examples for the probe, and how many examples exceed a limit by themselves.
 
-    Two examples have the same prompt, so that a prefix is shared; in each of them one token is supervised.
+    The probe has the longest example, the shortest, the one with the longest prompt twice, and the first ones. Two have
+    the same prompt, so that a prefix is shared; in each of them one token is supervised.
     """
-    longest = max(examples, key=lambda example: len(example.input_ids))
-    shortest = min(examples, key=lambda example: len(example.input_ids))
-    prompt = max(examples, key=lambda example: example.prompt_length)
-    end = prompt.prompt_length + 1
-    short = replace(prompt, input_ids=prompt.input_ids[:end], labels=prompt.labels[:end])
+    first: list[Example] = []
+    num_large = 0
+    examples = iter(examples)
+    longest = shortest = long_prompt = next(examples)
+    for example in chain([longest], examples):
+        longest = max(longest, example, key=lambda example: len(example.input_ids))
+        shortest = min(shortest, example, key=lambda example: len(example.input_ids))
+        long_prompt = max(long_prompt, example, key=lambda example: example.prompt_length)
+        num_large += limits.exceeded_by(example)
+        if len(first) < limits.tokens // len(longest.input_ids):
+            first.append(example)
+    end = long_prompt.prompt_length + 1
+    short = replace(long_prompt, input_ids=long_prompt.input_ids[:end], labels=long_prompt.labels[:end])
     probe = [longest, shortest, short, short]
     # All of them must also fit into one padded micro-batch.
     room = limits.tokens // len(longest.input_ids) - len(probe)
     num_supervised = longest.num_supervised
-    for example in examples[: max(room, 0)]:
+    for example in first[: max(room, 0)]:
         num_supervised += example.num_supervised
         if num_supervised > limits.supervised:
             break
         probe.append(example)
-    return [replace(example, example_id=str(number)) for number, example in enumerate(probe)]
+    return [replace(example, example_id=str(number)) for number, example in enumerate(probe)], num_large
 
 
 def plain_losses(model: PreTrainedModel, example: Example) -> torch.Tensor:
@@ -135,5 +157,5 @@ def has_dropout(model: PreTrainedModel, examples: Sequence[Example]) -> bool:
     devices = [model.device] if model.device.type == "cuda" else []
     with probing(model), torch.random.fork_rng(devices):
         model.train()
-        first, second = (target_logits(model, batch) for _ in range(2))
+        first, second = (target_logits(model, batch.to(model.device)) for _ in range(2))
     return bool((first - second).abs().max() > TOLERANCE)

@@ -21,13 +21,16 @@ class TrainingLog:
     Args:
         num_steps: optimizer steps of the whole run.
         curve: the CSV file; None to write nothing.
+        peak: FLOP/s of a large matrix multiplication on this device (of all ranks).
     """
 
-    def __init__(self, num_steps: int, logging_steps: int, curve: Path | None):
+    def __init__(self, num_steps: int, logging_steps: int, curve: Path | None, peak: float = math.inf):
         self._num_steps = num_steps
+        self._peak = peak
         self._logging_steps = logging_steps
         self._file = curve
         self._progress = tqdm(total=num_steps, unit="step")
+        self._seconds = self._tokens = self._flops = 0.0  # of the steps of this process
         self.load_state_dict({"steps": [], "validations": []})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -50,12 +53,30 @@ class TrainingLog:
         """Add a step to the history, and show the progress."""
         loss_sum, num_supervised, rate = result.loss_sum, result.num_supervised, result.learning_rate
         self._steps.append((loss_sum, num_supervised, rate, result.gradient_norm))
-        speed = result.num_tokens * (self._progress.format_dict["rate"] or 0)
-        self._progress.set_postfix_str(f"loss {loss_sum / num_supervised:.3f}, lr {rate:.2e}, {speed:,.0f} tokens/s")
+        self._seconds += result.seconds
+        self._tokens += result.num_tokens
+        self._flops += result.flops
+        self._progress.set_postfix_str(f"loss {loss_sum / num_supervised:.3f}, lr {rate:.2e}, {self.speed}")
         self._progress.update()
         if self.step == self._first_step + STEPS_TO_ESTIMATE:
             minutes = (time.monotonic() - self._started) / STEPS_TO_ESTIMATE * (self._num_steps - self.step) / 60
             tqdm.write(f"About {math.ceil(minutes):,} min left, not counting validation")
+
+    @property
+    def speed(self) -> str:
+        """Tokens per second, without validations and checkpoints, and the share of the device's peak (MFU)."""
+        return f"{self._tokens / self._seconds:,.0f} tokens/s, {self._flops / self._seconds / self._peak:.0%} of peak"
+
+    @property
+    def validations_since_best(self) -> int:
+        """The number of validations after the one with the lowest loss."""
+        losses = [loss for _, loss in self.validations]
+        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+    def end(self) -> None:
+        """End the run at this step, before its last one."""
+        self._num_steps = self.step
+        self.write()
 
     def log_validation(self, loss: float) -> bool:
         """Record a validation loss; returns whether it is the lowest so far."""
@@ -90,7 +111,7 @@ class TrainingLog:
         num_supervised = sum(supervised for _, supervised, *_ in self._steps)
         best_step, best_loss = min(self.validations, key=lambda validation: validation[1])
         return {
-            "steps": self._num_steps,
+            "steps": self.step,
             "examples": num_examples,
             "supervised_tokens": num_supervised,
             "loss": sum(loss for loss, *_ in self._steps) / num_supervised,

@@ -8,6 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LESS_MEMORY = (
+    "lower batch_size (memory of activations grows with batch_size * max_length) or max_length, "
+    "set activation_checkpointing: on (keeps one activation per layer) or finetuning: lora (no gradients and optimizer "
+    "state for the base weights), or free some memory, and run again"
+)
+
 
 class UserError(Exception):
     """An error that the user can fix. The text says where, what was found, what is allowed and what to do."""
@@ -40,4 +46,5 @@ def user_errors(where: str | Path, fix: str = "restore it with `dvc checkout`, o
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether Python, the CPU or the GPU has run out of memory; each reports it in its own way."""
-    return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory", str(error)))
+    texts = "out of memory|allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
+    return isinstance(error, MemoryError) or bool(re.search(texts, str(error)))

@@ -1,11 +1,13 @@
-"""Process the shards of a table in parallel, one process per CPU core."""
+"""Work ahead in threads, and process the shards of a table in parallel, one process per CPU core."""
 
 import multiprocessing
 import os
 import signal
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from multiprocessing.connection import wait
 from pathlib import Path
 from threading import RLock, Thread
@@ -14,7 +16,18 @@ from typing import Any, TypeVar
 from stages.runtime.errors import UserError
 from stages.runtime.terminal import progress
 
+S = TypeVar("S")
 T = TypeVar("T")
+
+
+def prefetch_map(function: Callable[[S], T], items: Iterator[S], num_ahead: int) -> Iterator[T]:
+    """`map` with a thread for each of the next items, at most `num_ahead` of them."""
+    with ThreadPoolExecutor(num_ahead) as pool:
+        pending = deque(pool.submit(function, item) for item in islice(items, num_ahead))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(function, item) for item in islice(items, 1))
+            yield result
 
 
 def map_processes(function: Callable[..., T], *arguments: Sequence[Any], desc: str) -> Iterator[T]:

@@ -13,7 +13,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PlainValidator,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -21,84 +20,27 @@ from pydantic import (
 )
 
 from stages.runtime.errors import UserError
+from stages.runtime.param_types import (
+    Columns,
+    Fraction,
+    Launcher,
+    MaxLength,
+    ModelName,
+    PathInside,
+    PositiveFloat,
+    PositiveInt,
+    PositiveSteps,
+    Precision,
+    Seed,
+    Steps,
+    TargetModules,
+    Temperature,
+    Template,
+    Text,
+)
 from stages.runtime.yaml12 import YAMLError, parse_yaml
 
 PARAMS_FILE = Path("params.yaml")
-PYPI_MODEL = (
-    r"pypi:(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+_-]+)#sha256=(?P<sha256>[0-9a-f]{64})"
-)
-
-
-def _warmup(value: float) -> float:
-    if value >= 1 and value != int(value):
-        raise ValueError("must be a whole number of steps, or below 1 for a fraction of the run")
-    return value
-
-
-def _target_modules(value: object) -> object:
-    are_names = isinstance(value, list) and value and all(isinstance(name, str) and name.strip() for name in value)
-    if value != "all-linear" and not are_names:
-        raise ValueError("must be all-linear, or a list of names of linear layers")
-    return value
-
-
-def _temperature(value: float) -> float:
-    if value < 0.01 and value != 0:
-        raise ValueError("must be 0 for greedy answers, or 0.01 and above")
-    return value
-
-
-def _model_name(value: str) -> str:
-    if value.startswith("pypi:") and not re.fullmatch(PYPI_MODEL, value):
-        raise ValueError("must be pypi:PACKAGE==VERSION#sha256=64 HEX DIGITS, a Hub id or a folder")
-    return value
-
-
-def _template(value: str) -> str:
-    # `format` depends on the folder `templates`, so DVC notices when a file in it changes.
-    if not re.fullmatch(r"alpaca|chat(:[\w.-]+)?|templates/[\w.-]+\.jinja", value):
-        raise ValueError(
-            "must be alpaca, chat (the template of the tokenizer), chat:NAME (one of several) or a file "
-            "templates/NAME.jinja"
-        )
-    return value
-
-
-def _inside(value: str) -> str:
-    if Path(value).is_absolute() or ".." in Path(value).parts:
-        raise ValueError("must be a path inside the folder dataset_file")
-    return value
-
-
-def _columns(value: dict[str, str]) -> dict[str, str]:
-    needed = next((schema for schema in COLUMNS if value.keys() >= {*schema}), None)
-    if needed is None:
-        raise ValueError("must name prompt and completion, messages, or text")
-    if unknown := sorted(value.keys() - {*needed, *COLUMNS[needed]}):
-        raise ValueError(f"{unknown[0]}: must be {', '.join(needed + COLUMNS[needed])}")
-    return value
-
-
-def _distinct(entries: list["DatasetParams"]) -> list["DatasetParams"]:
-    if len({(one.file, one.name, one.subset, one.data_files, one.split) for one in entries}) < len(entries):
-        raise ValueError("must list each dataset once")
-    return entries
-
-
-# What columns can be mapped to: those that a row needs, and those that it may have.
-COLUMNS: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("prompt", "completion"): ("system", "input", "history", "reasoning", "tools"),
-    ("messages",): ("system", "tools"),
-    ("text",): (),
-}
-Columns = Annotated[dict[str, str], AfterValidator(_columns)] | None
-PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Text = Annotated[str, Field(pattern=r"\S")]  # not blank
-MaxLength = Annotated[int, Field(ge=2, le=1_000_000_000)]
-Precision = Literal["auto", "fp32", "bf16"]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Template = Annotated[Text, AfterValidator(_template)]
 
 
 class StageParams(BaseModel):
@@ -108,16 +50,16 @@ class StageParams(BaseModel):
 class DatasetParams(StageParams):
     """One dataset of a mixture: `file` or `name`. It gives `count` rows, a share by `weight`, or else all rows."""
 
-    file: Annotated[Text, AfterValidator(_inside)] | None = None
+    file: PathInside | None = None
     name: Text | None = None
     revision: Text | None = None
     subset: Text | None = None
     data_files: Text | None = None
     split: Text = "train"
-    columns: Columns = None
+    columns: Columns | None = None
     use: Literal["train", "validation", "test"] | None = None
     count: PositiveInt | None = None
-    weight: Annotated[float, Field(gt=0)] | None = None
+    weight: PositiveFloat | None = None
 
     @model_validator(mode="after")
     def _is_one_dataset(self) -> Self:
@@ -130,6 +72,12 @@ class DatasetParams(StageParams):
         return self
 
 
+def _distinct(entries: list["DatasetParams"]) -> list["DatasetParams"]:
+    if len({(one.file, one.name, one.subset, one.data_files, one.split) for one in entries}) < len(entries):
+        raise ValueError("must list each dataset once")
+    return entries
+
+
 class DownloadDatasetParams(StageParams):
     datasets: Annotated[list[DatasetParams], Field(min_length=1), AfterValidator(_distinct)] | None
     dataset_file: Text
@@ -137,13 +85,13 @@ class DownloadDatasetParams(StageParams):
     dataset_revision: Text | None
     dataset_subset: Text | None
     dataset_split: Text
-    dataset_columns: Columns
+    dataset_columns: Columns | None
     max_examples: PositiveInt | None
     slice_column: Text
 
 
 class DownloadModelParams(StageParams):
-    model_name: Annotated[Text, AfterValidator(_model_name)]
+    model_name: ModelName
     model_revision: Text | None
 
 
@@ -170,29 +118,55 @@ class SplitParams(StageParams):
         return test
 
 
-class TrainingParams(StageParams):
+class BatchParams(StageParams):
+    """The size of batches, which limits the memory of training, evaluation and generation."""
+
+    max_length: MaxLength
+    batch_size: PositiveInt
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens of the largest micro-batch in training."""
+        return self.batch_size * self.max_length
+
+
+class TrainingParams(BatchParams):
     """The parameters of a training run, except its seed."""
 
     template: Template
-    max_length: MaxLength
-    batch_size: PositiveInt
     gradient_accumulation_steps: PositiveInt
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: PositiveFloat
     lr_scheduler: Literal["linear", "cosine", "constant"]
-    warmup_steps: Annotated[float, Field(ge=0, le=1_000_000_000), AfterValidator(_warmup)]
+    min_learning_rate_ratio: Fraction
+    warmup_steps: Steps
     num_epochs: PositiveInt
+    max_steps: PositiveInt | None
     weight_decay: Annotated[float, Field(ge=0)]
-    max_grad_norm: Annotated[float, Field(gt=0)]
+    max_grad_norm: PositiveFloat
     logging_steps: PositiveInt
-    eval_steps: PositiveInt
-    save_steps: PositiveInt
+    eval_steps: PositiveSteps
+    early_stopping_patience: PositiveInt | None
+    save_steps: PositiveSteps
     precision: Precision
-    launcher: Annotated[Text, Field(pattern=r"^[^\n]+$")]
-    finetuning: Literal["full", "lora"]
+    activation_checkpointing: Literal["auto", "on", "off"]
+    launcher: Launcher
+    finetuning: Literal["full", "lora", "qlora"]
     lora_rank: PositiveInt
     lora_alpha: PositiveInt
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
-    lora_target_modules: Annotated[str | list[str], PlainValidator(_target_modules)]
+    lora_dropout: Fraction
+    lora_target_modules: TargetModules
+
+    @field_validator("min_learning_rate_ratio")
+    @classmethod
+    def _is_used(cls, ratio: float, info: ValidationInfo) -> float:
+        if ratio and info.data.get("lr_scheduler") == "constant":
+            raise ValueError("must be 0 with lr_scheduler: constant, which does not decay")
+        return ratio
+
+    @property
+    def uses_lora(self) -> bool:
+        """Whether adapters are trained, and the base weights are frozen."""
+        return self.finetuning != "full"
 
     @property
     def effective_batch_size(self) -> int:
@@ -204,8 +178,9 @@ class TrainParams(TrainingParams):
     seed: Seed
 
 
-class EvaluateParams(StageParams):
+class EvaluateParams(BatchParams):
     template: Template
+    launcher: Launcher
     max_new_tokens: PositiveInt
     precision: Precision
 
@@ -230,11 +205,12 @@ class SeedParams(StageParams):
         return seeds
 
 
-class GenerateParams(StageParams):
+class GenerateParams(BatchParams):
     template: Template
+    launcher: Launcher
     sample_prompts: Annotated[list[Text], Field(min_length=1)]
     max_new_tokens: PositiveInt
-    temperature: Annotated[float, AfterValidator(_temperature)]
+    temperature: Temperature
     top_p: Annotated[float, Field(gt=0, le=1)]
     precision: Precision
     seed: Seed

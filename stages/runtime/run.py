@@ -1,6 +1,7 @@
 """Run a stage: one at a time per folder, with a message for errors that the user can fix."""
 
 import errno
+import logging
 import marshal
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from stages.runtime.errors import UserError, is_out_of_memory
+from stages.runtime.errors import LESS_MEMORY, UserError, is_out_of_memory
 from stages.runtime.locks import file_lock
 from stages.runtime.text import printable
 
@@ -23,7 +24,6 @@ LOCK = Path(".scratch/lock")
 # Errors that any stage can meet on a user's machine. All others are bugs and keep their traceback.
 FREE_SPACE = "free some space (README, Disk) and run again"
 FIX_PERMISSIONS = "make it readable and writable for this user and run again"
-LESS_MEMORY = "lower batch_size or max_length, or free some memory, and run again"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ERRNO_HINTS = {
     errno.ENOENT: "run `dvc repro` in the project's folder, which creates the inputs of a stage",
@@ -49,6 +49,7 @@ def run(main: Callable[[], None], exclusive: bool = True) -> NoReturn:
         exclusive: False for commands that only read; they may run beside a stage.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import warns about an optional kernel
     started = time.time()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
