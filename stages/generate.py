@@ -30,6 +30,7 @@ def main() -> None:
 
     context = init_distributed()
     if not context.is_needed_for_inference:
+        context.shutdown()
         return
     if context.sharded:
         print(f"Launcher: {params.launcher}: {context}")
