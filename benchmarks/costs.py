@@ -46,11 +46,11 @@ class Job:
     rates: list[Rate]
 
 
-def jobs(measured_rate: float, processor: str) -> list[Job]:
+def jobs(measured_rate: float, device: str) -> list[Job]:
     """The jobs to estimate.
 
     Args:
-        measured_rate: of GPT-2 on `processor`, in tokens/s.
+        measured_rate: of GPT-2 on `device`, in tokens/s.
     """
     foundry = (
         "[llm-foundry, {}](https://github.com/mosaicml/llm-foundry/blob/main/scripts/train/benchmarking/README.md)"
@@ -60,7 +60,7 @@ def jobs(measured_rate: float, processor: str) -> list[Job]:
             52_000,
             "GPT-2",
             124e6,
-            [Rate(processor, measured_rate, HERE), Rate("A100 80 GB", 142_830, foundry.format("125m, 2048 tokens"))],
+            [Rate(device, measured_rate, HERE), Rate("A100 80 GB", 142_830, foundry.format("125m, 2048 tokens"))],
         ),
         Job(
             1_000_000,
@@ -97,9 +97,8 @@ def report(results: dict[str, Any]) -> str:
     """Markdown, for the terminal and `docs/scaling.md`."""
     curve = results["curve"]
     parallel = curve[1:]  # the first point has one shard, so one process
-    processor = f"{results['cores']} cores of {results['processor']}"
     lines = [
-        f"{results['date']}, {processor}. Rows have {tokens_per_row(results):.0f} tokens on average.",
+        f"{results['date']}, {results['device']}. Rows have {tokens_per_row(results):.0f} tokens on average.",
         "",
         "| rows | " + " | ".join(f"{stage} (s) | memory (GB)" for stage in STAGES) + " |",
         "|---" * (2 * len(STAGES) + 1) + "|",
@@ -146,7 +145,7 @@ def report(results: dict[str, Any]) -> str:
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
     ]
-    for job in jobs(measured_rate(results), processor):
+    for job in jobs(measured_rate(results), results["device"]):
         tokens = job.rows * tokens_per_row(results)
         data = sum(linear_fit(parallel, seconds_of(stage))(job.rows) for stage in STAGES)
         # Base model, tuned model and tables are in the workspace and in the cache; the two checkpoints are in neither.

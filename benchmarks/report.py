@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
-RESULTS = Path(__file__).with_name("results.json")
-PICTURE = Path(__file__).with_name("results.png")
 WARM_UP = 1  # steps at the beginning of a run that are not timed
 COLUMNS = (
     *("engine", "s/step", "time ÷ ours", "supervised tokens/s", "tokens/s"),
@@ -16,9 +15,13 @@ COLUMNS = (
 )
 
 
+def results_file(device: torch.device) -> Path:
+    return Path(__file__).with_name("results.json" if device.type == "cpu" else f"results-{device.type}.json")
+
+
 def table(results: dict[str, Any]) -> str:
     """Markdown, for the terminal and `docs/benchmarks.md`."""
-    lines = [f"{results['date']}, {results['cores']} cores of {results['processor']}, torch {results['torch']}", ""]
+    lines = [f"{results['date']}, {results['device']}, torch {results['torch']}", ""]
     for name, measured in results["training"].items():
         real, distinct, supervised = (
             pd.Series(measured[f"{kind}_tokens"])[WARM_UP:].mean() for kind in ("real", "distinct", "supervised")
@@ -36,11 +39,13 @@ def table(results: dict[str, Any]) -> str:
         for engine, run in measured["engines"].items():
             step, ratio = seconds[engine].median(), ratios[engine]
             lines.append(
-                f"| {engine} | {step:.1f} | {ratio.median():.1f} ({ratio.min():.1f}–{ratio.max():.1f}) "
+                f"| {engine} | {step:.3g} | {ratio.median():.1f} ({ratio.min():.1f}–{ratio.max():.1f}) "
                 f"| {supervised / step:,.0f} | {real / step:,.0f} | {shares[engine].median():.0%} "
                 f"| {run['peak_memory_bytes'] / 1e9:.1f} | {run['losses'][-1]:.4f} |"
             )
         lines.append("")
+    if "format" not in results:
+        return "\n".join(lines[:-1])
     measured = results["format"]
     stage, tokenizer, start_up = (
         pd.Series(measured[f"{kind}_seconds"]).median() for kind in ("stage", "tokenizer", "start_up")
@@ -68,7 +73,7 @@ def shares_of_peak(results: dict[str, Any], measured: dict[str, Any], seconds: p
     return shares
 
 
-def draw(results: dict[str, Any]) -> None:
+def draw(results: dict[str, Any], path: Path) -> None:
     """Draw the time per step and the losses of all engines."""
     import matplotlib
 
@@ -81,7 +86,7 @@ def draw(results: dict[str, Any]) -> None:
             seconds = run["seconds"][WARM_UP:]
             row[0].barh(place, statistics.median(seconds), color=f"C{place}")
             row[0].plot(seconds, [place] * len(seconds), "k|")
-            row[0].text(max(seconds), place, f"  {statistics.median(seconds):.1f}", va="center")
+            row[0].text(max(seconds), place, f"  {statistics.median(seconds):.3g}", va="center")
             steps = range(1, len(run["losses"]) + 1)
             # Later lines are thinner, so that equal losses stay visible.
             width = 2 * (len(measured["engines"]) - place) - 1
@@ -93,9 +98,10 @@ def draw(results: dict[str, Any]) -> None:
         row[1].set(title=f"{name} examples", xlabel="optimizer step", ylabel="loss (nats/token)")
         row[1].set_xticks(steps)
         row[1].legend()
-    figure.suptitle(f"{results['cores']} cores of {results['processor']}, {results['date']}")
-    figure.savefig(PICTURE, dpi=80, metadata={"Software": None})
+    figure.suptitle(f"{results['device']}, {results['date']}")
+    figure.savefig(path, dpi=80, metadata={"Software": None})
 
 
 if __name__ == "__main__":
-    print(table(json.loads(RESULTS.read_text(encoding="utf-8"))))
+    for device in ("cpu", "cuda"):
+        print(table(json.loads(results_file(torch.device(device)).read_text(encoding="utf-8"))), end="\n\n")

@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
-import torch
 
 from benchmarks import training
 from benchmarks.__main__ import machine
@@ -22,7 +21,7 @@ from benchmarks.costs import RESULTS, STAGES, report
 from benchmarks.data import long_examples, long_rows
 from benchmarks.memory import anonymous_memory, peak_memory
 from stages.data.tables import ROWS_PER_SHARD
-from stages.engine.models import uses_bf16
+from stages.engine.models import pick_device, uses_bf16
 from stages.runtime.files import write_json
 from stages.runtime.params import TrainParams, load_params
 from stages.runtime.terminal import disk_usage
@@ -92,8 +91,8 @@ def gpt2() -> dict[str, Any]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     params = load_params(TrainParams)
-    precision = "bf16" if uses_bf16("auto", torch.device("cpu")) else "fp32"
-    examples = long_examples(training.STEPS * params.effective_batch_size)
+    precision = "bf16" if uses_bf16("auto", pick_device()) else "fp32"
+    examples = long_examples(training.num_steps() * params.effective_batch_size)
     with TemporaryDirectory() as folder:
         GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
         return training.measure(examples, params, [("this project", precision)], Path(folder))

@@ -4,12 +4,14 @@ Each engine runs in its own process and waits for a message before each step. So
 batch, and noise of the machine affects all of them equally.
 """
 
+import math
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, chdir, contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,12 +22,12 @@ import torch
 from benchmarks.memory import peak_memory
 from stages.data.examples import IGNORE_INDEX, Example
 from stages.engine.batches import NO_LIMITS, PackedBatches, shuffled_batches
+from stages.engine.models import pick_device
 from stages.engine.speed import matmul_rate
 from stages.runtime.params import TrainParams
 
 BASE, TOKENIZER = Path("models/base").absolute(), Path("models/tokenizer").absolute()
 LORA = "this project, LoRA"
-STEPS = 5  # optimizer steps per run; the first one is not timed (`WARM_UP` in report.py)
 Wait = Callable[[], None]  # returns when it is the engine's turn
 
 
@@ -46,13 +48,18 @@ class Work:
         return [*shuffled_batches(self.examples, self.params.effective_batch_size, self.params.seed, epoch=0)]
 
 
+def num_steps() -> int:
+    """Optimizer steps per run; the first one is not timed (`WARM_UP` in report.py)."""
+    return 10 if pick_device().type == "cuda" else 5
+
+
 def textbook(work: Work, wait: Wait) -> list[float]:
     """A plain loop (see `tests/textbook.py`): padded to `max_length`, all logits, AdamW."""
     from transformers import AutoModelForCausalLM
 
     from tests.textbook import textbook_steps
 
-    model = AutoModelForCausalLM.from_pretrained(work.base, dtype="float32").train()
+    model = AutoModelForCausalLM.from_pretrained(work.base, dtype="float32", device_map=pick_device()).train()
     losses = []
     wait()
     for loss in textbook_steps(model, work.batches, work.params, 0, work.params.max_length):
@@ -61,11 +68,14 @@ def textbook(work: Work, wait: Wait) -> list[float]:
     return losses
 
 
-def trl(work: Work, wait: Wait) -> list[float]:
-    """`SFTTrainer`, padded to the longest example of a micro-batch, with the fastest settings that were found on a CPU.
+def trl(work: Work, wait: Wait, padding_free: bool = False) -> list[float]:
+    """`SFTTrainer`, padded to the longest example of a micro-batch, with the fastest settings that were found.
 
-    Activations are not recomputed. Packing and padding-free batches would be faster, but need an attention kernel that
-    runs on GPUs only.
+    Activations are not recomputed.
+
+    Args:
+        padding_free: concatenate the examples of a micro-batch, for GPUs. FlashAttention and the fused loss of
+            liger-kernel are used if they are installed.
     """
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
@@ -79,6 +89,7 @@ def trl(work: Work, wait: Wait) -> list[float]:
             wait()
 
     params = work.params
+    attention = "flash_attention_2" if padding_free and find_spec("flash_attn") else "sdpa"
     rows = [
         {"input_ids": example.input_ids.tolist(), "completion_mask": (example.labels != IGNORE_INDEX).astype(int)}
         for batch in work.batches
@@ -88,7 +99,7 @@ def trl(work: Work, wait: Wait) -> list[float]:
         config = SFTConfig(
             output_dir=folder,
             bf16=params.precision == "bf16",
-            use_cpu=True,
+            use_cpu=pick_device().type == "cpu",
             per_device_train_batch_size=params.batch_size,
             gradient_accumulation_steps=params.gradient_accumulation_steps,
             learning_rate=params.learning_rate,
@@ -98,7 +109,9 @@ def trl(work: Work, wait: Wait) -> list[float]:
             num_train_epochs=1,
             train_sampling_strategy="sequential",
             activation_checkpointing=False,
-            max_length=params.max_length,
+            max_length=None,  # the examples are truncated
+            padding_free=padding_free,
+            use_liger_kernel=padding_free and find_spec("liger_kernel") is not None,
             completion_only_loss=True,
             logging_steps=1,
             save_strategy="no",
@@ -107,7 +120,7 @@ def trl(work: Work, wait: Wait) -> list[float]:
             seed=params.seed,
         )
         trainer = SFTTrainer(
-            AutoModelForCausalLM.from_pretrained(work.base, dtype="float32"),
+            AutoModelForCausalLM.from_pretrained(work.base, dtype="float32", attn_implementation=attention),
             args=config,
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(TOKENIZER),
@@ -118,12 +131,15 @@ def trl(work: Work, wait: Wait) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def trl_padding_free(work: Work, wait: Wait) -> list[float]:
+    return trl(work, wait, padding_free=True)
+
+
 def this_project(work: Work, wait: Wait) -> list[float]:
     """`fit` of `stages/train.py`, in a temporary folder."""
     from stages.engine.checkpoints import Checkpoints
     from stages.engine.distributed import DistributedContext
     from stages.engine.engine import EffectiveBatch, Engine, StepResult
-    from stages.engine.models import pick_device
     from stages.engine.schedule import Schedule
     from stages.engine.training_log import TrainingLog
     from stages.train import fit
@@ -153,7 +169,13 @@ def with_lora(work: Work, wait: Wait) -> list[float]:
     return this_project(replace(work, params=work.params.model_copy(update={"finetuning": "lora"})), wait)
 
 
-ENGINES = {"textbook": textbook, "TRL": trl, LORA: with_lora, "this project": this_project}
+ENGINES = {
+    "textbook": textbook,
+    "TRL": trl,
+    "TRL, padding-free": trl_padding_free,
+    LORA: with_lora,
+    "this project": this_project,
+}
 
 
 def run_engine(engine: str, work: Work, connection: Connection) -> None:
@@ -164,7 +186,8 @@ def run_engine(engine: str, work: Work, connection: Connection) -> None:
         connection.recv()
 
     losses = ENGINES[engine](work, wait)
-    connection.send((losses, peak_memory(os.getpid())))
+    on_gpu = pick_device().type == "cuda"
+    connection.send((losses, torch.cuda.max_memory_allocated() if on_gpu else peak_memory(os.getpid())))
 
 
 @contextmanager
@@ -195,11 +218,12 @@ def measure(
     """Losses, seconds per step and peak memory of each run.
 
     Args:
+        examples: one optimizer step for each effective batch of them; the first one is not timed.
         runs: engines with their precisions; the others are compared with the last one.
     """
-    examples = examples[: STEPS * params.effective_batch_size]
+    steps = math.ceil(len(examples) / params.effective_batch_size)
     common = {"num_epochs": 1, "max_steps": None, "lr_scheduler": "constant", "warmup_steps": 0}
-    common |= {"eval_steps": STEPS, "save_steps": STEPS, "early_stopping_patience": None}
+    common |= {"eval_steps": steps, "save_steps": steps, "early_stopping_patience": None}
     works = [
         Work(examples, params.model_copy(update={**common, "precision": precision}), base) for _, precision in runs
     ]
@@ -209,14 +233,14 @@ def measure(
         engines = [
             stack.enter_context(start_engine(engine, work)) for (engine, _), work in zip(runs, works, strict=True)
         ]
-        for step in range(STEPS):
-            peaks.append(matmul_rate(torch.device("cpu"), runs[-1][1]))
+        for step in range(steps):
+            peaks.append(matmul_rate(pick_device(), runs[-1][1]))
             for engine, own in zip(engines, seconds, strict=True):
                 start = time.perf_counter()
                 engine.send("go")
                 engine.recv()
                 own.append(time.perf_counter() - start)
-            print(f"step {step + 1} of {STEPS}: " + ", ".join(f"{own[-1]:.1f} s" for own in seconds), flush=True)
+            print(f"step {step + 1} of {steps}: " + ", ".join(f"{own[-1]:.3g} s" for own in seconds), flush=True)
         for engine in engines:
             engine.send("go")
         ends = [engine.recv() for engine in engines]

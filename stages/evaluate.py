@@ -152,7 +152,8 @@ def predict(folder: Path, params: EvaluateParams, context: "DistributedContext")
     examples = read_split(TEST)
     test = read_table(TEST, ["example_id", "prompt_id", "slice", "response"]).to_pandas()
     model, tokenizer = load_for_inference(folder, params.precision, context), load_tokenizer()
-    batches, messages, _ = choose_batches(model, examples, SCORED_TOKENS * params.tokens_per_batch)
+    tokens_per_batch = SCORED_TOKENS * params.tokens_per_batch
+    batches, messages, _ = choose_batches(model, examples, tokens_per_batch, params.precision)
     print(*messages, sep="\n", flush=True)
     prompts = [example.input_ids[: example.last_response].tolist() for example in examples]
     settings = generation_settings(load_template(params.template, tokenizer).eos_token_ids, params.max_new_tokens)

@@ -34,11 +34,10 @@ def test_engine_waits_before_each_step_and_after_the_last_one(
 def test_engines_in_separate_processes_do_the_same_steps(
     project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "STEPS", 3)
     monkeypatch.setattr(training, "matmul_rate", lambda device, precision: 1e9)
     edit(project, batch_size="2", gradient_accumulation_steps="2", max_length="32")
     runs = [("textbook", "fp32"), ("this project", "fp32")]
-    measured = training.measure([*EXAMPLES, *EXAMPLES], load_params(TrainParams), runs, tiny_model)
+    measured = training.measure(EXAMPLES, load_params(TrainParams), runs, tiny_model)
     assert sum(measured["real_tokens"]) == 12 * 6 + 66
     assert sum(measured["supervised_tokens"]) == 12 * 3 + 66
     assert all(
@@ -70,8 +69,7 @@ def test_table_compares_steps_pairwise_without_the_warm_up_step() -> None:
     }
     results = {
         "date": "2026-11-24",
-        "processor": "P",
-        "cores": 2,
+        "device": "2 cores of P",
         "torch": "2",
         "flops_per_token": [10, 20],
         "training": {"short": measured},
@@ -84,8 +82,8 @@ def test_table_compares_steps_pairwise_without_the_warm_up_step() -> None:
         "| engine | s/step | time ÷ ours | supervised tokens/s | tokens/s "
         "| share of peak | peak memory (GB) | last loss |",
         "|---|---|---|---|---|---|---|---|",
-        "| TRL, bf16 | 10.0 | 3.5 (3.0–4.0) | 40 | 110 | 16% | 4.5 | 2.2500 |",
-        "| this project, bf16 | 3.0 | 1.0 (1.0–1.0) | 133 | 367 | 56% | 4.5 | 2.2400 |",
+        "| TRL, bf16 | 10 | 3.5 (3.0–4.0) | 40 | 110 | 16% | 4.5 | 2.2500 |",
+        "| this project, bf16 | 3 | 1.0 (1.0–1.0) | 133 | 367 | 56% | 4.5 | 2.2400 |",
         "",
     ]
     assert lines[9] == (

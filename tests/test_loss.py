@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from stages.engine.batches import Limits, PackedBatches, PaddedBatches
+from stages.engine.batches import MAX_LOGITS, Limits, PackedBatches, PaddedBatches
 from stages.engine.loss import losses_by_example, summed_loss, token_losses
 from stages.engine.models import autocast
 from stages.engine.probe import choose_batches
@@ -169,7 +169,7 @@ def test_a_model_without_an_exact_kind_of_batch_is_rejected(monkeypatch: pytest.
 
 
 def test_examples_beyond_the_limits_are_reported_and_computed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.engine.batches.MAX_LOGITS", 50 * 4)
+    monkeypatch.setitem(MAX_LOGITS, "cpu", 50 * 4)
     batches, messages, _ = choose_batches(random_model(CONFIGS["llama"]).eval(), EXAMPLES, 30)
     assert messages[1:] == [
         "Examples with more than 30 tokens or 4 supervised tokens, each a micro-batch of its own: 1"

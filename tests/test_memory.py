@@ -35,8 +35,8 @@ class Device:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return 7_000
 
-    def fit(self, batches: Batches, choices: list[bool]) -> tuple[Limits, bool, int]:
-        return find_fit(self.model, batches, LONGEST, choices, self.try_step)
+    def fit(self, batches: Batches, choices: list[bool], num_batches: int = 1) -> tuple[Limits, bool, int]:
+        return find_fit(self.model, batches, LONGEST, choices, num_batches, self.try_step)
 
 
 PADDED = PaddedBatches(Limits(45, 100))  # four of the longest example
@@ -57,6 +57,14 @@ def test_activation_checkpointing_comes_before_smaller_micro_batches() -> None:
     assert Device(20).fit(PADDED, [False]) == (Limits(22, 50), False, 7_000)
 
 
+def test_a_micro_batch_is_as_much_of_the_effective_batch_as_fits() -> None:
+    assert Device(10_000).fit(PADDED, [False, True], 4) == (Limits(180, 400), False, 7_000)
+    assert Device(90).fit(PADDED, [False, True], 4) == (Limits(90, 200), False, 7_000)
+    device = Device(30)
+    assert device.fit(PADDED, [False, True], 2) == (Limits(45, 100), True, 7_000)
+    assert device.trials == [(90, False), (40, False), (40, True)]
+
+
 def test_an_example_that_does_not_fit_is_an_error_with_the_parameters_that_help() -> None:
     with pytest.raises(UserError) as error:
         Device(3).fit(PADDED, [False, True])
@@ -71,7 +79,7 @@ def test_another_error_of_the_device_is_not_hidden() -> None:
         raise RuntimeError("CUDA error: device-side assert triggered")
 
     with pytest.raises(RuntimeError, match="device-side assert"):
-        find_fit(random_model(CONFIGS["llama"]), PADDED, LONGEST, [False, True], broken)
+        find_fit(random_model(CONFIGS["llama"]), PADDED, LONGEST, [False, True], 1, broken)
 
 
 @pytest.mark.parametrize(

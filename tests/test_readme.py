@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import report
 from tests import architectures, chaos
@@ -63,15 +64,17 @@ def test_the_results_table_matches_the_metrics() -> None:
 
 
 def test_the_benchmark_tables_match_the_results() -> None:
-    results = json.loads(report.RESULTS.read_text(encoding="utf-8"))
-    picture = report.PICTURE.relative_to(ROOT)
-    assert block("bench", read_page("docs/benchmarks.md")) == report.table(results)
-    assert f"](../{picture})" in read_page("docs/benchmarks.md")
+    page = read_page("docs/benchmarks.md")
+    for name, device in (("bench", "cpu"), ("bench-cuda", "cuda")):
+        path = report.results_file(torch.device(device))
+        assert block(name, page) == report.table(json.loads(path.read_text(encoding="utf-8")))
+    picture = report.results_file(torch.device("cpu")).with_suffix(".png").relative_to(ROOT)
+    assert f"](../{picture})" in page
     assert f"]({picture})" in README
 
 
 def test_the_benchmark_summary_matches_the_results() -> None:
-    training = json.loads(report.RESULTS.read_text(encoding="utf-8"))["training"]
+    training = json.loads(report.results_file(torch.device("cpu")).read_text(encoding="utf-8"))["training"]
 
     def ratio(engine: str, examples: str) -> str:
         engines = training[examples]["engines"]

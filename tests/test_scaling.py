@@ -38,8 +38,7 @@ def point(rows: int) -> dict[str, Any]:
 
 RESULTS = {
     "date": "2026-01-31",
-    "processor": "Abacus (none)",
-    "cores": 2,
+    "device": "2 cores of Abacus (none)",
     "curve": [
         point(100_000) | {"format": {"seconds": 99.0, "peak_memory_bytes": 9e9}},
         *map(point, (200_000, 400_000, 800_000)),

@@ -221,8 +221,8 @@ def validation_loss(folder: Path, examples: Any) -> float:
 
 
 def outcome() -> dict[str, bytes]:
-    paths = [*Path("models/tuned").iterdir(), *Path("metrics").iterdir()]
-    return {str(path): path.read_bytes() for path in sorted(paths)}
+    paths = [*Path("models/tuned").rglob("*"), *Path("metrics").iterdir()]
+    return {str(path): path.read_bytes() for path in sorted(paths) if path.is_file()}
 
 
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:

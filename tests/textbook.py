@@ -35,14 +35,14 @@ def textbook_steps(
         for start in range(0, len(batch), params.batch_size):
             rows = batch[start : start + params.batch_size]
             width = pad_to or max(len(example.input_ids) for example in rows)
-            ids, labels, mask = torch.zeros(3, len(rows), width, dtype=torch.long)
+            ids, labels, mask = torch.zeros(3, len(rows), width, dtype=torch.long, device=model.device)
             labels[:] = -100
             for row, example in enumerate(rows):
                 length = len(example.input_ids)
                 ids[row, :length] = torch.tensor(example.input_ids)
                 labels[row, :length] = torch.tensor(example.labels)
                 mask[row, :length] = 1
-            with torch.autocast("cpu", torch.bfloat16, enabled=params.precision == "bf16"):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=params.precision == "bf16"):
                 logits = model(input_ids=ids, attention_mask=mask).logits
             loss = torch.nn.functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
@@ -61,9 +61,9 @@ def textbook_losses(model: PreTrainedModel, examples: Sequence[Example]) -> dict
     """The losses of each example: one at a time, all logits, plain cross entropy with `ignore_index` -100."""
     losses = {}
     for example in examples:
-        ids = torch.tensor(example.input_ids[None].astype(int))
+        ids = torch.tensor(example.input_ids[None].astype(int), device=model.device)
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1]
-        labels = torch.tensor(example.labels[1:].astype(int))
+        labels = torch.tensor(example.labels[1:].astype(int), device=model.device)
         all_losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
         losses[example.example_id] = all_losses[labels != -100]
     return losses
@@ -71,7 +71,7 @@ def textbook_losses(model: PreTrainedModel, examples: Sequence[Example]) -> dict
 
 def textbook_answer(model: Any, prompt: list[int], eos_token_id: int | None, max_new_tokens: int = 12) -> list[int]:
     """The new token ids that `generate` of transformers returns for one prompt, with greedy decoding."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": eos_token_id, "pad_token_id": 0}
     output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     new_ids: list[int] = output[0, len(prompt) :].tolist()

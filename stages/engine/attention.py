@@ -4,8 +4,9 @@ A group is a prefix and the examples that begin with it. In the packed row
 
     [prefix] [suffix of example 0] [suffix of example 1] ... [another prefix] [suffix of example 7] ...
 
-every token attends, causally, to its own example and to the prefix of its group. Attention itself runs on small padded
-blocks of queries, keys and values; all other layers see the packed row.
+every token attends, causally, to its own example and to the prefix of its group. All other layers see the packed row.
+Attention itself runs on small padded blocks of queries, keys and values, on any device and in any precision; `varlen`
+has a faster kernel for GPUs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
+
+from stages.engine.varlen import VarlenLayout
 
 NAME = "packed"
 EXAMPLES_PER_BLOCK = 8
@@ -97,6 +100,22 @@ class PackedLayout:
         """Apply a function to all tensors, such as a copy to another device."""
         return PackedLayout([block.map(function) for block in self.blocks], function(self.unpad_indices))
 
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, dropout: float
+    ) -> torch.Tensor:
+        """Attention of one layer: query (tokens, heads, head size), key and value (tokens, key heads, head size)."""
+        outs = []
+        for block in self.blocks:
+            q, k, v = block.gather_padded(query), block.gather_with_prefix(key), block.gather_with_prefix(value)
+            if query.device.type == "cpu" and k.shape[2] <= MAX_MATMUL_LENGTH:
+                out = matmul_attention(q, k, v, block.mask, scaling, dropout)
+            else:
+                # Not enable_gqa: no fused CUDA kernel supports it with a mask (huggingface/transformers#39412).
+                k, v = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (k, v))
+                out = scaled_dot_product_attention(q, k, v, block.mask.to(q.dtype), dropout, scale=scaling)
+            outs.append(out.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outs).index_select(0, self.unpad_indices)
+
 
 def suffix_positions(start: int, suffix_lengths: Sequence[int]) -> torch.Tensor:
     """int64 (examples, longest suffix), the position of each token in the packed row, -1 for padding.
@@ -117,7 +136,7 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    layout: PackedLayout,
+    layout: PackedLayout | VarlenLayout,
     scaling: float | None = None,
     dropout: float = 0.0,
     **_: Any,
@@ -133,18 +152,7 @@ def packed_attention(
     if attention_mask is not None:
         raise ValueError("packed attention supports no other mask")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head size)
-    outs = []
-    for block in layout.blocks:
-        queries, keys, values = block.gather_padded(q), block.gather_with_prefix(k), block.gather_with_prefix(v)
-        if query.device.type == "cpu" and keys.shape[2] <= MAX_MATMUL_LENGTH:
-            out = matmul_attention(queries, keys, values, block.mask, scaling, dropout)
-        else:
-            # Not enable_gqa: no fused CUDA kernel supports it with a mask (huggingface/transformers#39412).
-            keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (keys, values))
-            mask = block.mask.to(queries.dtype)
-            out = scaled_dot_product_attention(queries, keys, values, mask, dropout, scale=scaling)
-        outs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outs).index_select(0, layout.unpad_indices)[None], None
+    return layout.attend(q, k, v, scaling, dropout)[None], None
 
 
 def matmul_attention(
@@ -180,6 +188,9 @@ def use_packed_attention(model: PreTrainedModel) -> Iterator[None]:
     if not model._can_set_attn_implementation():
         raise TypeError(f"{type(model).__name__} has attention of its own")
     before = model.config._attn_implementation
+    if before == NAME:  # setting it takes a millisecond
+        yield
+        return
     model.set_attn_implementation(NAME)
     try:
         yield

@@ -16,8 +16,11 @@ from transformers import PreTrainedModel
 
 from stages.data.examples import IGNORE_INDEX, Example
 from stages.engine.attention import PackedLayout
+from stages.engine.varlen import VarlenLayout
 
-MAX_LOGITS = 2**25  # of a micro-batch, supervised tokens × vocabulary; 128 MiB per fp32 copy
+# Logits of a micro-batch, supervised tokens × vocabulary, by device; 128 MiB or 2 GiB per fp32 copy. A GPU is only busy
+# with large micro-batches.
+MAX_LOGITS = {"cpu": 2**25, "mps": 2**25, "cuda": 2**29}
 # Each example of a micro-batch has its own copy of the keys of a shared prefix. Keys take far less memory than the
 # other activations, but without a limit many short examples with a long prefix would not fit.
 KEYS_PER_TOKEN = 4
@@ -105,7 +108,7 @@ class Limits:
 
     @classmethod
     def of(cls, model: PreTrainedModel, max_tokens: int) -> "Limits":
-        return cls(max_tokens, MAX_LOGITS // model.config.get_text_config().vocab_size)
+        return cls(max_tokens, MAX_LOGITS[model.device.type] // model.config.get_text_config().vocab_size)
 
     def exceeded_by(self, example: Example) -> bool:
         return len(example.input_ids) > self.tokens or example.num_supervised > self.supervised
@@ -119,10 +122,12 @@ class PackedBatches:
     """Micro-batches of packed examples: no padding, and a common prefix is computed once (see `attention`).
 
     share_prefix: False with dropout, because all examples would share one dropout mask.
+    layout: how attention is computed; `VarlenLayout` is faster, but only for GPUs in half precision.
     """
 
     limits: Limits
     share_prefix: bool = True
+    layout: type[PackedLayout] | type[VarlenLayout] = PackedLayout
 
     def micro_batches(self, examples: Sequence[Example]) -> Iterator[MicroBatch]:
         groups: list[list[Example]] = []
@@ -155,7 +160,7 @@ class PackedBatches:
 
     def collate(self, groups: Sequence[Sequence[Example]]) -> MicroBatch:
         """Pack groups of examples with a common prefix. The examples of a group are sorted by their token ids."""
-        input_ids, position_ids, target_positions, layout = [], [], [], []
+        input_ids, position_ids, target_positions, lengths = [], [], [], []
         num_tokens = 0
         for group in groups:
             prefix = self._prefix_length(group)
@@ -163,7 +168,7 @@ class PackedBatches:
             suffixes = [example.input_ids[prefix:-1] for example in group]
             input_ids += [group[0].input_ids[:prefix], *suffixes]
             position_ids += [np.arange(prefix), *(np.arange(prefix, prefix + len(suffix)) for suffix in suffixes)]
-            layout.append((prefix, [len(suffix) for suffix in suffixes]))
+            lengths.append((prefix, [len(suffix) for suffix in suffixes]))
             num_tokens += prefix
             for example, suffix in zip(group, suffixes, strict=True):
                 target_positions.append(num_tokens + np.flatnonzero(example.labels[prefix + 1 :] != IGNORE_INDEX))
@@ -171,7 +176,7 @@ class PackedBatches:
         inputs = {
             "input_ids": _concatenate(input_ids)[None],
             "position_ids": _concatenate(position_ids)[None],
-            "layout": PackedLayout.build(layout),
+            "layout": self.layout.build(lengths),
         }
         members = [example for group in groups for example in group]
         labels = [example.labels[example.labels != IGNORE_INDEX] for example in members]

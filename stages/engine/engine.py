@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +18,15 @@ from stages.engine.checkpoints import Checkpoints, load
 from stages.engine.distributed import DistributedContext, full_tensor, shard_like
 from stages.engine.loading import BASE, load_for_training
 from stages.engine.loss import attention_for, summed_loss
-from stages.engine.memory import check_checkpointing, find_fit, set_checkpointing
+from stages.engine.memory import (
+    available_memory,
+    check_checkpointing,
+    find_fit,
+    largest_micro_batch,
+    peak_memory,
+    set_checkpointing,
+    use_deterministic_kernels,
+)
 from stages.engine.models import autocast
 from stages.engine.optimizer import create_optimizer, trainable_parameters
 from stages.engine.probe import choose_batches
@@ -107,7 +116,7 @@ class Engine:
         model, messages = load_for_training(params, context, base)
         allowed = check_checkpointing(model, params.activation_checkpointing)
         # FSDP2 needs all ranks for it; then one choice for all, because rounding could make theirs differ.
-        own_choice = choose_batches(model, examples, params.tokens_per_batch)
+        own_choice = choose_batches(model, examples, params.tokens_per_batch, params.precision)
         choice = context.broadcast_from_main(lambda: own_choice)
         context.reshard(model)
         engine = cls(model, choice.batches, params, schedule, context, [*messages, *choice.messages])
@@ -224,9 +233,11 @@ class Engine:
         """
         limits, checkpointing, measured = self._batches.limits, allowed[0], ""
         if self.model.device.type == "cuda" and not self._context.sharded:
-            fit = find_fit(self.model, self._batches, longest, allowed, self._try)
-            free, _ = torch.cuda.mem_get_info(self.model.device)
-            available = free + torch.cuda.memory_reserved(self.model.device)
+            shortest = largest_micro_batch(replace(self._batches, limits=Limits(1, 1)), longest)
+            self.messages.append(use_deterministic_kernels(partial(self._try, shortest)))
+            num_batches = math.ceil(self.params.gradient_accumulation_steps / self._context.world_size)
+            fit = find_fit(self.model, self._batches, longest, allowed, num_batches, self._peak_memory)
+            available = available_memory(self.model.device)
             measured = f"; peak {format_bytes(fit.peak)}, headroom {format_bytes(available - fit.peak)}"
             # The same on all ranks, because each of them has the same model and the same longest example.
             checkpointing = bool(max(self._context.gather(fit.checkpointing)))
@@ -238,21 +249,12 @@ class Engine:
             f"activation checkpointing {'on' if checkpointing else 'off'}{measured}"
         )
 
-    def _try(self, micro_batch: MicroBatch) -> int:
-        """Peak memory in bytes of a forward and a backward pass on the GPU, with gradients and optimizer state."""
-        state: list[torch.Tensor] = []
-        torch.cuda.reset_peak_memory_stats(self.model.device)
-        try:
-            for parameter in trainable_parameters(self.model).values():
-                state += [torch.empty_like(parameter), torch.empty_like(parameter)]
-                parameter.grad = torch.zeros_like(parameter)  # as in all micro-batches but the first
-            with torch.random.fork_rng([self.model.device]), self._autocast(), attention_for(self.model, micro_batch):
-                summed_loss(self.model, micro_batch).backward()
-            return torch.cuda.max_memory_allocated(self.model.device)
-        finally:
-            self.model.zero_grad()
-            del state
-            torch.cuda.empty_cache()
+    def _peak_memory(self, micro_batch: MicroBatch) -> int:
+        return peak_memory(self.model, partial(self._try, micro_batch))
+
+    def _try(self, micro_batch: MicroBatch) -> None:
+        with self._autocast(), attention_for(self.model, micro_batch):
+            summed_loss(self.model, micro_batch).backward()
 
     def _calls(self, batch: EffectiveBatch) -> list[tuple[MicroBatch, bool]]:
         """The calls of the model, each with whether it is a padding step, whose result is not used."""

@@ -1,5 +1,6 @@
 """Load the base model for training: with adapters, quantized or sharded, as the parameters say."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def load_for_training(
     Raises:
         UserError: the model can't be quantized, or not in this way.
     """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic kernels; read once
     set_seed(params.seed)
     precision = "bf16" if uses_bf16(params.precision, context.device) else "fp32"
     messages = [f"Precision: {precision} on {context.device}"]
@@ -30,10 +32,8 @@ def load_for_training(
     if not context.sharded:
         stored = precision if params.uses_lora else "fp32"  # weights that are trained are in fp32
         model = load_model(base, context.device, stored, quantization).train()
-    elif context.is_main_process:
-        model = load_model(base, torch.device("cpu")).train()
     else:
-        model = load_on_meta(base).train()
+        model = load_to_shard(base, context).train()
     if params.uses_lora:
         from stages.engine.lora import add_adapters
 
@@ -52,13 +52,20 @@ def load_for_inference(folder: Path, precision: str, context: DistributedContext
 
     With sharded weights, all ranks must make the same calls, because each call gathers the weights from all ranks.
     """
+    # Training in the same process may have enabled them, and not all operations of generation have such kernels.
+    torch.use_deterministic_algorithms(False)
     if not context.sharded:
         model = load_model(folder, context.device, precision)
     else:
-        model = load_model(folder, torch.device("cpu")) if context.is_main_process else load_on_meta(folder)
+        model = load_to_shard(folder, context)
         context.shard(model)
     model.eval()
     return model
+
+
+def load_to_shard(folder: Path, context: DistributedContext) -> PreTrainedModel:
+    """The model on the CPU of the main process, and without weights on the other ranks."""
+    return load_model(folder, torch.device("cpu")) if context.is_main_process else load_on_meta(folder)
 
 
 def nf4(params: TrainParams, context: DistributedContext) -> Any:

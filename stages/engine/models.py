@@ -163,6 +163,18 @@ def autocast(precision: str, device: torch.device, cache_enabled: bool = True) -
 
 
 @contextmanager
+def inference(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block the model computes without dropout and gradients."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
 def probing(model: PreTrainedModel) -> Iterator[None]:
     """Inside the block the model computes in fp32, without dropout and gradients.
 
@@ -179,10 +191,7 @@ def probing(model: PreTrainedModel) -> Iterator[None]:
         for parameter, data in stored.pop(module, ()):
             parameter.data = data
 
-    training = model.training
-    model.eval()
-    with torch.no_grad(), torch.autocast(model.device.type, enabled=False), ExitStack() as undo:
-        undo.callback(model.train, training)
+    with inference(model), torch.autocast(model.device.type, enabled=False), ExitStack() as undo:
         blocks = [block for block in model.modules() if type(block).__name__ in (model._no_split_modules or ())]
         # The layers of a block together, because a block can read their matrices without calling them.
         others = {*matrix_layers(model)}.difference(*(block.modules() for block in blocks))

@@ -19,9 +19,11 @@ from transformers import PreTrainedModel
 from stages.data.examples import IGNORE_INDEX, Example
 from stages.engine.batches import NO_LIMITS, Batches, Limits, PackedBatches, PaddedBatches
 from stages.engine.loss import losses_by_example, target_logits
-from stages.engine.models import check_context_length, probing
+from stages.engine.models import autocast, check_context_length, inference, probing, uses_bf16
+from stages.engine.varlen import VarlenLayout
 from stages.runtime.errors import UserError, is_out_of_memory
 
+ROUNDING_FACTOR = 4  # over few tokens, rounding errors of equal kernels can differ by 2; a wrong one gives far more
 TOLERANCE = 1e-4  # nats/token; fp32 rounding gives a hundredth of this, a different attention pattern far more
 
 
@@ -33,12 +35,15 @@ class Choice(NamedTuple):
     longest: Example
 
 
-def choose_batches(model: PreTrainedModel, examples: Iterable[Example], max_tokens: int) -> Choice:
+def choose_batches(
+    model: PreTrainedModel, examples: Iterable[Example], max_tokens: int, precision: str = "fp32"
+) -> Choice:
     """Choose the fastest kind of batch that is exact for this model.
 
     Args:
         examples: all that the model will see; they are read once.
         max_tokens: of a micro-batch.
+        precision: that of matrix multiplications in later calls; it decides which kernels can be used.
 
     Raises:
         UserError: an example is longer than the model's context, or no kind of batch is exact.
@@ -67,13 +72,21 @@ def choose_batches(model: PreTrainedModel, examples: Iterable[Example], max_toke
                 f"no kind of batch gives the losses of the plain model ({'; '.join(reasons)}); "
                 "set model_name to another model"
             )
+    batches = make_batches(limits)
+    if isinstance(batches, PackedBatches) and has_varlen_kernel(model, precision):
+        with_kernel = replace(batches, layout=VarlenLayout)
+        problem = find_rounding_difference(model, replace(with_kernel, limits=NO_LIMITS), probe, expected, precision)
+        if problem is None:
+            batches, name = with_kernel, f"{name}, variable-length kernel"
+        else:
+            reasons.append(f"variable-length kernel: {problem}")
     messages = ["; ".join([f"Engine: {name}", *reasons])]
     if num_large:
         messages.append(
             f"Examples with more than {limits.tokens:,} tokens or {limits.supervised:,} supervised tokens, "
             f"each a micro-batch of its own: {num_large:,}"
         )
-    return Choice(make_batches(limits), messages, probe[0])
+    return Choice(batches, messages, probe[0])
 
 
 def scan_examples(examples: Iterable[Example], limits: Limits) -> tuple[list[Example], int]:
@@ -132,6 +145,39 @@ def find_difference(
     model: PreTrainedModel, batches: Batches, examples: Sequence[Example], expected: torch.Tensor
 ) -> str | None:
     """What is wrong with a kind of batch for this model, or None if its losses are the expected ones."""
+    found = batch_losses(model, batches, examples)
+    if isinstance(found, str):
+        return found
+    # A model with NaN is broken in every kind of batch; training and evaluation report it.
+    is_equal = (found == expected) | (found.isnan() & expected.isnan())
+    difference = float((found - expected).abs().masked_fill(is_equal, 0).max())
+    return None if difference <= TOLERANCE else f"losses differ by up to {difference:.2g} nats/token"
+
+
+def find_rounding_difference(
+    model: PreTrainedModel, batches: Batches, examples: Sequence[Example], expected: torch.Tensor, precision: str
+) -> str | None:
+    """What is wrong with a kernel that can't compute in fp32, or None.
+
+    Its losses must be as close to the expected ones, on average, as those of the plain model in the same precision.
+    """
+    with inference(model), autocast(precision, model.device, cache_enabled=False):
+        plain = torch.cat([plain_losses(model, example) for example in examples])
+        found = batch_losses(model, batches, examples)
+    if isinstance(found, str):
+        return found
+    difference, allowed = ((losses - expected).abs().mean().item() for losses in (found, plain))
+    if difference <= ROUNDING_FACTOR * allowed + TOLERANCE:
+        return None
+    return f"losses differ by {difference:.2g} nats/token on average, those of the plain model by {allowed:.2g}"
+
+
+def has_varlen_kernel(model: PreTrainedModel, precision: str) -> bool:
+    return model.device.type == "cuda" and uses_bf16(precision, model.device)
+
+
+def batch_losses(model: PreTrainedModel, batches: Batches, examples: Sequence[Example]) -> torch.Tensor | str:
+    """The loss at each supervised token of the examples, or why the model can't compute these batches."""
     try:
         results = losses_by_example(model, batches.micro_batches(examples))
         losses = {example.example_id: result.losses for example, result in results}
@@ -141,11 +187,7 @@ def find_difference(
         if reset := getattr(model, "reset_iter_state", None):  # FSDP2 still expects the interrupted call
             reset()
         return f"not supported ({type(error).__name__})"
-    found = torch.cat([losses[example.example_id] for example in examples])
-    # A model with NaN is broken in every kind of batch; training and evaluation report it.
-    is_equal = (found == expected) | (found.isnan() & expected.isnan())
-    difference = float((found - expected).abs().masked_fill(is_equal, 0).max())
-    return None if difference <= TOLERANCE else f"losses differ by up to {difference:.2g} nats/token"
+    return torch.cat([losses[example.example_id] for example in examples])
 
 
 def has_dropout(model: PreTrainedModel, examples: Sequence[Example]) -> bool:
