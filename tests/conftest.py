@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny model, and projects in which stages have run."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -33,6 +34,15 @@ def shared(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], o
             build(partial)
             partial.rename(folder)
     return folder
+
+
+def pytest_configure() -> None:
+    gc.disable()  # until the tests are imported
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # the garbage collector would search the imported modules again and again
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,6 +9,7 @@ not.
 """
 
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -94,9 +95,12 @@ def _read(descriptor: int) -> str:
 
 
 def serve(address: str, owner: int) -> None:
+    gc.disable()
     for name in PRELOADED:
         importlib.import_module(name)
     importlib.import_module("transformers").AutoModelForCausalLM  # noqa: B018 (transformers imports it at this access)
+    gc.freeze()  # the garbage collector of a fork would search the imported modules, and so copy their memory
+    gc.enable()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "only a process with one thread can be forked safely"
     with socket.socket(socket.AF_UNIX) as listener:

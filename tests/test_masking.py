@@ -1,5 +1,9 @@
 """Labels: exactly which tokens are supervised."""
 
+import json
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.data.alpaca import AlpacaTemplate
-from stages.data.masking import mask_spans, tokenize
+from stages.data.masking import load_tokenizer, mask_spans, tokenize
+from tests.clone import ROOT
 
 
 @dataclass
@@ -167,3 +172,20 @@ def test_any_text_has_an_exact_boundary_between_prompt_and_response(
         assert cut.input_ids == full.input_ids[:max_length]
         assert cut.labels == full.labels[:max_length]
         assert cut.truncated == (len(full.input_ids) > max_length)
+
+
+@pytest.mark.parametrize("name", ["TokenizersBackend", "GPT2Tokenizer"])
+def test_a_tokenizer_has_the_class_of_its_config(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "tokenizer")
+    config = tmp_path / "tokenizer/tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": name}))
+    assert type(load_tokenizer(tmp_path / "tokenizer")).__name__ == name
+
+
+@pytest.mark.subprocess
+def test_a_tokenizer_is_loaded_without_the_import_of_torch(tiny_model: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from stages.data.masking import load_tokenizer; "
+        f"load_tokenizer(Path({str(tiny_model)!r})); print('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"

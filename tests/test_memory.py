@@ -1,6 +1,7 @@
 """Micro-batches and activation checkpointing are chosen so that training fits; the results do not depend on them."""
 
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -10,7 +11,12 @@ from transformers import modeling_utils
 
 from stages import train
 from stages.engine.batches import Batches, Limits, MicroBatch, PackedBatches, PaddedBatches
-from stages.engine.memory import check_checkpointing, find_fit, largest_micro_batch
+from stages.engine.memory import (
+    check_checkpointing,
+    find_fit,
+    largest_micro_batch,
+    use_deterministic_kernels,
+)
 from stages.runtime.errors import UserError
 from tests.clone import edit
 from tests.conftest import example
@@ -112,6 +118,31 @@ def test_activation_checkpointing_gives_the_same_bytes(
         outcomes.append([Path(name).read_bytes() for name in ("models/tuned/model.safetensors", "metrics/curve.csv")])
         shutil.rmtree("models/tuned")
     assert outcomes[0] == outcomes[1]
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_kernels_are_deterministic_if_all_operations_of_a_step_have_such_kernels() -> None:
+    def operation(name: str) -> Callable[[], None]:
+        def step() -> None:
+            if torch.are_deterministic_algorithms_enabled():
+                raise RuntimeError(f"{name} does not have a deterministic implementation, but you set 'x'. You can ...")
+
+        return step
+
+    assert use_deterministic_kernels(lambda: None) == "Kernels: deterministic"
+    assert torch.are_deterministic_algorithms_enabled()
+    assert use_deterministic_kernels(operation("histc_cuda")) == (
+        "Kernels: not deterministic (histc_cuda does not have a deterministic implementation)"
+    )
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        use_deterministic_kernels(Mock(side_effect=RuntimeError("CUDA error: an illegal memory access")))
 
 
 def test_a_model_without_support_is_an_error_if_checkpointing_is_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,11 +27,9 @@ def rows() -> list[dict[str, Any]]:
     return [*near[:20], *plain[:60], *bad, *plain, *near[20:], *plain[30:50]]
 
 
-def run_pipeline(folder: Path, tiny_model: Path) -> dict[str, Any]:
-    """Run the stages up to split; returns all tables as lists of rows, and the metrics."""
-    (folder / "data/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
-    edit(folder, dataset_file="data/a.jsonl", model_name=str(tiny_model), drop_near_duplicates="true")
-    for stage in (download_dataset, download_model, format_stage, split):
+def run_stages() -> dict[str, Any]:
+    """Run the data stages up to split; returns all tables as lists of rows, and the metrics."""
+    for stage in (download_dataset, format_stage, split):
         stage.main()
     results: dict[str, Any] = {
         name: [row for path in shards(Path(f"data/{name}.parquet")) for row in pq.read_table(path).to_pylist()]
@@ -44,7 +42,10 @@ def run_pipeline(folder: Path, tiny_model: Path) -> dict[str, Any]:
 def test_shards_and_processes_do_not_change_rows_or_metrics(
     project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = run_pipeline(project, tiny_model)
+    (project / "data/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    edit(project, dataset_file="data/a.jsonl", model_name=str(tiny_model), drop_near_duplicates="true")
+    download_model.main()
+    expected = run_stages()
     assert not Path("data/raw.parquet").is_dir()
     metrics = json.loads(expected["split.json"])
     assert (metrics["rows_in"], metrics["duplicates"]) == (716, 80)
@@ -53,9 +54,10 @@ def test_shards_and_processes_do_not_change_rows_or_metrics(
     monkeypatch.setattr(tables, "ROWS_PER_GROUP", 8)
     monkeypatch.setattr(tables, "ROWS_PER_SHARD", 200)
     monkeypatch.setattr(parallel, "num_cores", lambda: 2)
-    assert run_pipeline(project, tiny_model) == expected
+    assert run_stages() == expected
     assert [len(shards(Path(f"data/{name}.parquet"))) for name in TABLES] == [4, 1, 4, 1, 4, 4, 4]
     first = {path: path.read_bytes() for path in Path("data").rglob("*.parquet") if path.is_file()}
-    assert run_pipeline(project, tiny_model) == expected
+    monkeypatch.setattr(parallel, "num_cores", lambda: 1)
+    assert run_stages() == expected
     assert {path: path.read_bytes() for path in first} == first
     assert sorted(path.name for path in Path(".scratch").iterdir()) == []

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from stages.data.examples import IGNORE_INDEX
 from stages.runtime.errors import user_errors
+from stages.runtime.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,8 +88,14 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: list[str], allow_speci
 
 def load_tokenizer(folder: Path = Path("models/tokenizer")) -> "PreTrainedTokenizerBase":
     """Load a saved tokenizer, without access to the network."""
-    from transformers import AutoTokenizer
+    from transformers import TokenizersBackend
 
+    tokenizer: PreTrainedTokenizerBase
     with user_errors(folder):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if read_json(folder / "tokenizer_config.json").get("tokenizer_class") == "TokenizersBackend":
+            tokenizer = TokenizersBackend.from_pretrained(folder, local_files_only=True)
+        else:
+            from transformers import AutoTokenizer  # this imports torch, which takes a second
+
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return tokenizer

@@ -233,8 +233,9 @@ class Engine:
         """
         limits, checkpointing, measured = self._batches.limits, allowed[0], ""
         if self.model.device.type == "cuda" and not self._context.sharded:
-            shortest = largest_micro_batch(replace(self._batches, limits=Limits(1, 1)), longest)
-            self.messages.append(use_deterministic_kernels(partial(self._try, shortest)))
+            short = replace(longest, input_ids=longest.input_ids[:2], labels=longest.labels[:2])
+            smallest = largest_micro_batch(replace(self._batches, limits=Limits(1, 1)), short)
+            self.messages.append(use_deterministic_kernels(partial(self._try, smallest)))
             num_batches = math.ceil(self.params.gradient_accumulation_steps / self._context.world_size)
             fit = find_fit(self.model, self._batches, longest, allowed, num_batches, self._peak_memory)
             available = available_memory(self.model.device)
@@ -253,7 +254,7 @@ class Engine:
         return peak_memory(self.model, partial(self._try, micro_batch))
 
     def _try(self, micro_batch: MicroBatch) -> None:
-        with self._autocast(), attention_for(self.model, micro_batch):
+        with torch.random.fork_rng([self.model.device]), self._autocast(), attention_for(self.model, micro_batch):
             summed_loss(self.model, micro_batch).backward()
 
     def _calls(self, batch: EffectiveBatch) -> list[tuple[MicroBatch, bool]]:

@@ -120,8 +120,7 @@ def peak_memory(model: PreTrainedModel, step: Callable[[], None]) -> int:
         for parameter in trainable_parameters(model).values():
             state += [torch.empty_like(parameter), torch.empty_like(parameter)]
             parameter.grad = torch.zeros_like(parameter)  # as in all micro-batches but the first
-        with torch.random.fork_rng([device]):
-            step()
+        step()
         peak = torch.cuda.max_memory_allocated(device)
     finally:
         model.zero_grad()
@@ -155,5 +154,5 @@ def use_deterministic_kernels(step: Callable[[], None]) -> str:
         if "deterministic" not in str(error):
             raise
         torch.use_deterministic_algorithms(False)
-        return f"Kernels: not deterministic ({str(error).partition('.')[0]})"
+        return f"Kernels: not deterministic ({str(error).partition(',')[0]})"
     return "Kernels: deterministic"
