@@ -52,7 +52,7 @@ def load_for_inference(folder: Path, precision: str, context: DistributedContext
 
     With sharded weights, all ranks must make the same calls, because each call gathers the weights from all ranks.
     """
-    # Training in the same process may have enabled them, and not all operations of generation have such kernels.
+    # Not all operations of generation have deterministic kernels, which training in the same process may have enabled.
     torch.use_deterministic_algorithms(False)
     if not context.sharded:
         model = load_model(folder, context.device, precision)
