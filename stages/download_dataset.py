@@ -47,6 +47,7 @@ def main() -> None:
                             "tools": json.dumps(parsed.tools, ensure_ascii=False) if parsed.tools else None,
                             "input": parsed.input,
                             "slice": value or NO_SLICE,
+                            "check": json.dumps(parsed.check, ensure_ascii=False) if parsed.check else None,
                             "use": source.use,
                             **location,
                         }

@@ -1,6 +1,7 @@
 """Score one model on the test split → `metrics/evaluate/<model>.json` and `data/predictions/<model>.parquet`."""
 
 import argparse
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from stages.data.checks import CheckTimeoutError, passes
 from stages.data.examples import Example, read_split
 from stages.data.masking import load_tokenizer
 from stages.data.tables import read_table, write_parquet
@@ -45,6 +47,8 @@ PREDICTIONS_SCHEMA = pa.schema(
         ("answer_tokens", pa.int64()),  # without the EOS token
         ("stopped", pa.bool_()),
         ("reference_fits", pa.bool_()),  # whether the reference with its EOS token fits into max_new_tokens
+        ("checked", pa.bool_()),  # whether the row has a check
+        ("passed", pa.bool_()),  # whether it has one that the answer passes
         ("exact_match", pa.bool_()),
         ("rouge_l", pa.float64()),
         ("repetition", pa.float64()),
@@ -83,6 +87,7 @@ METRICS = (
         lambda rows: rows["tokens"],
         ("correct_tokens", "tokens"),
     ),
+    Metric("pass_rate", 1, lambda rows: rows["passed"], lambda rows: rows["checked"], ("passed", "checked")),
     per_example("exact_match", 1, "exact_match"),
     per_example("rouge_l", 1, "rouge_l"),
     # An answer can't be as long as a reference that does not fit into max_new_tokens, so those are not counted.
@@ -126,6 +131,7 @@ def main() -> None:
         {
             "model": f"{name}, {len(rows):,} test examples, {rows['tokens'].sum():,} supervised tokens",
             "loss": f"{shown['loss']} ± {shown['loss_se']}, token accuracy {shown['token_accuracy']}",
+            "checks": f"pass rate {shown['pass_rate']}, over {rows['checked'].sum():,} examples with a check",
             "answers": f"ROUGE-L {shown['rouge_l']}, exact match {shown['exact_match']}, repetition "
             f"{shown['repetition']}, stop rate {shown['stop_rate']}, {shown['mean_response_tokens']} tokens on average",
         },
@@ -150,7 +156,7 @@ def predict(folder: Path, params: EvaluateParams, context: "DistributedContext")
     from stages.engine.probe import choose_batches
 
     examples = read_split(TEST)
-    test = read_table(TEST, ["example_id", "prompt_id", "slice", "response"]).to_pandas()
+    test = read_table(TEST, ["example_id", "prompt_id", "slice", "response", "check"])
     model, tokenizer = load_for_inference(folder, params.precision, context), load_tokenizer()
     tokens_per_batch = SCORED_TOKENS * params.tokens_per_batch
     batches, messages, _ = choose_batches(model, examples, tokens_per_batch, params.precision)
@@ -169,13 +175,17 @@ def predict(folder: Path, params: EvaluateParams, context: "DistributedContext")
             "answer_tokens": answer.num_tokens,
             "stopped": answer.stopped,
             "reference_fits": len(example.input_ids) - example.last_response <= params.max_new_tokens,
+            "checked": check is not None,
+            "passed": check is not None and is_right(example.example_id, check, answer.text),
             "exact_match": answer.text == reference,
             "rouge_l": rouge_l(answer.text, reference),
             "repetition": repetition(answer.text),
         }
-        for example, score, answer, reference in zip(examples, scores, answers, test.pop("response"), strict=True)
+        for example, score, answer, reference, check in zip(
+            examples, scores, answers, test["response"].to_pylist(), test["check"].to_pylist(), strict=True
+        )
     ]
-    table = pd.concat([test, pd.DataFrame(rows)], axis=1)
+    table = pd.concat([test.drop_columns(["response", "check"]).to_pandas(), pd.DataFrame(rows)], axis=1)
     loss = (table["loss"] * table["tokens"]).sum() / table["tokens"].sum()
     if not loss < MAX_LOSS:
         raise UserError(
@@ -237,6 +247,15 @@ def ratio(sums: Array, counts: Array) -> tuple[float | None, float | None]:
         return value, None
     residuals = sums - value * counts
     return value, float(math.sqrt((residuals**2).sum() * num_prompts / (num_prompts - 1)) / counts.sum())
+
+
+def is_right(example_id: str, check: str, answer: str) -> bool:
+    """Whether an answer passes the check of its row, which is JSON."""
+    try:
+        return passes(json.loads(check), answer)
+    except CheckTimeoutError as error:
+        print(f"{TEST}, example {example_id}: {error} for its answer, which is counted as failed")
+        return False
 
 
 def rouge_l(answer: str, reference: str) -> float:

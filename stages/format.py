@@ -182,10 +182,14 @@ def format_batch(batch: pa.Table, template: Template, params: FormatParams) -> t
     ids = [content_ids(example.conversation) for example in formatted.examples]
     offsets = pa.array(np.concatenate([[0], encoded.lengths.cumsum()]), pa.int32())
     origins = batch.select(["source", "source_row", "slice", "use"]).take(pa.array(rows))
+    # A check is about the last answer of a row, which the last of its examples has if it is complete.
+    is_last = np.append(rows[1:] != rows[:-1], True)[: len(rows)]
+    checks = batch["check"].take(pa.array(rows, mask=~is_last | encoded.truncated))
     columns = {
         "example_id": [example_id for _, example_id in ids],
         "prompt_id": [prompt_id for prompt_id, _ in ids],
         **dict(zip(origins.column_names, origins.columns, strict=True)),
+        "check": checks,
         "prompt": formatted.prompts,
         "response": formatted.responses,
         "input_ids": pa.ListArray.from_arrays(offsets, pa.array(encoded.input_ids)),

@@ -132,8 +132,11 @@ def split_shard(
             if params.drop_near_duplicates:
                 pairs = zip(members["train"], matches, strict=True)
                 members["train"] = [row for row, match in pairs if not match]
+            unchecked = batch.set_column(
+                batch.schema.get_field_index("check"), "check", pa.nulls(len(batch), pa.string())
+            )
             for name, rows in members.items():
-                writers[name].write(batch.take(pa.array(rows, pa.int64())))
+                writers[name].write((batch if name == "test" else unchecked).take(pa.array(rows, pa.int64())))
         counts.update({name: writer.num_rows for name, writer in writers.items()})
     return counts, nearest
 

@@ -19,7 +19,7 @@ def predictions(*rows: dict[str, Any]) -> pd.DataFrame:
     """Predictions with these values and others that are the same in each row."""
     same: dict[str, Any] = {"slice": "s", "loss": 1.0, "tokens": 2, "correct_tokens": 1}
     same |= {"answer": "a", "answer_tokens": 1, "stopped": True, "reference_fits": True, "exact_match": False}
-    same |= {"rouge_l": 0.5, "repetition": 0.0}
+    same |= {"checked": True, "passed": False, "rouge_l": 0.5, "repetition": 0.0}
     ids = [{"example_id": str(n), "prompt_id": f"p{n}"} for n in range(len(rows))]
     table = pd.DataFrame([one | same | row for one, row in zip(ids, rows, strict=True)])
     return table[PREDICTIONS_SCHEMA.names]
@@ -27,7 +27,7 @@ def predictions(*rows: dict[str, Any]) -> pd.DataFrame:
 
 def test_loss_and_accuracy_are_means_over_all_tokens() -> None:
     first = {"loss": 1.0, "tokens": 1, "correct_tokens": 1, "exact_match": True, "rouge_l": 1.0, "answer_tokens": 3}
-    second = {"loss": 3.0, "tokens": 3, "stopped": False, "answer_tokens": 5, "repetition": 0.25}
+    second = {"loss": 3.0, "tokens": 3, "passed": True, "stopped": False, "answer_tokens": 5, "repetition": 0.25}
     assert compute_metrics(predictions(first, second)) == {
         "examples": 2,
         "supervised_tokens": 4,
@@ -37,6 +37,8 @@ def test_loss_and_accuracy_are_means_over_all_tokens() -> None:
         "perplexity_se": pytest.approx(9.136870),
         "token_accuracy": 0.5,
         "token_accuracy_se": 0.25,  # residuals 0.5 and −0.5: √(0.5 · 2) / 4
+        "pass_rate": 0.5,
+        "pass_rate_se": 0.5,
         "exact_match": 0.5,
         "exact_match_se": 0.5,
         "rouge_l": 0.75,
@@ -66,6 +68,21 @@ def test_stop_rate_counts_only_examples_whose_reference_fits() -> None:
     assert metrics["examples"] == 5
     metrics = compute_metrics(predictions(*too_long))
     assert (metrics["stop_rate"], metrics["stop_rate_se"]) == (None, None)
+
+
+def test_pass_rate_counts_only_examples_with_a_check() -> None:
+    rows = [{"passed": True}, {"passed": False}, {"passed": False}, {"checked": False}]
+    assert compute_metrics(predictions(*rows))["pass_rate"] == pytest.approx(1 / 3)
+    assert compute_metrics(predictions({"checked": False}))["pass_rate"] is None
+
+
+def test_an_answer_for_which_a_check_takes_too_long_is_counted_as_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.is_right("id7", '{"number": 7}', "It is 7.")
+    assert not evaluate.is_right("id7", '{"regex": "(a|aa)+$"}', "a" * 60 + "b")
+    assert capsys.readouterr().out == (
+        'data/test.parquet, example id7: the regular expression "(a|aa)+$" takes more than 1 s for its answer, which '
+        "is counted as failed\n"
+    )
 
 
 def run_evaluate(monkeypatch: pytest.MonkeyPatch, rows: pd.DataFrame) -> dict[str, Any]:

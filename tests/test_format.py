@@ -229,6 +229,27 @@ def test_answers_that_do_not_fit_into_an_example_of_their_own_are_counted(projec
     assert rows[0]["example_id"] == rows[1]["example_id"]
 
 
+def test_a_check_is_kept_for_the_last_answer_of_a_row_unless_it_is_truncated(project: Path, tiny_model: Path) -> None:
+    (project / "templates").mkdir()
+    message = "{{ m.role }}: {{ m.content }}{% if loop.last and m.role == 'assistant' %}{{ eos_token }}{% endif %}."
+    prompt = "{% if add_generation_prompt %}assistant:{% endif %}"
+    (project / "templates/t.jinja").write_text(f"{{% for m in messages %}}{message}{{% endfor %}}{prompt}")
+    edit(project, template="templates/t.jinja")
+    texts = ["A", "b", "C", "d", "E", "f" * 80]
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+    check = {"contains": "é"}
+    rows = [{"messages": messages[:count], "check": check} for count in (4, 6)]
+    found = run_format(tiny_model, [*rows, {"messages": messages[:2]}], max_length=70)
+    assert [(row["source_row"], row["response"][:1], row["check"]) for row in found] == [
+        (1, "b", None),
+        (1, "d", '{"contains": "é"}'),
+        (2, "b", None),
+        (2, "d", None),
+        (2, "f", None),
+        (3, "b", None),
+    ]
+
+
 def test_show_reports_if_no_row_was_rejected(
     project: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

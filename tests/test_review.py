@@ -147,6 +147,7 @@ def test_significantly_worse_model_is_worse_and_fails_the_gates(folder: Path) ->
     assert verdicts == {
         "loss": "worse",
         "token_accuracy": "the same",
+        "pass_rate": "the same",
         "exact_match": "the same",
         "rouge_l": "the same",
         "stop_rate": "worse",

@@ -54,6 +54,13 @@ def test_the_split_of_a_prompt_is_fixed() -> None:
     assert splits == ["train", "train", "validation", "test", "train", "train"]
 
 
+def test_only_the_test_split_has_checks(project: Path) -> None:
+    rows = [formatted("x", str(n)) | {"check": '{"number": 1}'} for n in range(60)]
+    run_split(rows)
+    checks = {name: set(pq.read_table(f"data/{name}.parquet")["check"].to_pylist()) for name in ("train", "test")}
+    assert checks == {"train": {None}, "test": {'{"number": 1}'}}
+
+
 def test_the_sizes_of_the_splits_are_random_around_their_fractions() -> None:
     splits = [split.choose_split(str(i), PARAMS) for i in range(20_000)]
     assert splits.count("test") == pytest.approx(4000, abs=250)

@@ -24,6 +24,7 @@ RAW_SCHEMA = pa.schema(
         ("tools", pa.string()),  # null if the row has none
         ("input", pa.string()),  # the `input` of Alpaca rows
         ("slice", pa.string()),  # the value of `slice_column`
+        ("check", pa.string()),  # the check of the last answer, as JSON; null if the row has none
         ("use", pa.string()),  # the split that the dataset is used for; null: by the hash of the prompt
         ("source", pa.string()),
         ("source_row", pa.int64()),
@@ -44,6 +45,7 @@ FORMATTED_SCHEMA = pa.schema(
         ("source", pa.string()),
         ("source_row", pa.int64()),
         ("slice", pa.string()),
+        ("check", pa.string()),  # only in the test split, so that editing a check does not rerun training
         ("use", pa.string()),
         ("prompt", pa.string()),
         ("response", pa.string()),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stages.data.checks import parse_check
 from stages.data.examples import BadRowError, Message
 from stages.data.messages import PAIR_ROLES, REASONING, describe, is_missing, parse_messages, require_text
 from stages.data.tools import check_tool_results, order_results, parse_tool_calls, parse_tools
@@ -41,6 +42,7 @@ MEANINGS = {
     "answers": "tool calls of the assistant message",
     "history": "earlier messages",
     "text": "plain text",
+    "check": "check of the last answer",
 }
 # Columns that change what a row means and that no template of a language model can express.
 UNSUPPORTED = {"image", "images", "video", "videos", "audio", "audios", "chat_template_kwargs"}
@@ -59,11 +61,13 @@ class ParsedRow:
         `tool_calls`, `tool_call_id` and `name`. A row of plain text is one message with the role `text`.
     input: the `input` of an Alpaca row.
     tools: descriptions of the tools, as `apply_chat_template` takes them.
+    check: the check of the last answer (see `checks`).
     """
 
     messages: list[Message]
     input: str = ""
     tools: Sequence[dict[str, Any]] = ()
+    check: dict[str, Any] | None = None
 
 
 class RowParser:
@@ -167,7 +171,8 @@ class RowParser:
                 messages.insert(0, {"role": "system", "content": system})
         tools = [tool for name in TOOLS if name in fields for tool in parse_tools(self._own_name(name), fields[name])]
         check_tool_results(messages)
-        return ParsedRow(order_results(messages), input_text, tools)
+        check = parse_check(self._own_name("check"), fields["check"]) if "check" in fields else None
+        return ParsedRow(order_results(messages), input_text, tools, check)
 
     def _pair(self, schema: tuple[str, ...], fields: Mapping[str, Any]) -> tuple[list[Message], str]:
         """A question and its answer, each a text or a list of messages; and the input that belongs to the question."""
@@ -228,4 +233,4 @@ def optional_columns(schema: tuple[str, ...]) -> tuple[str, ...]:
     if schema == ("text",):
         return ()
     own = ("history", *REASONING) if len(schema) > 1 else ()
-    return (*SYSTEM, *TOOLS, *own, *(INPUT if schema[0] == "instruction" else ()))
+    return (*SYSTEM, *TOOLS, "check", *own, *(INPUT if schema[0] == "instruction" else ()))

@@ -1,0 +1,259 @@
+"""Checks of answers: declarative conditions in the data, which say whether an answer is right (docs/checks.md).
+
+A check is an object; each key is a kind of check with its expected value, and all of them must pass. Nothing in a check
+is executed as code.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import regex
+
+from stages.data.examples import BadRowError
+from stages.data.words import words
+
+TIME_LIMIT = 1.0  # seconds for a regular expression and one answer
+# An optional sign, and digits with or without thousands separators and decimals.
+NUMBER = regex.compile(r"(?<![\w.,])[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w]|[.,]\d)")
+FENCED = regex.compile(r"```\w*\n(.*?)\n?```", regex.DOTALL)
+
+
+class CheckTimeoutError(Exception):
+    """A regular expression did not end within `TIME_LIMIT`."""
+
+
+def parse_check(name: str, value: Any) -> dict[str, Any]:
+    """The check in a field of a row, an object or its JSON text.
+
+    Raises:
+        BadRowError: it is not a valid check.
+    """
+    try:
+        check: dict[str, Any] = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        check = value
+    try:
+        validate_check(check)
+    except ValueError as error:
+        raise BadRowError("invalid_check", f"{name}: {error}") from None
+    return check
+
+
+def validate_check(check: Any) -> None:
+    """Validate a check.
+
+    Raises:
+        ValueError: a kind is unknown, or its value is invalid.
+    """
+    if not isinstance(check, dict) or not check:
+        raise ValueError(f'found {shown(check)}; must be an object such as {{"contains": "Paris"}} (docs/checks.md)')
+    for kind, value in check.items():
+        if kind not in KINDS:
+            raise ValueError(f"found the kind {kind!r}; must be one of {', '.join(sorted(KINDS))}")
+        KINDS[kind][0](value)
+
+
+def passes(check: Mapping[str, Any], answer: str) -> bool:
+    """Whether an answer passes a valid check.
+
+    Raises:
+        CheckTimeoutError: a regular expression took too long for this answer.
+    """
+    return all(KINDS[kind][1](value, answer.strip()) for kind, value in check.items())
+
+
+def shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _require(valid: bool, kind: str, value: Any, allowed: str) -> None:
+    if not valid:
+        raise ValueError(f"{kind}: found {shown(value)}; must be {allowed}")
+
+
+def _texts(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _validate_texts(kind: str) -> Callable[[Any], None]:
+    def validate(value: Any) -> None:
+        is_list = isinstance(value, list) and value and all(isinstance(text, str) for text in value)
+        _require(is_list or isinstance(value, str), kind, value, "a text or a list of texts")
+
+    return validate
+
+
+def _equals(value: Any, answer: str) -> bool:
+    return any(answer == text.strip() for text in _texts(value))
+
+
+def _contains(value: Any, answer: str) -> bool:
+    return all(text.casefold() in answer.casefold() for text in _texts(value))
+
+
+def _excludes(value: Any, answer: str) -> bool:
+    return not any(text.casefold() in answer.casefold() for text in _texts(value))
+
+
+def _validate_regex(value: Any) -> None:
+    _require(isinstance(value, str), "regex", value, "a regular expression")
+    try:
+        regex.compile(value)
+    except regex.error as error:
+        raise ValueError(f"regex: found {shown(value)}, which does not compile: {error}") from None
+
+
+def _regex(value: str, answer: str) -> bool:
+    try:
+        return regex.search(value, answer, timeout=TIME_LIMIT) is not None
+    except TimeoutError:
+        raise CheckTimeoutError(f"the regular expression {shown(value)} takes more than {TIME_LIMIT:g} s") from None
+
+
+def _validate_number(value: Any) -> None:
+    allowed = 'a number, or {"value": 6.2, "tolerance": 0.05, "position": "last"} with the position first or last'
+    fields = value if isinstance(value, dict) else {"value": value}
+    numbers = [fields.get("value"), fields.get("tolerance", 0)]
+    are_numbers = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
+    valid = are_numbers and numbers[1] >= 0 and fields.keys() <= {"value", "tolerance", "position"}
+    _require(valid and fields.get("position", "last") in ("first", "last"), "number", value, allowed)
+
+
+def _number(value: Any, answer: str) -> bool:
+    fields = value if isinstance(value, dict) else {"value": value}
+    found = [float(text.replace(",", "").replace("−", "-")) for text in NUMBER.findall(answer)]
+    if not found:
+        return False
+    number = found[0 if fields.get("position") == "first" else -1]
+    # As decimal numbers are rarely exact in binary, a tolerance of 0.05 includes a difference of 0.05.
+    return math.isclose(number, fields["value"], rel_tol=1e-9, abs_tol=fields.get("tolerance", 0) + 1e-12)
+
+
+def parse_json(answer: str) -> Any:
+    """The answer as JSON, or the first fenced block in it.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    fenced = FENCED.search(answer)
+    return json.loads(fenced[1] if fenced else answer)
+
+
+def _json(value: Any, answer: str) -> bool:
+    try:
+        return _same_data(parse_json(answer), value)
+    except ValueError:
+        return False
+
+
+def _same_data(found: Any, expected: Any) -> bool:
+    """Equality of JSON data. Unlike in Python, true is not 1."""
+    if isinstance(found, bool) or isinstance(expected, bool):
+        return found is expected
+    if isinstance(found, dict) and isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(_same_data(found[key], expected[key]) for key in expected)
+    if isinstance(found, list) and isinstance(expected, list):
+        return len(found) == len(expected) and all(map(_same_data, found, expected))
+    return bool(found == expected)
+
+
+def _validate_schema(value: Any) -> None:
+    from jsonschema import Draft202012Validator, SchemaError
+
+    _require(isinstance(value, dict), "json_schema", value, "a JSON schema, which is an object")
+    try:
+        Draft202012Validator.check_schema(value)
+    except SchemaError as error:
+        raise ValueError(f"json_schema: not a valid JSON schema: {error.message}") from None
+
+
+def _json_schema(value: Any, answer: str) -> bool:
+    from jsonschema import Draft202012Validator
+
+    try:
+        return bool(Draft202012Validator(value).is_valid(parse_json(answer)))
+    except ValueError:
+        return False
+
+
+def _validate_choice(value: Any) -> None:
+    allowed = 'an object such as {"options": ["true", "false"], "answer": "true"}'
+    valid = isinstance(value, dict) and value.keys() == {"options", "answer"} and isinstance(value["options"], list)
+    _require(
+        valid
+        and all(isinstance(o, str) and words(o) for o in value["options"])
+        and value["answer"] in value["options"],
+        "choice",
+        value,
+        allowed,
+    )
+
+
+def _choice(value: dict[str, Any], answer: str) -> bool:
+    """Whether the option that is named first is the right one. Of two that begin at the same word, the longer one."""
+    found = words(answer)
+    named = []
+    for option in value["options"]:
+        own = words(option)
+        starts = (at for at in range(len(found)) if found[at : at + len(own)] == own)
+        named += [(at, -len(own), option) for at in starts][:1]
+    return bool(named) and min(named)[2] == value["answer"]
+
+
+def _validate_max_words(value: Any) -> None:
+    _require(
+        isinstance(value, int) and not isinstance(value, bool) and value > 0,
+        "max_words",
+        value,
+        "a whole number above 0",
+    )
+
+
+def _max_words(value: int, answer: str) -> bool:
+    return len(words(answer)) <= value
+
+
+def _validate_language(value: Any) -> None:
+    import py3langid
+
+    languages = {code for code, _ in py3langid.rank("")}
+    _require(
+        isinstance(value, str) and value in languages,
+        "language",
+        value,
+        "a language code of ISO 639-1, such as en or de",
+    )
+
+
+def _language(value: str, answer: str) -> bool:
+    import py3langid
+
+    return bool(answer) and py3langid.classify(answer)[0] == value
+
+
+def _validate_checks(kind: str) -> Callable[[Any], None]:
+    def validate(value: Any) -> None:
+        _require(isinstance(value, list) and bool(value), kind, value, "a list of checks")
+        for check in value:
+            validate_check(check)
+
+    return validate
+
+
+KINDS: dict[str, tuple[Callable[[Any], None], Callable[[Any, str], bool]]] = {
+    "equals": (_validate_texts("equals"), _equals),
+    "contains": (_validate_texts("contains"), _contains),
+    "excludes": (_validate_texts("excludes"), _excludes),
+    "regex": (_validate_regex, _regex),
+    "number": (_validate_number, _number),
+    "json": (lambda _: None, _json),
+    "json_schema": (_validate_schema, _json_schema),
+    "choice": (_validate_choice, _choice),
+    "max_words": (_validate_max_words, _max_words),
+    "language": (_validate_language, _language),
+    "all": (_validate_checks("all"), lambda checks, answer: all(passes(check, answer) for check in checks)),
+    "any": (_validate_checks("any"), lambda checks, answer: any(passes(check, answer) for check in checks)),
+}
