@@ -127,11 +127,12 @@ def main() -> None:
     # In the order of the test split, which is the same for base and tuned: `dvc plots` pairs the rows.
     write_csv(losses_file, f"tokens,{name}_loss", zip(rows["tokens"], rows["loss"], strict=True))
     shown = {key: "–" if value is None else f"{value:.3f}" for key, value in metrics.items()}
+    checks = f"pass rate {shown['pass_rate']}, over {rows['checked'].sum():,} examples with a check"
     summary(
         {
             "model": f"{name}, {len(rows):,} test examples, {rows['tokens'].sum():,} supervised tokens",
             "loss": f"{shown['loss']} ± {shown['loss_se']}, token accuracy {shown['token_accuracy']}",
-            "checks": f"pass rate {shown['pass_rate']}, over {rows['checked'].sum():,} examples with a check",
+            **({"checks": checks} if rows["checked"].any() else {}),
             "answers": f"ROUGE-L {shown['rouge_l']}, exact match {shown['exact_match']}, repetition "
             f"{shown['repetition']}, stop rate {shown['stop_rate']}, {shown['mean_response_tokens']} tokens on average",
         },

@@ -66,6 +66,9 @@ def test_activation_checkpointing_comes_before_smaller_micro_batches() -> None:
 def test_a_micro_batch_is_as_much_of_the_effective_batch_as_fits() -> None:
     assert Device(10_000).fit(PADDED, [False, True], 4) == (Limits(180, 400), False, 7_000)
     assert Device(90).fit(PADDED, [False, True], 4) == (Limits(90, 200), False, 7_000)
+    device = Device(35)
+    device.fit(PADDED, [False], 3)
+    assert device.trials == [(130, False), (90, False), (40, False), (20, False)]
     device = Device(30)
     assert device.fit(PADDED, [False, True], 2) == (Limits(45, 100), True, 7_000)
     assert device.trials == [(90, False), (40, False), (40, True)]
@@ -75,8 +78,8 @@ def test_an_example_that_does_not_fit_is_an_error_with_the_parameters_that_help(
     with pytest.raises(UserError) as error:
         Device(3).fit(PADDED, [False, True])
     assert str(error.value) == (
-        "an example of 10 tokens does not fit into this GPU's memory; lower max_length, set finetuning to lora or "
-        "qlora, or use a launcher that shards the weights"
+        "an example of 10 tokens does not fit into this GPU's memory, a tenth of which stays free; lower max_length, "
+        "set finetuning to lora or qlora, or use a launcher that shards the weights"
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import GPT2Config
 
 from stages.engine import probe, varlen
 from stages.engine.attention import PackedLayout
@@ -12,7 +13,7 @@ from stages.engine.batches import Limits, PackedBatches
 from stages.engine.loss import summed_loss
 from stages.engine.probe import choose_batches
 from stages.engine.varlen import VarlenLayout
-from tests.test_loss import CONFIGS, EXAMPLES, gradient
+from tests.test_loss import CONFIGS, EXAMPLES, GPT2, gradient
 from tests.tiny_models import random_model
 
 
@@ -114,11 +115,25 @@ def test_a_kernel_with_wrong_results_is_not_used(monkeypatch: pytest.MonkeyPatch
     assert batches == PackedBatches(batches.limits)
 
 
-def test_a_kernel_that_does_not_support_the_device_or_dropout_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_does_not_support_the_device_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "has_varlen_kernel", lambda *_: True)
     _, messages, _ = choose_batches(random_model(CONFIGS["llama"]).eval(), EXAMPLES, 30, "bf16")
     assert messages == [
         "Engine: packed batches with shared prefixes; variable-length kernel: not supported (NotImplementedError)"
     ]
-    with pytest.raises(ValueError, match="no dropout"):
-        VarlenLayout.build([(0, [1])]).attend(*torch.ones(3, 1, 1, 8), None, 0.1)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_the_kernel_is_not_used_to_train_a_model_with_dropout_of_attention() -> None:
+    model = random_model(GPT2Config(**GPT2))
+    state = torch.get_rng_state()
+    batches, messages, _ = choose_batches(model.train(), EXAMPLES, 30, "bf16")
+    assert messages == [
+        "Engine: packed batches; no shared prefixes because of dropout; variable-length kernel: not supported "
+        "(ValueError)"
+    ]
+    assert batches == PackedBatches(batches.limits, share_prefix=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert choose_batches(model.eval(), EXAMPLES, 30, "bf16")[1] == [
+        "Engine: packed batches with shared prefixes, variable-length kernel"
+    ]

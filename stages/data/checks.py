@@ -6,39 +6,59 @@ is executed as code.
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import regex
 
 from stages.data.examples import BadRowError
+from stages.data.messages import is_missing
+from stages.data.tools import parse_json, require_json
 from stages.data.words import words
 
 TIME_LIMIT = 1.0  # seconds for a regular expression and one answer
-# An optional sign, and digits with or without thousands separators and decimals.
-NUMBER = regex.compile(r"(?<![\w.,])[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w]|[.,]\d)")
+# An optional sign, and digits with or without thousands separators and decimals. A unit may follow, as in 5km.
+NUMBER = regex.compile(r"(?<![A-Za-z\d.])[-−+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?!\d|[.,]\d)")
 FENCED = regex.compile(r"```\w*\n(.*?)\n?```", regex.DOTALL)
+# Keywords of a JSON schema that could read other documents, or whose regular expressions would have no time limit.
+UNSUPPORTED_KEYWORDS = {"$ref", "$dynamicRef", "pattern", "patternProperties"}
+NAMED_SCHEMAS, NOT_SCHEMAS = {"properties", "dependentSchemas", "$defs"}, {"enum", "const", "default", "examples"}
+EXAMPLE = 'must be an object such as {"contains": "Paris"} (docs/checks.md)'
 
 
 class CheckTimeoutError(Exception):
     """A regular expression did not end within `TIME_LIMIT`."""
 
 
-def parse_check(name: str, value: Any) -> dict[str, Any]:
-    """The check in a field of a row, an object or its JSON text.
+def parse_check(name: str, value: Any) -> dict[str, Any] | None:
+    """The check in a field of a row, an object or its JSON text; None if it is empty.
 
     Raises:
         BadRowError: it is not a valid check.
     """
     try:
-        check: dict[str, Any] = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        check = value
-    try:
+        check = without_nulls(parse_json(value.strip() if isinstance(value, str) else value))
+        if check in ("", {}) or is_missing(check):
+            return None
+        require_json(name, check, "invalid_check")
         validate_check(check)
-    except ValueError as error:
+    except (ValueError, OverflowError, RecursionError, MemoryError) as error:
         raise BadRowError("invalid_check", f"{name}: {error}") from None
-    return check
+    return dict(check)
+
+
+def without_nulls(check: Any) -> Any:
+    """A check without null members, which Parquet adds if rows have different kinds. A single `json` can be null."""
+    if not isinstance(check, dict):
+        return check
+    kept = {kind: value for kind, value in check.items() if not is_missing(value) or [*check] == ["json"]}
+    for kind, value in kept.items():
+        if kind in ("all", "any") and isinstance(value, list):
+            kept[kind] = [without_nulls(each) for each in value]
+        elif kind == "number" and isinstance(value, dict):
+            kept[kind] = {key: member for key, member in value.items() if not is_missing(member)}
+    return kept
 
 
 def validate_check(check: Any) -> None:
@@ -48,7 +68,7 @@ def validate_check(check: Any) -> None:
         ValueError: a kind is unknown, or its value is invalid.
     """
     if not isinstance(check, dict) or not check:
-        raise ValueError(f'found {shown(check)}; must be an object such as {{"contains": "Paris"}} (docs/checks.md)')
+        raise ValueError(f"found {shown(check)}; {EXAMPLE}")
     for kind, value in check.items():
         if kind not in KINDS:
             raise ValueError(f"found the kind {kind!r}; must be one of {', '.join(sorted(KINDS))}")
@@ -65,6 +85,7 @@ def passes(check: Mapping[str, Any], answer: str) -> bool:
 
 
 def shown(value: Any) -> str:
+    """The beginning of a value as JSON, for a message."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -80,8 +101,9 @@ def _texts(value: Any) -> list[str]:
 
 def _validate_texts(kind: str) -> Callable[[Any], None]:
     def validate(value: Any) -> None:
-        is_list = isinstance(value, list) and value and all(isinstance(text, str) for text in value)
-        _require(is_list or isinstance(value, str), kind, value, "a text or a list of texts")
+        texts = [value] if isinstance(value, str) else value
+        valid = isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)
+        _require(bool(valid), kind, value, "a text or a list of texts, none of them empty")
 
     return validate
 
@@ -109,6 +131,8 @@ def _validate_regex(value: Any) -> None:
 def _regex(value: str, answer: str) -> bool:
     try:
         return regex.search(value, answer, timeout=TIME_LIMIT) is not None
+    except (MemoryError, RecursionError):  # a recursive expression
+        return False
     except TimeoutError:
         raise CheckTimeoutError(f"the regular expression {shown(value)} takes more than {TIME_LIMIT:g} s") from None
 
@@ -117,7 +141,7 @@ def _validate_number(value: Any) -> None:
     allowed = 'a number, or {"value": 6.2, "tolerance": 0.05, "position": "last"} with the position first or last'
     fields = value if isinstance(value, dict) else {"value": value}
     numbers = [fields.get("value"), fields.get("tolerance", 0)]
-    are_numbers = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
+    are_numbers = all(isinstance(n, int | float) and not isinstance(n, bool) and abs(n) < 1e300 for n in numbers)
     valid = are_numbers and numbers[1] >= 0 and fields.keys() <= {"value", "tolerance", "position"}
     _require(valid and fields.get("position", "last") in ("first", "last"), "number", value, allowed)
 
@@ -132,19 +156,28 @@ def _number(value: Any, answer: str) -> bool:
     return math.isclose(number, fields["value"], rel_tol=1e-9, abs_tol=fields.get("tolerance", 0) + 1e-12)
 
 
-def parse_json(answer: str) -> Any:
-    """The answer as JSON, or the first fenced block in it.
+def answer_data(answer: str) -> Any:
+    """The answer, or the first fenced block in it, as JSON data.
 
     Raises:
         ValueError: it is not JSON.
     """
+
+    def number(text: str) -> float:
+        if not math.isfinite(value := float(text)):  # Python also reads NaN, Infinity and 1e999
+            raise ValueError(f"{text} is not a JSON number")
+        return value
+
     fenced = FENCED.search(answer)
-    return json.loads(fenced[1] if fenced else answer)
+    try:
+        return json.loads(fenced[1] if fenced else answer, parse_float=number, parse_constant=number)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _json(value: Any, answer: str) -> bool:
     try:
-        return _same_data(parse_json(answer), value)
+        return _same_data(answer_data(answer), value)
     except ValueError:
         return False
 
@@ -164,32 +197,46 @@ def _validate_schema(value: Any) -> None:
     from jsonschema import Draft202012Validator, SchemaError
 
     _require(isinstance(value, dict), "json_schema", value, "a JSON schema, which is an object")
+    if found := UNSUPPORTED_KEYWORDS.intersection(keywords(value)):
+        raise ValueError(
+            f"json_schema: {min(found)} is not supported; must be a schema without references and patterns"
+        )
     try:
         Draft202012Validator.check_schema(value)
     except SchemaError as error:
         raise ValueError(f"json_schema: not a valid JSON schema: {error.message}") from None
 
 
+def keywords(schema: Any) -> Iterator[str]:
+    """The keywords of a JSON schema and of the schemas in it."""
+    if isinstance(schema, list):
+        for each in schema:
+            yield from keywords(each)
+    elif isinstance(schema, dict):
+        yield from schema
+        for keyword, value in schema.items():
+            if keyword in NAMED_SCHEMAS and isinstance(value, dict):
+                yield from keywords([*value.values()])
+            elif keyword not in NOT_SCHEMAS:
+                yield from keywords(value)
+
+
 def _json_schema(value: Any, answer: str) -> bool:
     from jsonschema import Draft202012Validator
 
     try:
-        return bool(Draft202012Validator(value).is_valid(parse_json(answer)))
-    except ValueError:
+        return bool(Draft202012Validator(value).is_valid(answer_data(answer)))
+    except (ValueError, OverflowError, RecursionError):
         return False
 
 
 def _validate_choice(value: Any) -> None:
     allowed = 'an object such as {"options": ["true", "false"], "answer": "true"}'
     valid = isinstance(value, dict) and value.keys() == {"options", "answer"} and isinstance(value["options"], list)
-    _require(
-        valid
-        and all(isinstance(o, str) and words(o) for o in value["options"])
-        and value["answer"] in value["options"],
-        "choice",
-        value,
-        allowed,
-    )
+    valid = valid and all(isinstance(option, str) and words(option) for option in value["options"])
+    _require(valid and value["answer"] in value["options"], "choice", value, allowed)
+    is_distinct = len({tuple(words(option)) for option in value["options"]}) == len(value["options"])
+    _require(is_distinct, "choice", value, "an object whose options differ in more than case and punctuation")
 
 
 def _choice(value: dict[str, Any], answer: str) -> bool:
@@ -204,28 +251,24 @@ def _choice(value: dict[str, Any], answer: str) -> bool:
 
 
 def _validate_max_words(value: Any) -> None:
-    _require(
-        isinstance(value, int) and not isinstance(value, bool) and value > 0,
-        "max_words",
-        value,
-        "a whole number above 0",
-    )
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and value >= 1 and value % 1 == 0
+    _require(valid, "max_words", value, "a whole number above 0")
 
 
 def _max_words(value: int, answer: str) -> bool:
     return len(words(answer)) <= value
 
 
-def _validate_language(value: Any) -> None:
+@cache
+def _languages() -> set[str]:
     import py3langid
 
-    languages = {code for code, _ in py3langid.rank("")}
-    _require(
-        isinstance(value, str) and value in languages,
-        "language",
-        value,
-        "a language code of ISO 639-1, such as en or de",
-    )
+    return {code for code, _ in py3langid.rank("")}
+
+
+def _validate_language(value: Any) -> None:
+    valid = isinstance(value, str) and value in _languages()
+    _require(valid, "language", value, "a language code of ISO 639-1, such as en or de")
 
 
 def _language(value: str, answer: str) -> bool:
@@ -243,6 +286,19 @@ def _validate_checks(kind: str) -> Callable[[Any], None]:
     return validate
 
 
+def _any(checks: list[dict[str, Any]], answer: str) -> bool:
+    timeout = None
+    for check in checks:
+        try:
+            if passes(check, answer):
+                return True
+        except CheckTimeoutError as error:
+            timeout = error
+    if timeout:
+        raise timeout
+    return False
+
+
 KINDS: dict[str, tuple[Callable[[Any], None], Callable[[Any, str], bool]]] = {
     "equals": (_validate_texts("equals"), _equals),
     "contains": (_validate_texts("contains"), _contains),
@@ -255,5 +311,5 @@ KINDS: dict[str, tuple[Callable[[Any], None], Callable[[Any, str], bool]]] = {
     "max_words": (_validate_max_words, _max_words),
     "language": (_validate_language, _language),
     "all": (_validate_checks("all"), lambda checks, answer: all(passes(check, answer) for check in checks)),
-    "any": (_validate_checks("any"), lambda checks, answer: any(passes(check, answer) for check in checks)),
+    "any": (_validate_checks("any"), _any),
 }

@@ -172,6 +172,9 @@ class RowParser:
         tools = [tool for name in TOOLS if name in fields for tool in parse_tools(self._own_name(name), fields[name])]
         check_tool_results(messages)
         check = parse_check(self._own_name("check"), fields["check"]) if "check" in fields else None
+        if check and (messages[-1]["role"] != "assistant" or not messages[-1].get("train", True)):
+            name = self._own_name("check")
+            raise BadRowError("invalid_check", f"{name}: the last message must be an answer that is trained")
         return ParsedRow(order_results(messages), input_text, tools, check)
 
     def _pair(self, schema: tuple[str, ...], fields: Mapping[str, Any]) -> tuple[list[Message], str]:

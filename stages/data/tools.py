@@ -92,14 +92,14 @@ def parse_json(value: Any) -> Any:
         return value
 
 
-def require_json(where: str, value: dict[str, Any]) -> dict[str, Any]:
-    """Returns the value; raises BadRowError if JSON can't express it."""
+def require_json(where: str, value: dict[str, Any], reason: str = "bad_tools") -> dict[str, Any]:
+    """Returns the value; raises BadRowError with this reason if JSON can't express it."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise BadRowError("not_unicode", f"{where} has a lone surrogate") from None
     except (TypeError, ValueError, RecursionError) as error:  # such as a date in Parquet
-        raise BadRowError("bad_tools", f"{where} can't be written as JSON: {error}") from None
+        raise BadRowError(reason, f"{where} can't be written as JSON: {error}") from None
     return value
 
 

@@ -18,9 +18,9 @@ from stages.data.examples import IGNORE_INDEX, Example
 from stages.engine.attention import PackedLayout
 from stages.engine.varlen import VarlenLayout
 
-# Logits of a micro-batch, supervised tokens × vocabulary, by device; 128 MiB or 2 GiB per fp32 copy. A GPU is only busy
-# with large micro-batches.
-MAX_LOGITS = {"cpu": 2**25, "mps": 2**25, "cuda": 2**29}
+# Logits of a micro-batch, supervised tokens × vocabulary, by device. An fp32 copy takes 128 MiB, or 1 GiB on a GPU,
+# which is only busy with large micro-batches.
+MAX_LOGITS = {"cpu": 2**25, "mps": 2**25, "cuda": 2**28}
 # Each example of a micro-batch has its own copy of the keys of a shared prefix. Keys take far less memory than the
 # other activations, but without a limit many short examples with a long prefix would not fit.
 KEYS_PER_TOKEN = 4

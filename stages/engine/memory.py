@@ -1,5 +1,6 @@
 """Choose the size of micro-batches, and activation checkpointing, so that training fits into the device's memory."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from stages.engine.batches import Batches, Limits, MicroBatch, PackedBatches
 from stages.engine.optimizer import trainable_parameters
 from stages.runtime.errors import UserError, is_out_of_memory
 
-MARGIN = 0.1  # of the GPU's memory, because later micro-batches have other shapes, which fragments it
+MARGIN = 0.1  # of the available memory stays free, because later micro-batches have other shapes, which fragments it
 
 Trial = Callable[[MicroBatch], int]  # a forward and a backward pass; returns the peak memory in bytes
 
@@ -73,20 +74,20 @@ def find_fit(
         else:
             return Fit(limits, checkpointing, peak)
     raise UserError(
-        f"an example of {len(longest.input_ids):,} tokens does not fit into this GPU's memory; "
-        "lower max_length, set finetuning to lora or qlora, or use a launcher that shards the weights"
+        f"an example of {len(longest.input_ids):,} tokens does not fit into this GPU's memory, a tenth of which stays "
+        "free; lower max_length, set finetuning to lora or qlora, or use a launcher that shards the weights"
     )
 
 
 def candidates(limits: Limits, num_tokens: int, choices: list[bool], num_batches: int) -> Iterator[tuple[Limits, bool]]:
     """Limits of a micro-batch, each with activation checkpointing or not; the fastest first.
 
-    These are the whole effective batch and its halves, down to the given limits; then these with checkpointing; then
-    smaller ones, down to an example of `num_tokens`.
+    First the whole effective batch, then half of it, and so on, down to the given limits; then the given limits with
+    checkpointing; then smaller ones, down to an example of `num_tokens`.
     """
     while num_batches > 1:
         yield Limits(limits.tokens * num_batches, limits.supervised * num_batches), choices[0]
-        num_batches //= 2
+        num_batches = math.ceil(num_batches / 2)
     for checkpointing in choices:
         yield limits, checkpointing
     while limits.tokens > num_tokens:
@@ -109,7 +110,7 @@ def largest_micro_batch(batches: Batches, longest: Example) -> MicroBatch:
 
 
 def peak_memory(model: PreTrainedModel, step: Callable[[], None]) -> int:
-    """Peak GPU memory in bytes of a forward and backward pass, with gradients and optimizer state.
+    """Peak GPU memory in bytes of a forward and backward pass, with gradients and optimizer state, not fragmentation.
 
     Raises:
         torch.OutOfMemoryError: it does not fit, or leaves less than `MARGIN` of the memory free.

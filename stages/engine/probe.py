@@ -6,6 +6,7 @@ fp32 without dropout, and their losses are compared with those of the plain mode
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -75,7 +76,7 @@ def choose_batches(
     batches = make_batches(limits)
     if isinstance(batches, PackedBatches) and has_varlen_kernel(model, precision):
         with_kernel = replace(batches, layout=VarlenLayout)
-        problem = find_rounding_difference(model, replace(with_kernel, limits=NO_LIMITS), probe, expected, precision)
+        problem = find_kernel_problem(model, replace(with_kernel, limits=NO_LIMITS), probe, expected, precision)
         if problem is None:
             batches, name = with_kernel, f"{name}, variable-length kernel"
         else:
@@ -154,13 +155,18 @@ def find_difference(
     return None if difference <= TOLERANCE else f"losses differ by up to {difference:.2g} nats/token"
 
 
-def find_rounding_difference(
+def find_kernel_problem(
     model: PreTrainedModel, batches: Batches, examples: Sequence[Example], expected: torch.Tensor, precision: str
 ) -> str | None:
     """What is wrong with a kernel that can't compute in fp32, or None.
 
-    Its losses must be as close to the expected ones, on average, as those of the plain model in the same precision.
+    Its losses must be as close to the expected ones, on average, as those of the plain model in the same precision. In
+    training, it must also support the model's dropout.
     """
+    if model.training:
+        with torch.no_grad(), fork_rng(model), autocast(precision, model.device, cache_enabled=False):
+            if isinstance(problem := batch_losses(model, batches, examples), str):
+                return problem
     with inference(model), autocast(precision, model.device, cache_enabled=False):
         plain = torch.cat([plain_losses(model, example) for example in examples])
         found = batch_losses(model, batches, examples)
@@ -173,6 +179,7 @@ def find_rounding_difference(
 
 
 def has_varlen_kernel(model: PreTrainedModel, precision: str) -> bool:
+    """Whether the variable-length kernel can be tried: it is for GPUs and bf16."""
     return model.device.type == "cuda" and uses_bf16(precision, model.device)
 
 
@@ -196,8 +203,12 @@ def has_dropout(model: PreTrainedModel, examples: Sequence[Example]) -> bool:
     if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):
         return True
     batch = PaddedBatches(NO_LIMITS).collate(examples)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with probing(model), torch.random.fork_rng(devices):
+    with probing(model), fork_rng(model):
         model.train()
         first, second = (target_logits(model, batch.to(model.device)) for _ in range(2))
     return bool((first - second).abs().max() > TOLERANCE)
+
+
+def fork_rng(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Inside the block random numbers are drawn that do not change those after it."""
+    return torch.random.fork_rng([model.device] if model.device.type == "cuda" else [])
