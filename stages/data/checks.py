@@ -6,13 +6,14 @@ is executed as code.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
 import regex
 
 from stages.data.examples import BadRowError
+from stages.data.json_answers import has_data, is_valid, validate_schema
 from stages.data.messages import is_missing
 from stages.data.tools import parse_json, require_json
 from stages.data.words import words
@@ -20,10 +21,6 @@ from stages.data.words import words
 TIME_LIMIT = 1.0  # seconds for a regular expression and one answer
 # An optional sign, and digits with or without thousands separators and decimals. A unit may follow, as in 5km.
 NUMBER = regex.compile(r"(?<![A-Za-z\d.])[-−+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?!\d|[.,]\d)")
-FENCED = regex.compile(r"```\w*\n(.*?)\n?```", regex.DOTALL)
-# Keywords of a JSON schema that could read other documents, or whose regular expressions would have no time limit.
-UNSUPPORTED_KEYWORDS = {"$ref", "$dynamicRef", "pattern", "patternProperties"}
-NAMED_SCHEMAS, NOT_SCHEMAS = {"properties", "dependentSchemas", "$defs"}, {"enum", "const", "default", "examples"}
 EXAMPLE = 'must be an object such as {"contains": "Paris"} (docs/checks.md)'
 
 
@@ -156,78 +153,9 @@ def _number(value: Any, answer: str) -> bool:
     return math.isclose(number, fields["value"], rel_tol=1e-9, abs_tol=fields.get("tolerance", 0) + 1e-12)
 
 
-def answer_data(answer: str) -> Any:
-    """The answer, or the first fenced block in it, as JSON data.
-
-    Raises:
-        ValueError: it is not JSON.
-    """
-
-    def number(text: str) -> float:
-        if not math.isfinite(value := float(text)):  # Python also reads NaN, Infinity and 1e999
-            raise ValueError(f"{text} is not a JSON number")
-        return value
-
-    fenced = FENCED.search(answer)
-    try:
-        return json.loads(fenced[1] if fenced else answer, parse_float=number, parse_constant=number)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _json(value: Any, answer: str) -> bool:
-    try:
-        return _same_data(answer_data(answer), value)
-    except ValueError:
-        return False
-
-
-def _same_data(found: Any, expected: Any) -> bool:
-    """Equality of JSON data. Unlike in Python, true is not 1."""
-    if isinstance(found, bool) or isinstance(expected, bool):
-        return found is expected
-    if isinstance(found, dict) and isinstance(expected, dict):
-        return found.keys() == expected.keys() and all(_same_data(found[key], expected[key]) for key in expected)
-    if isinstance(found, list) and isinstance(expected, list):
-        return len(found) == len(expected) and all(map(_same_data, found, expected))
-    return bool(found == expected)
-
-
 def _validate_schema(value: Any) -> None:
-    from jsonschema import Draft202012Validator, SchemaError
-
     _require(isinstance(value, dict), "json_schema", value, "a JSON schema, which is an object")
-    if found := UNSUPPORTED_KEYWORDS.intersection(keywords(value)):
-        raise ValueError(
-            f"json_schema: {min(found)} is not supported; must be a schema without references and patterns"
-        )
-    try:
-        Draft202012Validator.check_schema(value)
-    except SchemaError as error:
-        raise ValueError(f"json_schema: not a valid JSON schema: {error.message}") from None
-
-
-def keywords(schema: Any) -> Iterator[str]:
-    """The keywords of a JSON schema and of the schemas in it."""
-    if isinstance(schema, list):
-        for each in schema:
-            yield from keywords(each)
-    elif isinstance(schema, dict):
-        yield from schema
-        for keyword, value in schema.items():
-            if keyword in NAMED_SCHEMAS and isinstance(value, dict):
-                yield from keywords([*value.values()])
-            elif keyword not in NOT_SCHEMAS:
-                yield from keywords(value)
-
-
-def _json_schema(value: Any, answer: str) -> bool:
-    from jsonschema import Draft202012Validator
-
-    try:
-        return bool(Draft202012Validator(value).is_valid(answer_data(answer)))
-    except (ValueError, OverflowError, RecursionError):
-        return False
+    validate_schema(value)
 
 
 def _validate_choice(value: Any) -> None:
@@ -305,8 +233,8 @@ KINDS: dict[str, tuple[Callable[[Any], None], Callable[[Any, str], bool]]] = {
     "excludes": (_validate_texts("excludes"), _excludes),
     "regex": (_validate_regex, _regex),
     "number": (_validate_number, _number),
-    "json": (lambda _: None, _json),
-    "json_schema": (_validate_schema, _json_schema),
+    "json": (lambda _: None, has_data),
+    "json_schema": (_validate_schema, is_valid),
     "choice": (_validate_choice, _choice),
     "max_words": (_validate_max_words, _max_words),
     "language": (_validate_language, _language),
