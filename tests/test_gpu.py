@@ -25,7 +25,7 @@ from stages.runtime.errors import is_out_of_memory
 from stages.runtime.params import TrainParams, load_params
 from tests.clone import edit
 from tests.test_loss import CONFIGS, EXAMPLES, SLIDING_WINDOW, gradient
-from tests.test_train import curve, interrupt_at, outcome
+from tests.test_train import curve, interruption, take_outcome
 from tests.tiny_models import random_model, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -92,7 +92,6 @@ def test_the_kernel_is_not_chosen_in_fp32_or_for_a_model_that_is_not_packed() ->
 )
 def test_two_runs_and_a_resumed_one_give_the_same_bytes(
     training_inputs: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     finetuning: str,
     name: str,
@@ -102,18 +101,14 @@ def test_two_runs_and_a_resumed_one_give_the_same_bytes(
     outcomes = []
     for interrupted in (False, False, True):
         if interrupted:
-            undo = interrupt_at(14, monkeypatch)
-            with pytest.raises(KeyboardInterrupt):
+            with interruption(14):
                 train.main()
-            undo()
             capsys.readouterr()
         train.main()
         log = capsys.readouterr().out
         assert "Kernels: deterministic" in log
         assert ("Resuming from the checkpoint at step 10" in log) is interrupted
-        outcomes.append(outcome())
-        for folder in ("models/tuned", "metrics", ".scratch"):
-            shutil.rmtree(folder)
+        outcomes.append(take_outcome())
     assert outcomes[0] == outcomes[1]
     assert outcomes[0] == outcomes[2]
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.params import TrainParams, load_params
 from tests.clone import edit
 from tests.test_loss import CONFIGS
-from tests.test_train import curve, interrupt_at, outcome
+from tests.test_train import curve, interruption, outcome, take_outcome
 from tests.textbook import textbook_steps
 from tests.tiny_models import random_model, tiny_model
 
@@ -131,17 +130,13 @@ def test_only_adapters_are_trained_and_kept() -> None:
     ("finetuning", "dropout", "precision"), [("lora", "0.0", "fp32"), ("lora", "0.3", "bf16"), ("qlora", "0.0", "bf16")]
 )
 def test_an_interrupted_run_resumes_to_the_same_bytes(
-    finetuning: str, dropout: str, precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finetuning: str, dropout: str, precision: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit_lora(finetuning, lora_dropout=dropout, precision=precision)
     train.main()
-    expected = outcome()
-    for folder in ("models/tuned", "metrics", ".scratch"):
-        shutil.rmtree(folder)
-    undo = interrupt_at(14, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
+    expected = take_outcome()
+    with interruption(14):
         train.main()
-    undo()
     capsys.readouterr()
     train.main()
     assert "Resuming from the checkpoint at step 10" in capsys.readouterr().out

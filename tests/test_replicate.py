@@ -9,7 +9,7 @@ import pytest
 from stages import evaluate, replicate, train
 from stages.evaluate import PREDICTIONS_SCHEMA
 from tests.clone import edit
-from tests.test_train import interrupt_at
+from tests.test_train import interruption
 
 PREDICTIONS = Path("data/predictions/replicates/7.parquet")
 
@@ -46,8 +46,7 @@ def test_an_interrupted_replicate_resumes(
     training_inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["replicate", "7"])
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        interrupt_at(14, context)
+    with interruption(14):
         replicate.main()
     replicate.main()
     assert "Resuming from the checkpoint at step 10\n" in capsys.readouterr().out

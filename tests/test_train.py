@@ -4,7 +4,8 @@ import csv
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -225,8 +226,17 @@ def outcome() -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(paths) if path.is_file()}
 
 
-def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Interrupt the run when it checks the loss of this step. Returns a function that undoes this."""
+def take_outcome() -> dict[str, bytes]:
+    """The outcome of a run, which is then deleted with its checkpoints."""
+    taken = outcome()
+    for folder in ("models/tuned", "metrics", ".scratch"):
+        shutil.rmtree(folder)
+    return taken
+
+
+@contextmanager
+def interruption(step: int) -> Iterator[None]:
+    """The run in the block is interrupted when it checks the loss of this step."""
     real = engine_module.require_finite
 
     def interrupting(name: str, value: float, at: int, examples: Any) -> float:
@@ -234,8 +244,9 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Non
             raise KeyboardInterrupt
         return real(name, value, at, examples)
 
-    monkeypatch.setattr(engine_module, "require_finite", interrupting)
-    return lambda: monkeypatch.setattr(engine_module, "require_finite", real)
+    with pytest.MonkeyPatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(engine_module, "require_finite", interrupting)
+        yield
 
 
 @pytest.mark.parametrize(
@@ -251,7 +262,6 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Non
 )
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     training_inputs: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     interrupted_at: int,
     resumed_from: int,
@@ -262,13 +272,9 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     Path("models/base/config.json").write_text(json.dumps({**config, "attention_dropout": dropout}))
     edit(training_inputs, **params)
     train.main()
-    expected = outcome()
-    for folder in ("models/tuned", "metrics", ".scratch"):
-        shutil.rmtree(folder)
-    undo = interrupt_at(interrupted_at, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
+    expected = take_outcome()
+    with interruption(interrupted_at):
         train.main()
-    undo()
     assert not Path("models/tuned").exists()
     capsys.readouterr()
     train.main()
@@ -277,18 +283,14 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 
 
 def test_logging_and_saving_may_change_when_a_run_is_resumed(
-    training_inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    training_inputs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(training_inputs, logging_steps="4")
     train.main()
-    expected = outcome()
-    for folder in ("models/tuned", "metrics", ".scratch"):
-        shutil.rmtree(folder)
+    expected = take_outcome()
     edit(training_inputs, logging_steps="1")
-    undo = interrupt_at(14, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
+    with interruption(14):
         train.main()
-    undo()
     edit(training_inputs, logging_steps="4", save_steps="7")
     capsys.readouterr()
     train.main()
@@ -312,12 +314,10 @@ def test_a_finished_run_whose_result_was_lost_resumes_too(capsys: pytest.Capture
 
 @pytest.mark.parametrize("change", ["seed", "input", "code"])
 def test_a_run_with_a_changed_parameter_input_or_line_of_code_starts_from_the_beginning(
-    training_inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str
+    training_inputs: Path, capsys: pytest.CaptureFixture[str], change: str
 ) -> None:
-    undo = interrupt_at(14, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
+    with interruption(14):
         train.main()
-    undo()
     if change == "seed":
         edit(training_inputs, seed="7")
     elif change == "input":
