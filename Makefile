@@ -10,11 +10,12 @@ PYTEST := OMP_NUM_THREADS=1 pytest --numprocesses $(shell $(PYTHON) -c 'import o
 	--dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help repro review chat export test test-fast lint check-lock audit chaos architectures clean bench scaling verdicts
+.PHONY: help repro review vote chat export test test-fast lint check-lock audit chaos architectures clean bench scaling verdicts
 # `make review` compares BASE with REV; each is a branch, a commit, an experiment or the workspace.
 BASE ?= main
 REV ?= workspace
-export BASE REV  # passed in the environment, so that the shell does not interpret them
+PORT ?= 8765
+export BASE REV VOTER PORT JUDGE JUDGE_MODEL  # passed in the environment, so that the shell does not interpret them
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +27,9 @@ repro: $(INSTALLED)  ## run the stages that changed
 
 review: $(INSTALLED)  ## compare with BASE=main: what changed, is it significant, do the gates pass
 	python -m review "$$BASE" "$$REV"
+
+vote: $(INSTALLED)  ## vote on answers without knowing which model gave them: BASE=main VOTER=name, or JUDGE=URL
+	python -m tools.vote "$$BASE" "$$REV" --voter "$$VOTER" --port "$$PORT" --judge "$$JUDGE" --judge-model "$$JUDGE_MODEL"
 
 chat: $(INSTALLED)  ## chat with the tuned model, or with the base model to compare
 	python -m tools.chat

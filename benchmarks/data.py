@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from stages.data.examples import FORMATTED_SCHEMA, RAW_SCHEMA, Example, read_split
+from stages.data.examples import RAW_SCHEMA, SPLIT_SCHEMA, Example, read_split
 from stages.data.masking import load_tokenizer
 from stages.data.tables import parquet_writer
 from stages.data.templates import load_template
@@ -44,6 +44,6 @@ def long_examples(num_examples: int, joined: tuple[int, int] = JOINED) -> list[E
     rows = pa.Table.from_pylist(list(long_rows(num_examples, joined)), RAW_SCHEMA)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "long.parquet"
-        with parquet_writer(path, FORMATTED_SCHEMA) as writer:
+        with parquet_writer(path, SPLIT_SCHEMA) as writer:
             writer.write(format_batch(rows, template, params)[0])
         return read_split(path)[:]

@@ -105,6 +105,7 @@ def prepare(folder: Path, num_rows: int) -> None:
     (folder / "models").mkdir()
     (folder / "models/tokenizer").symlink_to(Path("models/tokenizer").absolute())
     (folder / "data").mkdir()
+    (folder / "data/retention.jsonl").touch()
     with (folder / "data/instructions.jsonl").open("w", encoding="utf-8") as file:
         for row in long_rows(num_rows):
             question, answer = (message["content"] for message in json.loads(row["messages"]))

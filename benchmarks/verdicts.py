@@ -20,10 +20,10 @@ from review.revisions import Revision
 from review.runs import RevisionRuns, find_runs, read_runs
 from review.statistics import SIGNIFICANCE, Runs, compare
 from review.verdicts import compare_runs, metric_runs, signed
-from stages.evaluate import METRICS
 from stages.runtime.files import write_json
 from stages.runtime.run import run
 from stages.runtime.terminal import progress
+from stages.scoring.metrics import METRICS
 
 DEFAULT = "run-noise"
 EXPERIMENTS = {  # the default with six training seeds, and changes of it with three of them
@@ -66,7 +66,7 @@ def run_experiment(name: str, changes: list[str]) -> dict[int, pd.DataFrame]:
     revision = Revision(name)
     runs = find_runs(revision)
     read_runs(revision, runs)
-    return runs.tables
+    return runs.of_split("test").tables
 
 
 def simulated_cells() -> Iterator[tuple[str, int, int]]:
@@ -153,7 +153,7 @@ def compare_pairs(tables: dict[int, pd.DataFrame]) -> dict[str, Any]:
         }
         for name, (before, after) in sides.items():
             runs = [RevisionRuns(tables={seed: tables[seed] for seed in side}) for side in (before, after)]
-            found = compare_runs(runs[0], runs[1], ("before", "after"), {}, [])
+            found = compare_runs(runs[0], runs[1], ("before", "after"), {})
             # Of the loss without Holm's correction, which would hide whether the interval is right.
             p_values = {one.metric.name: one.difference.p_value for one in found.metrics if one.difference}
             different[name]["loss"] += p_values["loss"] < SIGNIFICANCE

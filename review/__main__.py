@@ -7,9 +7,10 @@ workspace.
 import argparse
 from pathlib import Path
 
-from review import plots, report
+from review import markup, plots, report
 from review.comparison import compare_revisions
 from review.gates import GATES, check_gates, read_gates
+from review.must_pass import read_must_pass
 from review.revisions import WORKSPACE, Revision
 from review.verdicts import MEASURE_NOISE
 from stages.runtime.errors import UserError
@@ -29,21 +30,21 @@ def main() -> None:
     gates = read_gates()
     before, after = Revision(options.base), Revision(options.revision)
     margins = {name: gate.not_worse_by for name, gate in gates.items() if gate.not_worse_by is not None}
-    comparison = compare_revisions(before, after, margins)
+    comparison = compare_revisions(before, after, margins, read_must_pass())
     results = check_gates(gates, comparison)
     write_text(MARKDOWN, report.markdown(comparison, results, plots.as_mermaid(before, after)))
     images = plots.as_images(plots.draw(before, after))
-    loss_slices = [result for result in comparison.slices if result.metric.name == "loss"]
+    loss_slices = [result for result in comparison.test.slices if result.metric.name == "loss"]
     about = "after − before, with 95% interval; small circles: runs with one seed; green: better, red: worse, "
     about += "blue: equivalent"
-    figures = plots.forest(comparison.metrics, f"Metrics: {about}") + plots.forest(
+    figures = plots.forest(comparison.test.metrics, f"Metrics: {about}") + plots.forest(
         loss_slices, "Loss (nats/token) by slice"
     )
     title = f"{before.name} → {after.name}"
-    write_text(PAGE, report.page(report.markdown(comparison, results, images), title, figures))
+    write_text(PAGE, markup.page(report.markdown(comparison, results, images), title, figures))
 
     lines = {"verdict": report.headline(comparison)}
-    if any(result.verdict == "unknown" for result in comparison.metrics):
+    if any(result.verdict == "unknown" for result in comparison.test.metrics):
         lines["run noise"] = f"not known; to measure it: {MEASURE_NOISE}"
     lines |= {f"gate {number}": result.sentence for number, result in enumerate(results, 1)}
     summary(lines, wrote=[MARKDOWN, PAGE], then=f"open {PAGE} in a browser")

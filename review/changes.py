@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 from review.data_changes import TEST, DataChanges, without_template
 from review.revisions import Revision, hashes
 from review.runs import METRICS_FILE
-from stages.evaluate import METRICS
+from review.verdicts import Results
 
 SAMPLES = "metrics/samples/tuned.md"
 NUM_EXAMPLES = 10
@@ -66,9 +66,14 @@ def find_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Ch
     return [Change(name, *values) for name, values in values_by_name(before, after).items() if values[0] != values[1]]
 
 
-def changed_metrics(before: Revision, after: Revision) -> list[Change]:
-    """Changes in metrics that have no verdict: those of data and training, and those without an interval."""
-    with_verdict = {metric.name for metric in METRICS}
+def changed_metrics(before: Revision, after: Revision, results: Mapping[str, Results]) -> list[Change]:
+    """Changes in metrics that have no verdict: those of data and training, and those without an interval.
+
+    Args:
+        results: those with a verdict, by split.
+    """
+    prefixes = {"test": "", "retention": "retention."}
+    with_verdict = {prefixes[split] + each.metric.name for split, found in results.items() for each in found.metrics}
     changes = []
     for path in sorted({*before.metrics_files(), *after.metrics_files()}):
         values = [flatten(side.read_json(path)) for side in (before, after)]
@@ -76,7 +81,7 @@ def changed_metrics(before: Revision, after: Revision) -> list[Change]:
         changes += [
             Change(f"{name}: {change.name}", change.before, change.after)
             for change in find_changes(*values)
-            if not change.name.startswith("slices.")
+            if not change.name.startswith(("slices.", "retention.slices."))
             and not (path == METRICS_FILE and (change.name in with_verdict or change.name.endswith("_se")))
         ]
     return changes

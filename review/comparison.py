@@ -1,6 +1,6 @@
 """Everything that a review reports about two revisions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from review.changes import (
@@ -14,57 +14,69 @@ from review.changes import (
     stages_that_ran,
 )
 from review.data_changes import DataChanges, changed_data
+from review.must_pass import MustPass, compare_must_pass
 from review.revisions import Revision, output_hashes
-from review.verdicts import MetricResult, compare_predictions
+from review.verdicts import MetricResult, Results, compare_predictions
+from review.votes import VoteResults, count_votes
 
 
 @dataclass(frozen=True)
 class Comparison:
     """The results of a review.
 
-    slices: the results of each slice, if there are several.
-    is_small: whether too few examples are common for a verdict.
+    results: by split, test and retention; the retention set can be missing.
+    must_pass: the must-pass examples; None if the predictions are not available.
+    votes: the votes on the answers of these revisions; None if there are none.
     other_metrics: changes in metrics that have no verdict.
-    notes: sentences about the limits of the comparison of metrics.
     """
 
     before: Revision
     after: Revision
     params: list[Change]
-    metrics: list[MetricResult]
-    slices: list[MetricResult]
-    is_small: bool
+    results: dict[str, Results]
+    must_pass: list[MustPass] | None
+    votes: VoteResults | None
     other_metrics: list[Change]
     stages: list[StageRun]
     samples: list[Change]
     data: DataChanges
     examples: list[ExampleChange]
-    notes: list[str]
 
-    def metric(self, name: str) -> MetricResult:
-        return next(result for result in self.metrics if result.metric.name == name)
+    @property
+    def test(self) -> Results:
+        return self.results["test"]
+
+    def find_metric(self, name: str) -> tuple[Results, MetricResult] | None:
+        """The results on a split, and that of one metric: `loss` on the test split, or such as `retention.loss`."""
+        split, _, metric = name.rpartition(".")
+        results = self.results.get(split or "test")
+        found = results and results.metric(metric)
+        return (results, found) if results and found else None
 
 
-def compare_revisions(before: Revision, after: Revision, margins: Mapping[str, float]) -> Comparison:
+def compare_revisions(
+    before: Revision, after: Revision, margins: Mapping[str, float], must_pass: Sequence[str] = ()
+) -> Comparison:
     """Compare all that a review reports.
 
     Args:
         margins: the difference that a gate tolerates, by metric.
+        must_pass: prompts or ids of test rows.
     """
     locks = [side.read_yaml("dvc.lock") for side in (before, after)]
     results = compare_predictions(before, after, margins)
+    joined = results["test"].joined
     data = changed_data(before, after, [output_hashes(lock) for lock in locks])
     return Comparison(
         before,
         after,
         params=find_changes(before.read_yaml("params.yaml"), after.read_yaml("params.yaml")),
-        metrics=results.metrics,
-        slices=results.slices,
-        is_small=results.is_small,
-        other_metrics=changed_metrics(before, after),
+        results=results,
+        must_pass=compare_must_pass(must_pass, before, after) if must_pass else [],
+        votes=count_votes(before, after),
+        other_metrics=changed_metrics(before, after, results),
         stages=stages_that_ran(*locks),
         samples=changed_samples(before, after),
         data=data,
-        examples=[] if results.joined is None else most_changed_examples(results.joined, after, data),
-        notes=results.notes,
+        examples=[] if joined is None else most_changed_examples(joined, after, data),
     )

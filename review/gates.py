@@ -1,18 +1,19 @@
 """Check the conditions that a change must meet to be merged, from `gates.yaml`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from review.comparison import Comparison
+from review.must_pass import MustPass, counted
 from review.runs import METRICS_FILE
 from review.verdicts import describe_difference
-from stages.evaluate import METRICS
 from stages.runtime.errors import UserError
 from stages.runtime.yaml12 import YAMLError, parse_yaml
+from stages.scoring.metrics import METRICS
 
 GATES = Path("gates.yaml")
 Bound = Annotated[float, Field(allow_inf_nan=False)]
@@ -58,23 +59,41 @@ def read_gates(path: Path = GATES) -> dict[str, Gate]:
         ) from None
     except (YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
-    comparable = [metric.name for metric in METRICS if metric.direction]
-    for name, gate in gates.items():
-        if gate.not_worse_by is not None and name not in comparable:
-            raise UserError(f"{path}: {name}: found not_worse_by; only for {', '.join(comparable)}")
     return gates
 
 
 def check_gates(gates: dict[str, Gate], comparison: Comparison) -> list[GateResult]:
-    return [result for name, gate in gates.items() for result in check_gate(name, gate, comparison)]
+    """Check all gates, and that no must-pass example is broken if there are some.
+
+    Raises:
+        UserError: `not_worse_by` is set for a metric that has no direction, or that no revision has.
+    """
+    comparable = {metric.name: metric.direction for metric in METRICS}
+    for name, gate in gates.items():
+        found = comparison.find_metric(name)
+        direction = found[1].metric.direction if found else comparable.get(name.removeprefix("retention."), 0)
+        if gate.not_worse_by is not None and not direction:
+            names = ", ".join(name for name, direction in comparable.items() if direction)
+            raise UserError(
+                f"{GATES}: {name}: found not_worse_by; only for {names}, functions of scorers.py, and these on the "
+                "retention set, such as retention.loss"
+            )
+    results = [result for name, gate in gates.items() for result in check_gate(name, gate, comparison)]
+    return results if comparison.must_pass == [] else [*results, check_must_pass(comparison.must_pass)]
+
+
+def value_of(metrics: Mapping[str, Any], name: str) -> tuple[bool, Any]:
+    """Whether a metrics file has a metric, such as `loss` or `retention.loss`, and its value."""
+    split, _, metric = name.rpartition(".")
+    own = metrics.get(split, {}) if split else metrics
+    return metric in own, own.get(metric)
 
 
 def check_gate(name: str, gate: Gate, comparison: Comparison) -> Iterator[GateResult]:
     """Check the conditions on one metric; a bound fails if the metric was not measured."""
-    metrics = comparison.after.read_json(METRICS_FILE)
-    value = metrics.get(name)
+    is_known, value = value_of(comparison.after.read_json(METRICS_FILE), name)
     number = value if isinstance(value, int | float) else None
-    applies_to_none = name in metrics and value is None  # such as stop_rate if no reference fits into max_new_tokens
+    applies_to_none = is_known and value is None  # such as stop_rate if no reference fits into max_new_tokens
     if number is not None:
         found = f"{number:.4g}"
     elif applies_to_none:
@@ -96,18 +115,32 @@ def check_gate(name: str, gate: Gate, comparison: Comparison) -> Iterator[GateRe
 def check_not_worse_by(name: str, margin: float, comparison: Comparison) -> GateResult:
     """Test that a metric is not worse by more than a margin: the whole interval must be on the right side of it.
 
-    So a small test set makes it harder to pass, not easier. The gate passes if the base revision has no metrics.
+    So a small test set makes it harder to pass, not easier. The gate passes if the base revision has no such metric.
     """
-    rule = f"{name} not worse than in {comparison.before.name} by more than {margin:g}"
-    result = comparison.metric(name)
-    if result.verdict == "the same":
+    before = comparison.before.name
+    rule = f"{name} not worse than in {before} by more than {margin:g}"
+    found_metric = comparison.find_metric(name)
+    if found_metric and found_metric[1].verdict == "the same":
         return GateResult(rule, True, "the same")
-    if not comparison.before.read_json(METRICS_FILE):
-        return GateResult(rule, True, f"nothing to compare with: {comparison.before.name} has no {METRICS_FILE}")
+    metrics = comparison.before.read_json(METRICS_FILE)
+    if not value_of(metrics, name)[0]:
+        missing = f"has no {name}" if metrics else f"has no {METRICS_FILE}"
+        return GateResult(rule, True, f"nothing to compare with: {before} {missing}")
+    if not found_metric:
+        return GateResult(rule, False, f"undecided, because {comparison.after.name} has no {name}")
+    results, result = found_metric
     if result.difference is None:
         return GateResult(rule, False, f"undecided, because the verdict is {result.verdict!r}")
     found = describe_difference(result.difference)
-    if comparison.is_small:
+    if results.is_small:
         return GateResult(rule, False, f"undecided, because too few examples are common: {found}")
     worst = min(bound * result.metric.direction for bound in (result.difference.low, result.difference.high))
     return GateResult(rule, worst >= -margin, found)
+
+
+def check_must_pass(examples: Sequence[MustPass] | None) -> GateResult:
+    rule = "no must-pass example is broken"
+    if examples is None:
+        return GateResult(rule, False, "undecided, because the predictions are not available; `dvc pull` gets them")
+    broken = [example.prompt for example in examples if example.state == "broken"]
+    return GateResult(rule, not broken, counted(examples) + (f": {'; '.join(broken):.300}" if broken else ""))

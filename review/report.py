@@ -1,21 +1,18 @@
-"""Render a comparison as Markdown, for a pull request, and as a self-contained HTML page."""
+"""Render a comparison as Markdown."""
 
-import re
-from collections.abc import Iterable, Sequence
-from difflib import SequenceMatcher
-from html import escape
+from collections.abc import Sequence
 from typing import Any
-
-from markdown_it import MarkdownIt
 
 from review.changes import Change, ExampleChange
 from review.comparison import Comparison
 from review.data_changes import CHANGES, DataChanges, without_template
 from review.gates import GateResult
+from review.markup import highlight_diff, table, text, truncate
+from review.must_pass import MustPass, counted
 from review.verdicts import MEASURE_NOISE, RUN_NOISE_UNKNOWN, MetricResult, describe_difference, signed
-from stages.runtime.text import code, heading
+from review.votes import Tally, VoteResults
+from stages.runtime.text import code
 
-MAX_CELL_LENGTH = 240  # characters of an example's text in a table
 SIGN = {"better": "✅ better", "worse": "❌ worse"}
 RESULT_HEADER = ["before", "after", "difference (95% interval)", "p", "detectable", "needed", "verdict"]
 ABOUT_METRICS = (
@@ -25,23 +22,7 @@ ABOUT_METRICS = (
     "correction. Needed: the total number of test prompts, or of runs per revision, with which the observed difference "
     "would be detectable. docs/verdicts.md explains the method."
 )
-# Text that begins a mention, a reference or a link on GitHub. An invisible word joiner after it prevents that.
-LINKS = re.compile(r"@(?=\w)|#(?=\d)|www(?=\.)|:(?=//)", re.IGNORECASE)
-
-STYLE = """
-:root { color-scheme: light dark; --line: light-dark(#d1d9e0, #3d444d); --shade: light-dark(#f6f8fa, #151b23) }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
-  color: light-dark(#1f2328, #f0f6fc); background: light-dark(#fff, #0d1117) }
-table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }
-th, td { border: 1px solid var(--line); padding: .35rem .7rem; text-align: left; vertical-align: top }
-th { background: var(--shade) } td { font-variant-numeric: tabular-nums }
-code { background: var(--shade); padding: .1rem .3rem; border-radius: .25rem; overflow-wrap: anywhere }
-td s { background: light-dark(#ffebe9, #5d1a1d); color: light-dark(#82071e, #ffdcd7) }
-td strong { background: light-dark(#dafbe1, #12432a); color: light-dark(#116329, #aff5b4); font-weight: inherit }
-img { max-width: min(100%, 34rem) } svg { display: block; max-width: 100%; height: auto }
-figure { margin: 1.5rem 0 } figcaption { font-size: 13px; opacity: .8 }
-h1, h2 { border-bottom: 1px solid var(--line); padding-bottom: .3rem }
-"""
+ABOUT_RETENTION = "General questions that are never trained on; a lower pass rate means lost abilities."
 
 
 def markdown(comparison: Comparison, gates: Sequence[GateResult], curves: str) -> str:
@@ -51,12 +32,17 @@ def markdown(comparison: Comparison, gates: Sequence[GateResult], curves: str) -
     if gates:
         rows = [[text(gate.rule), "✅ passed" if gate.passed else "❌ failed", text(gate.found)] for gate in gates]
         parts += ["## Gates", table(["gate", "", "found"], rows)]
-    parts += ["## Metrics on the test split", metrics_table(comparison.metrics), ABOUT_METRICS]
-    parts += map(text, comparison.notes)
+    parts += ["## Metrics on the test split", metrics_table(comparison.test.metrics), ABOUT_METRICS]
+    parts += map(text, comparison.test.notes)
+    if retention := comparison.results.get("retention"):
+        parts += ["## Metrics on the retention set", ABOUT_RETENTION, metrics_table(retention.metrics)]
+        parts += map(text, retention.notes)
+    parts += section("## Must-pass examples", must_pass_table(comparison.must_pass or []))
+    parts += section("## Votes", votes_table(comparison.votes))
     missing = [(side.name, path) for side in (comparison.before, comparison.after) for path in sorted({*side.missing})]
     if missing:
         parts.append(missing_files(missing))
-    losses = [result for result in comparison.slices if result.metric.name == "loss" or result.is_significant]
+    losses = [result for result in comparison.test.slices if result.metric.name == "loss" or result.is_significant]
     parts += section("## Slices of the test split", slices_table(losses))
     parts += section("## Changed parameters", changed_table(comparison.params))
     parts += section("## Stages that ran again", stages_table(comparison))
@@ -78,17 +64,15 @@ def section(title: str, content: str) -> list[str]:
 def summary_in_words(comparison: Comparison, gates: Sequence[GateResult]) -> list[str]:
     """The verdict in words: on the test loss, on the other metrics and slices, on the gates, and how to learn more."""
     parts = [f"**{headline(comparison)}**"]
-    others = [result for result in comparison.metrics if result.metric.name != "loss" and result.is_significant]
-    others += [result for result in comparison.slices if result.is_significant]
-    titles = {**SIGN, "higher": "Higher", "lower": "Lower", "unknown": "These two models differ in"}
-    for verdict, title in titles.items():
-        if names := [label(result) for result in others if result.verdict == verdict]:
-            parts.append(f"{title}: {', '.join(names)}.")
+    others = [result for result in comparison.test.metrics if result.metric.name != "loss"] + comparison.test.slices
+    parts += verdicts_in_words(others, "")
+    if retention := comparison.results.get("retention"):
+        parts += verdicts_in_words(retention.metrics, " on the retention set")
     if failed := [gate.rule for gate in gates if not gate.passed]:
         parts.append(f"❌ Gates that failed: {text('; '.join(failed))}.")
     elif gates:
         parts.append(f"✅ All gates passed ({len(gates)}).")
-    if any(result.verdict == "unknown" for result in comparison.metrics):
+    if any(result.verdict == "unknown" for result in comparison.test.metrics):
         parts.append(
             "Another training seed also gives another model, and how much that changes the metrics is not known here. "
             f"To measure it: {code(MEASURE_NOISE)}, and the same for the other revision."
@@ -96,9 +80,19 @@ def summary_in_words(comparison: Comparison, gates: Sequence[GateResult]) -> lis
     return parts
 
 
+def verdicts_in_words(results: Sequence[MetricResult], where: str) -> list[str]:
+    """A sentence for each kind of verdict on significant differences."""
+    titles = {**SIGN, "higher": "Higher", "lower": "Lower", "unknown": "These two models differ in"}
+    found = {
+        title: [label(result) for result in results if result.is_significant and result.verdict == verdict]
+        for verdict, title in titles.items()
+    }
+    return [f"{title}: {', '.join(names)}{where}." for title, names in found.items() if names]
+
+
 def headline(comparison: Comparison) -> str:
     """One sentence: the verdict on the test loss, which training minimizes."""
-    loss = comparison.metric("loss")
+    loss = comparison.test.metrics[0]
     if loss.difference is None:
         return f"Test loss: {loss.verdict}."
     verdict = SIGN.get(loss.verdict, loss.verdict)
@@ -150,6 +144,50 @@ def result_cells(result: MetricResult) -> list[str]:
         needed,
         verdict,
     ]
+
+
+def must_pass_table(examples: Sequence[MustPass]) -> str:
+    """The examples that do not pass in both revisions, and the number of all."""
+    marks = {"broken": "❌ broken", "fixed": "✅ fixed"}
+    rows = [
+        [
+            marks.get(example.state, example.state),
+            text(truncate(example.prompt)),
+            *highlight_diff(truncate(example.answer_before or ""), truncate(example.answer_after)),
+        ]
+        for example in examples
+        if example.state != "passing"
+    ]
+    listed = table(["", "prompt", "answer before", "answer after"], rows) if rows else ""
+    return f"{counted(examples)}.\n\n{listed}".strip() if examples else ""
+
+
+def votes_table(votes: VoteResults | None) -> str:
+    """The votes of all and of each voter, and how often two voters agree."""
+    if votes is None:
+        return ""
+    rows = [
+        [text(voter), *(f"{number:,}" for number in (tally.wins, tally.losses, tally.ties)), share(tally)]
+        for voter, tally in votes.by_voter.items()
+    ]
+    total = votes.overall
+    verdict = SIGN.get(total.verdict, "undecided; more votes are needed")
+    lines = [
+        f"**After was better on {total.wins:,} prompts, worse on {total.losses:,} and equal on {total.ties:,}, of "
+        f"{votes.num_pairs:,} with different answers: {verdict}.** Share of after among the decided: {share(total)}, a "
+        "95% confidence sequence, which is valid whenever voting ends. Each prompt counts once, by its first vote.",
+        table(["voter", "after", "before", "equal", "share of after"], rows),
+    ]
+    lines += [
+        f"{text(first)} and {text(second)} agree on {same:,} of {common:,} prompts."
+        for (first, second), (common, same) in votes.agreement.items()
+    ]
+    return "\n\n".join(lines)
+
+
+def share(tally: Tally) -> str:
+    low, high = tally.interval
+    return f"{low:.0%} to {high:.0%}"
 
 
 def data_tables(data: DataChanges) -> list[str]:
@@ -227,49 +265,3 @@ def examples_table(examples: Sequence[ExampleChange]) -> str:
         "nearest new training prompt",
     ]
     return table(header, rows) if rows else ""
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def truncate(content: str) -> str:
-    return content if len(content) <= MAX_CELL_LENGTH else content[:MAX_CELL_LENGTH] + " …"
-
-
-def text(content: str) -> str:
-    """Untrusted text for a table cell: no markup, mentions or links; line breaks become symbols."""
-    return LINKS.sub("\\g<0>\N{WORD JOINER}", heading(one_line(content)))
-
-
-def one_line(content: str) -> str:
-    return re.sub(r"\s*\n\s*", " ⏎ ", content.strip())
-
-
-def highlight_diff(before: str | None, after: str | None) -> tuple[str, str]:
-    """Both texts; removed words are struck through in the first, added words are bold in the second."""
-    if before is None or after is None:
-        return text(before or "(no such prompt)"), text(after or "(no such prompt)")
-    words = [one_line(side).split() for side in (before, after)]
-    sides: tuple[list[str], list[str]] = ([], [])
-    matcher = SequenceMatcher(None, words[0], words[1], autojunk=False)
-    for kind, start, end, other_start, other_end in matcher.get_opcodes():
-        for side, mark, part in ((0, "~~", words[0][start:end]), (1, "**", words[1][other_start:other_end])):
-            if part:
-                around = "" if kind == "equal" else mark
-                sides[side].append(around + text(" ".join(part)) + around)
-    return " ".join(sides[0]), " ".join(sides[1])
-
-
-def page(content: str, title: str, figures: str = "") -> str:
-    """Markdown as an HTML page without scripts and external resources. `figures` is SVG, placed after the summary."""
-    body = str(MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"]).render(content))
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
-        f"{body.replace('<h2>', f'{figures}<h2>', 1)}</body></html>\n"
-    )

@@ -1,7 +1,7 @@
 """The predictions of a revision: one table for each training run, of `train` and of the replicates."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -10,6 +10,8 @@ from review.revisions import Revision, hashes, output_hashes
 
 PREDICTIONS, METRICS_FILE = "data/predictions/tuned.parquet", "metrics/evaluate/tuned.json"
 REPLICATE = "data/predictions/replicates/{seed}.parquet"
+OLDER_PREDICTIONS = {"split": "test", "num_answers": 1}  # the values of columns that they do not have
+RESULTS = ("seed", "models/tuned", "data/answers/")  # inputs of a run's stages in which runs differ
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class RevisionRuns:
 
     paths: where the predictions of each run are, by seed; the run of `train` is the first.
     hashes: the MD5 of each run's predictions in `dvc.lock`, by seed.
-    tables: the predictions that are available, by seed, with example ids as index; all have the same examples.
+    tables: the predictions that are available, by seed; all have the same examples.
     notes: why runs were left out.
     """
 
@@ -26,6 +28,11 @@ class RevisionRuns:
     hashes: dict[int, str] = field(default_factory=dict)
     tables: dict[int, pd.DataFrame] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def of_split(self, split: str) -> "RevisionRuns":
+        """The same runs with the predictions of one split, which have example ids as index."""
+        parts = {seed: table[table["split"] == split] for seed, table in self.tables.items()}
+        return replace(self, tables={seed: part.set_index("example_id") for seed, part in parts.items() if len(part)})
 
 
 def find_runs(revision: Revision) -> RevisionRuns:
@@ -36,17 +43,17 @@ def find_runs(revision: Revision) -> RevisionRuns:
     """
     params, lock = revision.read_yaml("params.yaml"), revision.read_yaml("dvc.lock")
     stages, outputs = lock.get("stages") or {}, output_hashes(lock)
-    train, evaluate = (stages.get(name, {}) for name in ("train", "evaluate@tuned"))
+    train, *scoring = (stages.get(name, {}) for name in ("train", "predict@tuned", "evaluate@tuned"))
     runs, seed = RevisionRuns(), train_seed(train, params)
     runs.paths[seed], runs.hashes[seed] = PREDICTIONS, outputs.get(PREDICTIONS, "")
-    expected = _inputs(train) | _inputs(evaluate)
+    expected = _inputs(train, *scoring)
     seeds = params.get("replicate_seeds") or []
     for seed in seeds if isinstance(seeds, list) else [seeds]:
         if not isinstance(seed, int):
             runs.notes.append(f"{revision.name}: replicate_seeds contains {seed!r}, which is not a seed.")
             continue
         replicate, path = stages.get(f"replicate@{seed}", {}), REPLICATE.format(seed=seed)
-        inputs = _inputs(replicate)
+        inputs = _inputs(replicate, stages.get(f"evaluate_replicate@{seed}", {}))
         differing = sorted(name for name in inputs.keys() & expected.keys() if inputs[name] != expected[name])
         if seed in runs.paths:
             runs.notes.append(f"{revision.name}: seed {seed} occurs twice in seed and replicate_seeds; it counts once.")
@@ -74,29 +81,45 @@ def read_runs(revision: Revision, runs: RevisionRuns) -> None:
         table = revision.read_table(path)
         if table is None:  # the report lists missing files
             continue
-        first = next(iter(runs.tables.values()), None)
-        problem = find_problem(table)
-        if not problem and first is not None and set(table["example_id"]) != set(first["example_id"]):
-            problem = "it has other examples than the first run"
-        if problem:
+        table = table.assign(**{name: value for name, value in OLDER_PREDICTIONS.items() if name not in table})
+        first = next(iter(runs.tables.values()), table)
+        if problem := find_problem(table) or find_difference(table, first):
             runs.notes.append(f"{revision.name}: {path} is not used, because {problem}; `dvc repro` writes it again.")
         else:
-            runs.tables[seed] = table.set_index("example_id", drop=False)
+            runs.tables[seed] = table
+
+
+def read_answers(revision: Revision) -> dict[str, dict[str, Any]]:
+    """The predictions of the run of `train` on the test split, by example id; empty if they are not available."""
+    columns = ["split", "example_id", "checked", "passed", "num_answers", "answer"]
+    table = revision.read_table(PREDICTIONS, columns)
+    if table is None:
+        return {}
+    rows = table.fillna(OLDER_PREDICTIONS).to_dict("records")
+    return {row["example_id"]: row for row in rows if row["split"] == "test"}
+
+
+def find_difference(table: pd.DataFrame, first: pd.DataFrame) -> str | None:
+    """Why predictions can't be another run of the same configuration; None if they can."""
+    ids, first_ids = ({*zip(each["split"], each["example_id"], strict=True)} for each in (table, first))
+    return None if ids == first_ids else "it has other examples than the first run"
 
 
 def find_problem(table: pd.DataFrame) -> str | None:
     """Why a table can't be predictions; None if it can."""
     if "example_id" not in table:
         return "it has no column example_id"
-    if table["example_id"].isna().any() or table["example_id"].duplicated().any():
+    if table["example_id"].isna().any() or table.duplicated(["split", "example_id"]).any():
         return "it has an example twice or without an id"
     return None if len(table) else "it has no examples"
 
 
-def _inputs(stage: Mapping[str, Any]) -> dict[str, Any]:
-    """Hashes and parameters on which a stage depends, except its model, which a replicate does not have."""
-    inputs = _params(stage) | hashes(stage.get("deps", []))
-    return {name: value for name, value in inputs.items() if name not in ("seed", "models/tuned")}
+def _inputs(*stages: Mapping[str, Any]) -> dict[str, Any]:
+    """Hashes and parameters on which stages depend, except the results of a run: its model and its answers."""
+    inputs: dict[str, Any] = {}
+    for stage in stages:
+        inputs |= _params(stage) | hashes(stage.get("deps", []))
+    return {name: value for name, value in inputs.items() if not name.startswith(RESULTS)}
 
 
 def _params(stage: Mapping[str, Any]) -> dict[str, Any]:

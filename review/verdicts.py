@@ -10,7 +10,7 @@ import pandas as pd
 from review.revisions import Revision
 from review.runs import METRICS_FILE, RevisionRuns, find_runs, read_runs
 from review.statistics import SIGNIFICANCE, Difference, Runs, compare, holm
-from stages.evaluate import METRICS, Metric
+from stages.scoring.metrics import METRICS, Metric, all_metrics
 
 MIN_EXAMPLES, MIN_SHARE = 30, 0.5  # of the test examples; with fewer in common, every verdict is "undecided"
 MEASURE_NOISE = "dvc exp run -S 'replicate_seeds=[1,2]'"  # with other numbers if one is the seed of train
@@ -42,7 +42,7 @@ class MetricResult:
 
 @dataclass(frozen=True)
 class Results:
-    """The result of each metric and of each slice.
+    """The result of each metric and of each slice, on one split.
 
     notes: sentences about the limits of the comparison.
     is_small: whether too few examples are common for a verdict.
@@ -55,67 +55,77 @@ class Results:
     is_small: bool = False
     joined: pd.DataFrame | None = None
 
+    def metric(self, name: str) -> MetricResult | None:
+        return next((result for result in self.metrics if result.metric.name == name), None)
 
-def compare_predictions(before: Revision, after: Revision, margins: Mapping[str, float]) -> Results:
-    """Compare all metrics.
+
+def compare_predictions(before: Revision, after: Revision, margins: Mapping[str, float]) -> dict[str, Results]:
+    """Compare all metrics on the test split, and on the retention set if both revisions have one.
 
     Args:
-        margins: the difference that a gate tolerates, by metric.
+        margins: the difference that a gate tolerates, by metric; those on the retention set as `retention.loss`.
     """
     known = [side.read_json(METRICS_FILE) for side in (before, after)]
     runs = [find_runs(side) for side in (before, after)]
+    splits = ["test", *(["retention"] if all("retention" in metrics for metrics in known) else [])]
 
-    def notes() -> list[str]:
-        return [note for side in runs for note in side.notes]
-
-    def without_difference(verdict: str, *more: str) -> Results:
-        first, second = known
-        results = [
-            MetricResult(metric, first.get(metric.name), second.get(metric.name), verdict=verdict) for metric in METRICS
-        ]
-        return Results(results, [*notes(), *more], [])
+    def without_difference(verdict: str, *notes: str) -> dict[str, Results]:
+        results = {}
+        for split in splits:
+            first, second = (metrics if split == "test" else metrics[split] for metrics in known)
+            metrics = [
+                MetricResult(each, first.get(each.name), second.get(each.name), verdict=verdict) for each in METRICS
+            ]
+            results[split] = Results(metrics, [*runs[0].notes, *runs[1].notes, *notes] if split == "test" else [], [])
+        return results
 
     if not all(known):
         missing = " and ".join(side.name for side, metrics in zip((before, after), known, strict=True) if not metrics)
         return without_difference("not measured", f"{missing} has no {METRICS_FILE}; `dvc repro` writes it.")
     common_seeds = runs[0].hashes.keys() & runs[1].hashes.keys()
     if common_seeds and all(runs[0].hashes[seed] == runs[1].hashes[seed] != "" for seed in common_seeds):
-        return without_difference("the same", "Both revisions have bit-identical predictions on the test split.")
+        return without_difference("the same", "Both revisions have bit-identical predictions.")
     for revision, side in zip((before, after), runs, strict=True):
         read_runs(revision, side)
     if not all(side.tables for side in runs):
         return without_difference("not measured: no predictions; `dvc pull` gets them")
-    return compare_runs(runs[0], runs[1], (before.name, after.name), margins, notes())
+    results = {}
+    for split in splits:
+        first, second = (side.of_split(split) for side in runs)
+        prefix = "" if split == "test" else f"{split}."
+        own = {name.removeprefix(prefix): margin for name, margin in margins.items() if name.startswith(prefix)}
+        results[split] = compare_runs(first, second, (before.name, after.name), own, split)
+    results["test"].notes[:0] = [*runs[0].notes, *runs[1].notes]
+    return results
 
 
 def compare_runs(
-    before: RevisionRuns, after: RevisionRuns, names: tuple[str, str], margins: Mapping[str, float], notes: list[str]
+    before: RevisionRuns, after: RevisionRuns, names: tuple[str, str], margins: Mapping[str, float], split: str = "test"
 ) -> Results:
     """Compare the tables of both sides, which have at least one each."""
+    notes: list[str] = []
     first, second = (next(iter(side.tables.values())) for side in (before, after))
     common = first.index[first.index.isin(second.index)]
     is_small = len(common) < max(MIN_EXAMPLES, MIN_SHARE * max(len(first), len(second)))
     if not len(common) == len(first) == len(second):
-        notes = [
-            *notes,
-            f"The test sets differ: {names[0]} has {len(first):,} examples, {names[1]} {len(second):,}. Only the "
-            f"{len(common):,} common ones are compared, so the values differ from those in {METRICS_FILE}.",
-        ]
+        notes.append(
+            f"The {split} sets differ: {names[0]} has {len(first):,} examples, {names[1]} {len(second):,}. Only the "
+            f"{len(common):,} common ones are compared, so the values differ from those in {METRICS_FILE}."
+        )
     if is_small:
-        notes = [
-            *notes,
+        notes.append(
             f"{len(common):,} common examples are too few for a verdict; at least {MIN_EXAMPLES} and at least half of "
-            "each test set are needed.",
-        ]
+            f"each {split} set are needed."
+        )
     sides = [{seed: table.loc[common] for seed, table in side.tables.items()} for side in (before, after)]
     origins = [side.loc[common].reindex(columns=["prompt_id", "slice"]) for side in (second, first)]
     columns = origins[0].combine_first(origins[1]).loc[common]  # older predictions do not have them
     prompts = columns["prompt_id"].where(columns["prompt_id"].notna(), columns.index.to_series())
     results, slices = [], []
-    for metric in METRICS:
+    for metric in {each.name: each for table in (first, second) for each in all_metrics(table)}.values():
         cells, problem = metric_runs(metric, sides, names)
         if problem:
-            notes = [*notes, f"{metric.name} can't be compared: {problem}."]
+            notes.append(f"{metric.name} can't be compared: {problem}.")
             results.append(MetricResult(metric, None, None, verdict="can't be compared"))
             continue
         everything = np.ones(len(common), bool)

@@ -7,13 +7,13 @@ import heapq
 import json
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from stages.data.examples import RAW_SCHEMA, REJECTED_SCHEMA, BadRowError
 from stages.data.rows import ALLOWED, Row, parse_slice
-from stages.data.sources import Source, open_sources
+from stages.data.sources import Source, open_retention, open_sources
 from stages.data.tables import ROWS_PER_GROUP, parquet_writer
 from stages.runtime.errors import UserError
 from stages.runtime.files import write_json
@@ -30,28 +30,20 @@ def main() -> None:
     params = load_params(DownloadDatasetParams)
     sources = open_sources(params)
     mixture, metadata = mix(sources, params.datasets)
-    rows = iter(progress(islice(mixture, params.max_examples), "read", "row", params.max_examples))
-    slices: set[str | None] = set()
+    limited = progress(islice(mixture, params.max_examples), "read", "row", params.max_examples)
+    retention = open_retention(params)
+    rows = chain(limited, ((retention, row) for row in retention.rows()) if retention else ())
+    num_rows, slices = 0, set[str]()  # without those of the retention set
     with parquet_writer(RAW, RAW_SCHEMA) as raw, parquet_writer(UNREADABLE, REJECTED_SCHEMA) as unreadable:
         while batch := list(islice(rows, ROWS_PER_GROUP)):
             good, bad = [], []
             for source, (source_row, row) in batch:
                 location = {"source": source.name, "source_row": source_row}
+                num_rows += source is not retention
                 try:
-                    parsed = source.parser.parse(row)
-                    value = source.name if params.slice_column == "source" else parse_slice(row, params.slice_column)
-                    slices.add(value)
-                    good.append(
-                        {
-                            "messages": json.dumps(parsed.messages, ensure_ascii=False),
-                            "tools": json.dumps(parsed.tools, ensure_ascii=False) if parsed.tools else None,
-                            "input": parsed.input,
-                            "slice": value or NO_SLICE,
-                            "check": json.dumps(parsed.check, ensure_ascii=False) if parsed.check else None,
-                            "use": source.use,
-                            **location,
-                        }
-                    )
+                    good.append(raw_row(source, row, params.slice_column) | location)
+                    if source is not retention:
+                        slices.add(good[-1]["slice"])
                 except BadRowError as error:
                     bad.append({**location, "reason": error.reason, "detail": str(error)})
             raw.write(good)
@@ -61,9 +53,9 @@ def main() -> None:
                     f"slice_column: found more than {MAX_SLICES} values of {params.slice_column!r}; must be a column "
                     "with few values, or source"
                 )
-        if raw.num_rows + unreadable.num_rows == 0:
+        if not num_rows:
             raise UserError(f"{metadata['source']}: has no rows; {ALLOWED}")
-        if slices == {None}:
+        if slices == {NO_SLICE}:
             raise UserError(
                 f"slice_column: no row of {metadata['source']} has {params.slice_column!r}; must be a column, or source"
             )
@@ -77,12 +69,32 @@ def main() -> None:
         {
             "source": metadata["source"],
             "rows": f"{raw.num_rows:,} read, {unreadable.num_rows:,} unreadable",
+            "retention set": retention.name if retention else "none",
             "not read": ", ".join(f"{name} ({count:,})" for name, count in unread.most_common())
             or "none of the columns",
         },
         wrote=[RAW, UNREADABLE, SOURCE],
         then="dvc repro format; then python -m stages.format --show 3",
     )
+
+
+def raw_row(source: Source, row: dict[str, Any] | BadRowError, slice_column: str) -> dict[str, Any]:
+    """A row of `RAW_SCHEMA`, without its location.
+
+    Raises:
+        BadRowError: the row can't be read.
+    """
+    parsed = source.parser.parse(row)
+    value = source.name if slice_column == "source" else parse_slice(row, slice_column)
+    return {
+        "messages": json.dumps(parsed.messages, ensure_ascii=False),
+        "tools": json.dumps(parsed.tools, ensure_ascii=False) if parsed.tools else None,
+        "input": parsed.input,
+        "slice": value or NO_SLICE,
+        "check": json.dumps(parsed.check, ensure_ascii=False) if parsed.check else None,
+        "other_columns": json.dumps(parsed.other_columns, ensure_ascii=False, default=str),
+        "use": source.use,
+    }
 
 
 def check_mapped_columns(sources: list[Source], params: DownloadDatasetParams) -> None:

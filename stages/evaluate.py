@@ -1,272 +1,178 @@
-"""Score one model on the test split → `metrics/evaluate/<model>.json` and `data/predictions/<model>.parquet`."""
+"""Score the answers of one model → `metrics/evaluate/<model>.json` and `data/predictions/<model>.parquet`.
+
+The answers are those of `predict`. They are scored by the checks in the data, by comparison with the reference, and by
+the functions in `scorers.py`. `replicates/SEED` is the model of a replicate, which has no metrics file.
+"""
 
 import argparse
 import json
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
+from rapidfuzz.distance import LCSseq
 
 from stages.data.checks import CheckTimeoutError, passes
-from stages.data.examples import Example, read_split
-from stages.data.masking import load_tokenizer
+from stages.data.examples import SCORING_SCHEMA
 from stages.data.tables import read_table, write_parquet
-from stages.data.templates import load_template
 from stages.data.words import words
 from stages.runtime.errors import UserError
 from stages.runtime.files import write_csv, write_json
-from stages.runtime.params import EvaluateParams, load_params
 from stages.runtime.run import run
 from stages.runtime.terminal import progress, summary
+from stages.scoring.metrics import METRICS, all_metrics, compute_metrics, metrics_by_slice
+from stages.scoring.scorers import PREFIX, SCORERS, Scorer, load_scorers, score
 
 if TYPE_CHECKING:
     import pandas as pd
-    from transformers import PreTrainedModel
 
-    from stages.engine.batches import Batches
-    from stages.engine.distributed import DistributedContext
-
-TEST = Path("data/test.parquet")
-SCORED_TOKENS = 2  # per token of a micro-batch in training; no activations are kept for a backward pass
-MAX_LOSS = 100  # nats/token; a uniform guess over the vocabulary has about 10
+SPLITS, SCORING = ("test", "retention"), Path("data/scoring.parquet")
+EXAMPLE_COLUMNS = ["example_id", "prompt_id", "source", "source_row", "slice", "prompt", "response"]
+ANSWER_COLUMNS = ["split", "example_id", "loss", "tokens", "correct_tokens", "reference_fits"]
+ANSWER_COLUMNS += ["answers", "answer_tokens", "stopped"]
 NGRAM = 4  # words of the sequences that `repetition` counts
+# Values of several answers to a prompt are means over them.
 PREDICTIONS_SCHEMA = pa.schema(
     [
         ("example_id", pa.string()),
         ("prompt_id", pa.string()),
+        ("split", pa.string()),
         ("slice", pa.string()),
         ("loss", pa.float64()),  # mean over the example's supervised tokens, in nats
         ("tokens", pa.int64()),  # supervised tokens
         ("correct_tokens", pa.int64()),
-        ("answer", pa.string()),
-        ("answer_tokens", pa.int64()),  # without the EOS token
-        ("stopped", pa.bool_()),
+        ("answer", pa.string()),  # the first one
+        ("num_answers", pa.int64()),
+        ("answer_tokens", pa.float64()),  # without the EOS token
+        ("stopped", pa.float64()),
         ("reference_fits", pa.bool_()),  # whether the reference with its EOS token fits into max_new_tokens
         ("checked", pa.bool_()),  # whether the row has a check
-        ("passed", pa.bool_()),  # whether it has one that the answer passes
-        ("exact_match", pa.bool_()),
+        ("passed", pa.int64()),  # the number of answers that pass it
+        ("exact_match", pa.float64()),
         ("rouge_l", pa.float64()),
         ("repetition", pa.float64()),
     ]
 )
-Array = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A sum over examples ÷ a count, such as loss ÷ supervised tokens.
-
-    direction: 1 if higher is better, −1 if lower is better, 0 if neither.
-    sums, counts: of each example.
-    columns: those of the predictions that sums and counts are computed from.
-    """
-
-    name: str
-    direction: int
-    sums: Callable[["pd.DataFrame"], "pd.Series[Any]"]
-    counts: Callable[["pd.DataFrame"], "pd.Series[Any]"]
-    columns: tuple[str, ...]
-
-
-def per_example(name: str, direction: int, column: str) -> Metric:
-    """The mean of a column over examples."""
-    return Metric(name, direction, lambda rows: rows[column], lambda rows: rows[column] * 0 + 1, (column,))
-
-
-METRICS = (
-    Metric("loss", -1, lambda rows: rows["loss"] * rows["tokens"], lambda rows: rows["tokens"], ("loss", "tokens")),
-    Metric(
-        "token_accuracy",
-        1,
-        lambda rows: rows["correct_tokens"],
-        lambda rows: rows["tokens"],
-        ("correct_tokens", "tokens"),
-    ),
-    Metric("pass_rate", 1, lambda rows: rows["passed"], lambda rows: rows["checked"], ("passed", "checked")),
-    per_example("exact_match", 1, "exact_match"),
-    per_example("rouge_l", 1, "rouge_l"),
-    # An answer can't be as long as a reference that does not fit into max_new_tokens, so those are not counted.
-    Metric(
-        "stop_rate",
-        1,
-        lambda rows: rows["stopped"] * rows["reference_fits"],
-        lambda rows: rows["reference_fits"],
-        ("stopped", "reference_fits"),
-    ),
-    per_example("repetition", -1, "repetition"),
-    per_example("mean_response_tokens", 0, "answer_tokens"),
-)
 
 
 def main() -> None:
-    params = load_params(EvaluateParams)
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=["base", "tuned"])
+    parser.add_argument("model", help="base, tuned or replicates/SEED")
     name = parser.parse_args().model
     predictions = Path(f"data/predictions/{name}.parquet")
-    metrics_file, losses_file = (Path(f"metrics/evaluate/{name}.{suffix}") for suffix in ("json", "csv"))
 
-    from stages.engine.distributed import init_distributed
-
-    context = init_distributed()
-    if context.sharded:
-        print(f"Launcher: {params.launcher}: {context}")
-    rows = predict(Path("models") / name, params, context) if context.is_needed_for_inference else None
-    context.shutdown()
-    if rows is None or not context.is_main_process:
-        return
-    metrics = compute_metrics(rows)
-    slices = {value: compute_metrics(part) for value, part in rows.groupby("slice")}
-    write_parquet(predictions, rows.to_dict("records"), PREDICTIONS_SCHEMA)
-    write_json(metrics_file, metrics | ({"slices": slices} if len(slices) > 1 else {}))
-    # In the order of the test split, which is the same for base and tuned: `dvc plots` pairs the rows.
-    write_csv(losses_file, f"tokens,{name}_loss", zip(rows["tokens"], rows["loss"], strict=True))
-    shown = {key: "–" if value is None else f"{value:.3f}" for key, value in metrics.items()}
-    checks = f"pass rate {shown['pass_rate']}, over {rows['checked'].sum():,} examples with a check"
+    scorers = load_scorers()
+    check_names(scorers)
+    rows = score_answers(Path(f"data/answers/{name}.parquet"), scorers)
+    schema = pa.schema([*PREDICTIONS_SCHEMA, *((PREFIX + scorer, pa.float64()) for scorer in scorers)])
+    parts = dict(iter(rows.groupby("split", sort=False)))
+    metrics = metrics_by_slice(parts["test"])
+    if "retention" in parts:
+        metrics["retention"] = metrics_by_slice(parts["retention"])
+    write_parquet(predictions, rows.to_dict("records"), schema)
+    wrote = [predictions]
+    if "/" not in name:
+        metrics_file, losses_file = (Path(f"metrics/evaluate/{name}.{suffix}") for suffix in ("json", "csv"))
+        write_json(metrics_file, metrics)
+        # In the order of the test split, which is the same for base and tuned: `dvc plots` pairs the rows.
+        losses = zip(parts["test"]["tokens"], parts["test"]["loss"], strict=True)
+        write_csv(losses_file, f"tokens,{name}_loss", losses)
+        wrote += [metrics_file, losses_file]
     summary(
-        {
-            "model": f"{name}, {len(rows):,} test examples, {rows['tokens'].sum():,} supervised tokens",
-            "loss": f"{shown['loss']} ± {shown['loss_se']}, token accuracy {shown['token_accuracy']}",
-            **({"checks": checks} if rows["checked"].any() else {}),
-            "answers": f"ROUGE-L {shown['rouge_l']}, exact match {shown['exact_match']}, repetition "
-            f"{shown['repetition']}, stop rate {shown['stop_rate']}, {shown['mean_response_tokens']} tokens on average",
-        },
-        wrote=[predictions, metrics_file, losses_file],
+        {"model": name} | {split: describe(part, compute_metrics(part)) for split, part in parts.items()},
+        wrote=wrote,
         then="make review BASE=main",
     )
 
 
-def predict(folder: Path, params: EvaluateParams, context: "DistributedContext") -> "pd.DataFrame":
-    """The columns of `PREDICTIONS_SCHEMA` for each test example: its loss, and its greedy answer.
-
-    If the weights are sharded, all ranks compute the same.
+def check_names(scorers: Iterable[str]) -> None:
+    """Check that no scorer has the name of a metric.
 
     Raises:
-        UserError: the loss is far above that of a random guess, or not a number.
+        UserError: one has.
     """
+    reserved = {"examples", "supervised_tokens", "perplexity", "slices", "retention", *(each.name for each in METRICS)}
+    for name in scorers:
+        if name in reserved or name.startswith("pass_at_") or name.endswith("_se"):
+            raise UserError(f"{SCORERS}: {name} is the name of a metric; rename the function")
+
+
+def describe(rows: "pd.DataFrame", metrics: Mapping[str, Any]) -> str:
+    """The most important metrics of a split, for the terminal."""
+    shown = {name: "–" if value is None else f"{value:.3f}" for name, value in metrics.items()}
+    parts = [
+        f"{len(rows):,} examples, loss {shown['loss']} ± {shown['loss_se']}, token accuracy {shown['token_accuracy']}",
+        f"ROUGE-L {shown['rouge_l']}, stop rate {shown['stop_rate']}, repetition {shown['repetition']}",
+    ]
+    if rows["checked"].any():
+        parts.insert(1, f"pass rate {shown['pass_rate']} over {rows['checked'].sum():,} examples with a check")
+    others = [metric.name for metric in all_metrics(rows)[len(METRICS) :]]
+    return ", ".join([*parts, *(f"{name} {shown[name]}" for name in others)])
+
+
+def score_answers(path: Path, scorers: Mapping[str, Scorer]) -> "pd.DataFrame":
+    """The predictions: the answers of a table with their scores."""
     import pandas as pd
 
-    from stages.engine.decoding import generate_answers, generation_settings
-    from stages.engine.loading import load_for_inference
-    from stages.engine.models import autocast
-    from stages.engine.probe import choose_batches
-
-    examples = read_split(TEST)
-    test = read_table(TEST, ["example_id", "prompt_id", "slice", "response", "check"])
-    model, tokenizer = load_for_inference(folder, params.precision, context), load_tokenizer()
-    tokens_per_batch = SCORED_TOKENS * params.tokens_per_batch
-    batches, messages, _ = choose_batches(model, examples, tokens_per_batch, params.precision)
-    print(*messages, sep="\n", flush=True)
-    prompts = [example.input_ids[: example.last_response].tolist() for example in examples]
-    settings = generation_settings(load_template(params.template, tokenizer).eos_token_ids, params.max_new_tokens)
-    with autocast(params.precision, model.device, cache_enabled=not context.sharded):
-        scores = score_tokens(model, batches, examples)
-        answers = generate_answers(model, tokenizer, prompts, settings, params.tokens_per_batch)
-    rows = [
-        {
-            "loss": score.loss_sum / score.num_tokens,
-            "tokens": score.num_tokens,
-            "correct_tokens": score.num_correct,
-            "answer": answer.text,
-            "answer_tokens": answer.num_tokens,
-            "stopped": answer.stopped,
-            "reference_fits": len(example.input_ids) - example.last_response <= params.max_new_tokens,
-            "checked": check is not None,
-            "passed": check is not None and is_right(example.example_id, check, answer.text),
-            "exact_match": answer.text == reference,
-            "rouge_l": rouge_l(answer.text, reference),
-            "repetition": repetition(answer.text),
-        }
-        for example, score, answer, reference, check in zip(
-            examples, scores, answers, test["response"].to_pylist(), test["check"].to_pylist(), strict=True
-        )
-    ]
-    table = pd.concat([test.drop_columns(["response", "check"]).to_pandas(), pd.DataFrame(rows)], axis=1)
-    loss = (table["loss"] * table["tokens"]).sum() / table["tokens"].sum()
-    if not loss < MAX_LOSS:
-        raise UserError(
-            f"the loss is {loss:g} nats/token: training diverged, or the model is broken; lower learning_rate"
-        )
-    return table
+    examples = {
+        (split, row["example_id"]): row
+        for split in SPLITS
+        for row in read_table(Path(f"data/{split}.parquet"), EXAMPLE_COLUMNS).to_pylist()
+    }
+    scoring = {(row["split"], row["example_id"]): row for row in read_table(SCORING, SCORING_SCHEMA.names).to_pylist()}
+    rows = []
+    for row in progress(read_table(path, ANSWER_COLUMNS).to_pylist(), "score", "example"):
+        key = row["split"], row["example_id"]
+        rows.append(score_row(row | examples[key] | scoring[key], scorers))
+    return pd.DataFrame(rows)
 
 
-@dataclass(frozen=True)
-class Score:
-    """Sums over the supervised tokens of one example: loss in nats, tokens, tokens whose prediction was correct."""
-
-    loss_sum: float
-    num_tokens: int
-    num_correct: int
-
-
-def score_tokens(model: "PreTrainedModel", batches: "Batches", examples: Sequence[Example]) -> list[Score]:
-    """The scores of the examples, in their order. Only one micro-batch is in memory at a time."""
-    import torch
-
-    from stages.engine.loss import losses_by_example
-
-    scores: dict[str, Score] = {}
-    micro_batches = progress(batches.micro_batches(examples), "score", "micro-batch")
-    with torch.inference_mode():
-        for example, result in losses_by_example(model, micro_batches):
-            losses = result.losses.cpu().double()
-            scores[example.example_id] = Score(losses.sum().item(), len(losses), int(result.correct.sum()))
-    return [scores[example.example_id] for example in examples]
-
-
-def compute_metrics(rows: "pd.DataFrame") -> dict[str, Any]:
-    """All metrics with their standard errors; None if no example counts, or for the standard error of a single one."""
-    metrics: dict[str, Any] = {"examples": len(rows), "supervised_tokens": int(rows["tokens"].sum())}
-    for metric in METRICS:
-        by_prompt = (
-            cells(rows).astype(float).groupby(rows["prompt_id"]).sum() for cells in (metric.sums, metric.counts)
-        )
-        value, error = ratio(*(cells.to_numpy() for cells in by_prompt))
-        metrics |= {metric.name: value, f"{metric.name}_se": error}
-        if metric.name == "loss" and value is not None and value < MAX_LOSS:
-            perplexity = math.exp(value)
-            metrics |= {"perplexity": perplexity, "perplexity_se": error and perplexity * error}  # delta method
-    return metrics
+def score_row(row: dict[str, Any], scorers: Mapping[str, Scorer]) -> dict[str, Any]:
+    """The predictions of one example, in the order of `PREDICTIONS_SCHEMA`, and then the values of the scorers."""
+    answers, reference = row["answers"], row["response"]
+    check = json.loads(row["check"]) if row["check"] else None
+    location = {name: row[name] for name in ("example_id", "source", "source_row", "slice")}
+    columns = location | {"check": check} | json.loads(row["other_columns"])
+    values: dict[str, list[float]] = {
+        "answer_tokens": row["answer_tokens"],
+        "stopped": row["stopped"],
+        "exact_match": [answer == reference for answer in answers],
+        "rouge_l": [rouge_l(answer, reference) for answer in answers],
+        "repetition": [repetition(answer) for answer in answers],
+    }
+    for name, scorer in scorers.items():
+        where = f"{row['source']}, row {row['source_row']:,}"
+        found = [score(name, scorer, where, row["prompt"], answer, reference, columns) for answer in answers]
+        values[PREFIX + name] = [value for value in found if value is not None]
+    scores = row | {
+        "answer": answers[0],
+        "num_answers": len(answers),
+        "checked": check is not None,
+        "passed": sum(is_right(row, check, answer) for answer in answers) if check is not None else 0,
+        **{name: fmean(known) if known else None for name, known in values.items()},
+    }
+    return {name: scores[name] for name in (*PREDICTIONS_SCHEMA.names, *(PREFIX + name for name in scorers))}
 
 
-def ratio(sums: Array, counts: Array) -> tuple[float | None, float | None]:
-    """sums / counts over all prompts, and its standard error with the prompt as the sampling unit.
-
-    Tokens of the same prompt are not independent, so a standard error over tokens would be too small. This is the ratio
-    estimator (Cochran, Sampling Techniques, 1977, ch. 6). sums and counts: (prompts,).
-    """
-    if not counts.any():
-        return None, None
-    value = float(sums.sum() / counts.sum())
-    num_prompts = int(np.count_nonzero(counts))
-    if num_prompts < 2:
-        return value, None
-    residuals = sums - value * counts
-    return value, float(math.sqrt((residuals**2).sum() * num_prompts / (num_prompts - 1)) / counts.sum())
-
-
-def is_right(example_id: str, check: str, answer: str) -> bool:
-    """Whether an answer passes the check of its row, which is JSON."""
+def is_right(row: Mapping[str, Any], check: Mapping[str, Any], answer: str) -> bool:
+    """Whether an answer passes the check of its row."""
     try:
-        return passes(json.loads(check), answer)
+        return passes(check, answer)
     except CheckTimeoutError as error:
-        print(f"{TEST}, example {example_id}: {error} for its answer, which is counted as failed")
+        where = f"{row['source']}, row {row['source_row']:,}"
+        print(f"{where}: {error} for the answer {answer!r:.100}, which is counted as failed")
         return False
 
 
 def rouge_l(answer: str, reference: str) -> float:
     """ROUGE-L: the F1 score of the longest common subsequence of words (Lin, 2004), for any language."""
-    from torchmetrics.functional.text import rouge_score
-
     if answer == reference:  # also if there are no words
         return 1.0
-    score = rouge_score(answer, reference, rouge_keys="rougeL", normalizer=str, tokenizer=words)
-    return float(score["rougeL_fmeasure"])
+    sides = words(answer), words(reference)
+    num_words = sum(map(len, sides))
+    return 2 * LCSseq.similarity(*sides) / num_words if num_words else 0.0
 
 
 def repetition(answer: str) -> float:

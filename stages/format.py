@@ -47,23 +47,22 @@ class Counts:
     """Statistics of formatted and rejected rows.
 
     sources: for each source, counts by the names in `COUNT_NAMES`.
-    reasons: rejected rows by reason.
+    reasons: for each source, rejected rows by reason.
     lengths: examples by tokens ÷ `LENGTH_BIN`.
-    first_rejected: a description of the first rejected row, or an empty string.
+    first_rejected: for each source, a description of the first rejected row.
     """
 
     sources: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    reasons: Counter[str] = field(default_factory=Counter)
+    reasons: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     lengths: Counter[int] = field(default_factory=Counter)
-    first_rejected: str = ""
+    first_rejected: dict[str, str] = field(default_factory=dict)
 
     def count(self, examples: pa.Table, rejected: list[dict[str, Any]]) -> None:
         """Count rows of `FORMATTED_SCHEMA` and of `REJECTED_SCHEMA`."""
-        if rejected:
-            self.first_rejected = self.first_rejected or describe(rejected[0])
         for row in rejected:
+            self.first_rejected.setdefault(row["source"], describe(row))
             self.sources[row["source"]].update(rows_in=1, left_out=1)
-            self.reasons[row["reason"]] += 1
+            self.reasons[row["source"]][row["reason"]] += 1
         # Without the texts, which `filter` would copy.
         counted = examples.select(["source", "source_row", "labels", "truncated"])
         for name in pc.unique(counted["source"]).to_pylist():
@@ -85,27 +84,48 @@ class Counts:
         """Add the counts of the rows after these."""
         for name, counts in later.sources.items():
             self.sources[name].update(counts)
-        self.reasons.update(later.reasons)
+        for name, counts in later.reasons.items():
+            self.reasons[name].update(counts)
         self.lengths.update(later.lengths)
-        self.first_rejected = self.first_rejected or later.first_rejected
+        self.first_rejected = later.first_rejected | self.first_rejected
 
     @property
     def total(self) -> Counter[str]:
         return sum(self.sources.values(), Counter())
 
     @property
-    def listed_reasons(self) -> str:
-        return ", ".join(f"{reason}: {count:,}" for reason, count in self.reasons.most_common())
+    def all_reasons(self) -> Counter[str]:
+        return sum(self.reasons.values(), Counter())
+
+    def check(self) -> None:
+        """Check that most rows of each source can be trained on.
+
+        Raises:
+            UserError: more than half of the rows of a source were rejected, or all.
+        """
+        for name, counts in self.sources.items():
+            # A row that the template can't express is not a mistake in the source, but nothing is left of it either.
+            mistakes = counts["left_out"] - self.reasons[name]["not_rendered"]
+            if mistakes > counts["rows_in"] / 2 or not counts["kept"]:
+                raise UserError(
+                    f"{name}: {counts['left_out']:,} of {counts['rows_in']:,} rows can't be trained on "
+                    f"({listed(self.reasons[name])}); more than half were rejected; fix the source. First: "
+                    f"{self.first_rejected[name]}"
+                )
 
     def metrics(self) -> dict[str, Any]:
         """The content of `metrics/format.json`, by source if there are several."""
         metrics: dict[str, Any] = {name: self.total[name] for name in COUNT_NAMES}
-        metrics["left_out_by_reason"] = dict(sorted(self.reasons.items()))
+        metrics["left_out_by_reason"] = dict(sorted(self.all_reasons.items()))
         if len(self.sources) > 1:
             metrics["sources"] = {
                 name: {key: counts[key] for key in COUNT_NAMES} for name, counts in sorted(self.sources.items())
             }
         return metrics
+
+
+def listed(reasons: Counter[str]) -> str:
+    return ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common())
 
 
 def main() -> None:
@@ -120,21 +140,15 @@ def main() -> None:
         for shard_counts, shard_rejected in map_processes(format_one, range(len(raw)), raw, desc="format"):
             rejected.write(shard_rejected)
             counts.add(shard_counts)
-        total = counts.total
-        # A row that the template can't express is not a mistake in the source, but nothing is left of it either.
-        if total["left_out"] - counts.reasons["not_rendered"] > total["rows_in"] / 2 or not total["kept"]:
-            raise UserError(
-                f"{', '.join(counts.sources)}: {total['left_out']:,} of {total['rows_in']:,} rows can't be trained on "
-                f"({counts.listed_reasons}); more than half were rejected; fix the source. First: "
-                f"{counts.first_rejected}"
-            )
+        counts.check()
     write_json(METRICS, counts.metrics())
+    total = counts.total
     bins = ((index * LENGTH_BIN, counts.lengths[index]) for index in range(max(counts.lengths) + 2))
     write_csv(LENGTHS, "tokens,examples", bins)
     summary(
         {
             "rows": f"{total['rows_in']:,} → {total['kept']:,} kept, {total['left_out']:,} rejected "
-            f"({counts.listed_reasons or 'none'}); {total['examples']:,} examples",
+            f"({listed(counts.all_reasons) or 'none'}); {total['examples']:,} examples",
             "tokens": f"{total['tokens']:,}, of which {total['supervised_tokens']:,} supervised",
             "truncated": f"{total['truncated']:,} responses, at max_length = {params.max_length:,}",
         },
@@ -184,17 +198,17 @@ def format_batch(batch: pa.Table, template: Template, params: FormatParams) -> t
     origins = batch.select(["source", "source_row", "slice", "use"]).take(pa.array(rows))
     # A check is about the last answer of a row, which the last of its examples has if it is complete.
     is_last = np.append(rows[1:] != rows[:-1], True)[: len(rows)]
-    checks = batch["check"].take(pa.array(rows, mask=~is_last | encoded.truncated))
     columns = {
         "example_id": [example_id for _, example_id in ids],
         "prompt_id": [prompt_id for prompt_id, _ in ids],
         **dict(zip(origins.column_names, origins.columns, strict=True)),
-        "check": checks,
         "prompt": formatted.prompts,
         "response": formatted.responses,
         "input_ids": pa.ListArray.from_arrays(offsets, pa.array(encoded.input_ids)),
         "labels": pa.ListArray.from_arrays(offsets, pa.array(encoded.labels)),
         "truncated": truncated,
+        "check": batch["check"].take(pa.array(rows, mask=~is_last | encoded.truncated)),
+        "other_columns": batch["other_columns"].take(pa.array(rows)),
     }
     rejected = [
         {**location, "reason": errors[index].reason, "detail": str(errors[index])}

@@ -1,14 +1,14 @@
-"""Train once more with another seed and score the test split → `data/predictions/replicates/<seed>.parquet`.
+"""Train once more with another seed, and answer as `predict` does → `data/answers/replicates/<seed>.parquet`.
 
-The predictions of several seeds show how much results vary from run to run; a review needs that for a verdict on a
-change. The weights are not kept.
+The results of several seeds show how much they vary from run to run; a review needs that for a verdict on a change. The
+weights are not kept.
 """
 
 import argparse
 from pathlib import Path
 
 from stages.data.tables import write_parquet
-from stages.evaluate import PREDICTIONS_SCHEMA, compute_metrics, predict
+from stages.predict import ANSWERS_SCHEMA, mean_loss, predict
 from stages.runtime.files import remove
 from stages.runtime.params import ReplicateParams, TrainingParams, TrainParams, load_params
 from stages.runtime.run import run
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("seed", type=int)
     seed = parser.parse_args().seed
     tuned = Path(f".scratch/.replicate-{seed}.partial")
-    predictions = Path(f"data/predictions/replicates/{seed}.parquet")
+    answers = Path(f"data/answers/replicates/{seed}.parquet")
 
     training = TrainParams(**params.model_dump(include=set(TrainingParams.model_fields)), seed=seed)
     from stages.engine.distributed import DistributedContext
@@ -36,15 +36,15 @@ def main() -> None:
         rows = predict(tuned, params, DistributedContext(pick_device()))  # the other ranks have ended
     finally:
         remove(tuned)
-    write_parquet(predictions, rows.to_dict("records"), PREDICTIONS_SCHEMA)
+    write_parquet(answers, rows, ANSWERS_SCHEMA)
     summary(
         {
             "validation": f"loss {metrics['validation_loss']:.4f} at step {metrics['best_step']:,}, the best",
             "speed": speed,
-            "test": f"loss {compute_metrics(rows)['loss']:.4f}",
+            "test": f"loss {mean_loss([row for row in rows if row['split'] == 'test']):.4f}",
         },
-        wrote=[predictions],
-        then="make review BASE=main",
+        wrote=[answers],
+        then=f"dvc repro evaluate_replicate@{seed}",
     )
 
 

@@ -16,13 +16,16 @@ from tests.fork_server import run_forked
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("stages/", "tools/", "templates/", "data/", "models/", ".dvc", "dvc.yaml", "params.yaml", ".gitignore")
-NUM_ROWS = 120
+SHIPPED += ("scorers.py",)
+NUM_ROWS = {"instructions": 120, "retention": 6}
 EVERY_STAGE = [
     "download_dataset",
     "download_model",
     "format",
     "split",
     "train",
+    "predict@base",
+    "predict@tuned",
     "evaluate@base",
     "evaluate@tuned",
     "generate@base",
@@ -90,8 +93,9 @@ def make_clone(folder: Path, tiny_model: Path, **params: str) -> Path:
         if name.startswith(SHIPPED):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-    data = folder / "data/instructions.jsonl"
-    data.write_text("".join(data.read_text(encoding="utf-8").splitlines(True)[:NUM_ROWS]), encoding="utf-8")
+    for name, num_rows in NUM_ROWS.items():
+        data = folder / f"data/{name}.jsonl"
+        data.write_text("".join(data.read_text(encoding="utf-8").splitlines(True)[:num_rows]), encoding="utf-8")
     tiny = {
         "model_name": str(tiny_model),
         "max_length": "512",

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from stages.data.alpaca import AlpacaTemplate
 from stages.data.conversations import Conversation
-from stages.data.examples import FORMATTED_SCHEMA, Example
+from stages.data.examples import SCORING_SCHEMA, SPLIT_SCHEMA, Example
 from stages.data.masking import load_tokenizer
 from stages.data.tables import parquet_writer
 from stages.runtime.files import write_json
@@ -67,10 +67,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with params.yaml and dvc.yaml as the working directory."""
+    """A folder with params.yaml, dvc.yaml and an empty retention set as the working directory."""
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "data").mkdir()
+    (tmp_path / "data/retention.jsonl").touch()
     (tmp_path / "data/template.jinja").write_text("{# alpaca #}\n")
     monkeypatch.chdir(tmp_path)
     yield tmp_path
@@ -80,12 +81,13 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """A project in which every stage up to split has run, for tests to copy."""
     folder = tmp_path_factory.mktemp("prepared")
-    for name in ("params.yaml", "dvc.yaml", "stages", "templates"):
+    for name in ("params.yaml", "dvc.yaml", "scorers.py", "stages", "templates"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
     (folder / "data").mkdir()
-    rows = (ROOT / "data/instructions.jsonl").read_text(encoding="utf-8").splitlines(True)[:60]
-    (folder / "data/instructions.jsonl").write_text("".join(rows), encoding="utf-8")
+    for name, num_rows in (("instructions", 60), ("retention", 5)):
+        rows = (ROOT / f"data/{name}.jsonl").read_text(encoding="utf-8").splitlines(True)[:num_rows]
+        (folder / f"data/{name}.jsonl").write_text("".join(rows), encoding="utf-8")
     edit(folder, model_name=str(tiny_model), max_length="512")
     run_pipeline(folder, "download_dataset", "download_model", "format", "split")
     return folder
@@ -95,7 +97,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
 def training_inputs(project: Path, tiny_model: Path) -> Path:
     """The inputs of train and replicate: 22 examples of different lengths, a tiny base model; 24 steps in fp32.
 
-    There are 5 examples for validation and 3 for test.
+    There are 5 examples for validation and 3 for test, which have no check, and no retention set.
     """
     for name in ("stages", "templates"):
         shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -104,14 +106,17 @@ def training_inputs(project: Path, tiny_model: Path) -> Path:
     write_json(project / "models/base/source.json", {"model_name": "tiny", "revision": None})
     write_json(project / "data/source.json", {"source": "a.jsonl", "revision": None, "licence": None})
     template = AlpacaTemplate(load_tokenizer())
-    for name, numbers in (("train", range(22)), ("validation", range(22, 27)), ("test", range(27, 30))):
-        with parquet_writer(project / f"data/{name}.parquet", FORMATTED_SCHEMA) as writer:
+    splits = {"train": range(22), "validation": range(22, 27), "test": range(27, 30), "retention": range(0)}
+    with parquet_writer(project / "data/scoring.parquet", SCORING_SCHEMA) as writer:
+        writer.write([{"split": "test", "example_id": str(n), "other_columns": "{}"} for n in splits["test"]])
+    for name, numbers in splits.items():
+        with parquet_writer(project / f"data/{name}.parquet", SPLIT_SCHEMA) as writer:
             for n in numbers:
                 question = {"role": "user", "content": "Name a colour." * (1 + n % 3)}
                 answer = {"role": "assistant", "content": "Red. " * (1 + n % 7)}
                 formatted = template.format([Conversation([question, answer], "x" * (n % 2))], 256)
                 encoded = {"input_ids": formatted.encoded.input_ids, "labels": formatted.encoded.labels}
-                ids = {"example_id": str(n), "prompt_id": str(n), "slice": "a.jsonl"}
+                ids = {"example_id": str(n), "prompt_id": str(n), "slice": "a.jsonl", "source_row": n}
                 writer.write([{**ids, "response": formatted.responses[0], **encoded}])
     edit(project, batch_size="2", gradient_accumulation_steps="2", num_epochs="4", eval_steps="6", save_steps="5")
     edit(project, learning_rate="1e-3", lr_scheduler="cosine", warmup_steps="3", logging_steps="1", precision="fp32")
@@ -172,6 +177,7 @@ def predictions(losses: Any, **columns: Any) -> pd.DataFrame:
     """Predictions with these losses, and other columns with these values or the same value in each row."""
     numbers = range(len(losses))
     values = {
+        "split": "test",
         "example_id": [f"id{n}" for n in numbers],
         "prompt_id": [f"p{n}" for n in numbers],
         "slice": "all",
@@ -179,13 +185,14 @@ def predictions(losses: Any, **columns: Any) -> pd.DataFrame:
         "tokens": 10,
         "correct_tokens": 5,
         "answer": [f"answer {n}" for n in numbers],
-        "answer_tokens": 8,
-        "stopped": True,
+        "num_answers": 1,
+        "answer_tokens": 8.0,
+        "stopped": 1.0,
         "reference_fits": True,
         "checked": True,
-        "passed": True,
-        "exact_match": False,
+        "passed": 1,
+        "exact_match": 0.0,
         "rouge_l": 0.5,
         "repetition": 0.0,
     }
-    return pd.DataFrame(values | columns)
+    return pd.DataFrame(values | columns).astype({"passed": int})

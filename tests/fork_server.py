@@ -46,7 +46,6 @@ PRELOADED = (
     "ruamel.yaml",
     "scmrepo.git",
     "torch.distributed.run",
-    "torchmetrics.functional.text",
     "transformers.models.llama.modeling_llama",
 )
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
 
-from stages import download_dataset, download_model, evaluate, format, generate, split, train  # noqa: A004
+from stages import download_dataset, download_model, format, generate, predict, split, train  # noqa: A004
 from stages.runtime.run import run
 from tests.clone import edit
 
@@ -222,7 +222,7 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("revision of digits", "download_model", params(model_revision="1234567"), "params.yaml:\n  model_revision: found the number 1234567; must be text; put it in quotes"),
     ("revision that YAML reads as a number", "download_model", params(model_revision="12e4567"), "params.yaml:\n  model_revision: found the number inf; must be text; put it in quotes"),
     ("unknown parameter", "split", added("num_epohs: 3\n"), "params.yaml:\n  num_epohs: not a parameter; did you mean num_epochs?"),
-    ("unknown parameter with an escape sequence", "split", added('"\\e[31mred": 3\n'), "params.yaml:\n  \\x1b[31mred: not a parameter; known are activation_checkpointing, batch_size, …"),
+    ("unknown parameter with an escape sequence", "split", added('"\\e[31mred": 3\n'), "params.yaml:\n  \\x1b[31mred: not a parameter; known are activation_checkpointing, answers_per_prompt, batch_size, …"),
     ("missing parameter", "split", params(num_epochs=None), "params.yaml:\n  num_epochs: missing; every parameter needs a value"),
     ("batch_size 0", "train", params(batch_size="0"), "params.yaml:\n  batch_size: found 0; must be greater than or equal to 1"),
     ("batch_size with a decimal point", "train", params(batch_size="4.0"), "params.yaml:\n  batch_size: found 4.0; must be a valid integer"),
@@ -296,7 +296,7 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("reasoning next to messages in columns", "download_dataset", params(dataset_columns="{messages: a, reasoning: b}"), "params.yaml:\n  dataset_columns: found {'messages': 'a', 'reasoning': 'b'}; reasoning: must be messages, system, tools"),
     ("columns without a completion", "download_dataset", params(dataset_columns="{prompt: a}"), "params.yaml:\n  dataset_columns: found {'prompt': 'a'}; must name prompt and completion, messages, or text"),
     ("columns of an entry without a prompt", "download_dataset", params(datasets="[{file: a.jsonl, columns: {completion: a}}]"), "params.yaml:\n  datasets.0.columns: found {'completion': 'a'}; must name prompt and completion, messages, or text"),
-    ("use of an unknown split", "download_dataset", params(datasets="[{file: a.jsonl, use: exam}]"), "params.yaml:\n  datasets.0.use: found 'exam'; must be 'train', 'validation' or 'test'"),
+    ("use of an unknown split", "download_dataset", params(datasets="[{file: a.jsonl, use: exam}]"), "params.yaml:\n  datasets.0.use: found 'exam'; must be 'train', 'validation', 'test' or 'retention'"),
     ("subset of a file", "download_dataset", params(datasets="[{file: a.jsonl, subset: main}]"), "params.yaml:\n  datasets.0: found {'file': 'a.jsonl', 'subset': 'main'}; `revision`, `subset` and `data_files` are for a Hub dataset; must have `name`"),
     ("dataset_file with a name that is too long", "download_dataset", params(dataset_file="a" * 300 + ".jsonl"), "aaa…aaa.jsonl: File name too long; check it and run again"),
     ("empty file", "download_dataset", data("a.jsonl", ""), f"data/a.jsonl: is empty; {ROWS}"),
@@ -374,7 +374,7 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("tokenizer cut off", "format", cut_off("models/tokenizer/tokenizer.json"), f"models/tokenizer: can't be read: Unterminated string starting at: line 956 column 9 (char 13222); {RESTORE}"),
     ("formatted data missing", "split", deleted("data/formatted.parquet"), f"data/formatted.parquet: No such file or directory; {REPRO}"),
     ("validation split empty", "split", params(validation_fraction="1e-9"), "the validation split is empty: found 60 examples, validation_fraction = 1e-09, test_fraction = 0.1; raise validation_fraction, or list a dataset with `use: validation`, or add rows to the dataset"),
-    ("no training rows left", "split", used_for("test"), "the train split is empty: found 60 examples, validation_fraction = 0.1, test_fraction = 0.1; lower validation_fraction or test_fraction, or list a dataset with `use: train`, or add rows to the dataset"),
+    ("no training rows left", "split", used_for("test"), "the train split is empty: found 65 examples, validation_fraction = 0.1, test_fraction = 0.1; lower validation_fraction or test_fraction, or list a dataset with `use: train`, or add rows to the dataset"),
     ("train split missing", "train", deleted("data/train.parquet"), f"data/train.parquet: No such file or directory; {REPRO}"),
     ("train split cut off", "train", cut_off("data/train.parquet"), f"data/train.parquet: can't be read: Parquet magic bytes not found in footer…; {RESTORE}"),
     ("train split empty", "train", without_rows("data/train.parquet"), "data/train.parquet: has no examples; run `dvc repro`, or add rows to the dataset"),
@@ -386,18 +386,18 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("base model missing", "train", deleted("models/base"), f"models/base: No such file or directory; {REPRO}"),
     ("base model cut off", "train", cut_off("models/base/model.safetensors"), f"models/base: can't be read: Error while deserializing head…; {RESTORE}"),
     ("training examples longer than the context", "train", changed("models/base/config.json", max_position_embeddings=64), f"the longest example (max_length): found 269 tokens; {CONTEXT}"),
-    ("test examples longer than the context", "evaluate", changed("models/base/config.json", max_position_embeddings=64), f"the longest example (max_length): found 155 tokens; {CONTEXT}"),
+    ("test examples longer than the context", "predict", changed("models/base/config.json", max_position_embeddings=64), f"the longest example (max_length): found 155 tokens; {CONTEXT}"),
     ("sample prompts longer than the context", "generate", changed("models/base/config.json", max_position_embeddings=64), f"the longest of sample_prompts: found 91 tokens; {CONTEXT}"),
     ("learning rate 1e30", "train", params(learning_rate="1e30", warmup_steps="0", precision="fp32"), "step 2: gradient norm is nan; lower learning_rate or max_grad_norm, or set precision to fp32. Check these examples of data/train.parquet: …"),
     ("learning rate 1e38", "train", params(learning_rate="1e38", warmup_steps="0", batch_size="1000", lr_scheduler="constant", precision="fp32"), "step 1: validation loss is …; lower learning_rate or max_grad_norm, or set precision to fp32. Check these examples of data/train.parquet: …"),
-    ("test split missing", "evaluate", deleted("data/test.parquet"), f"data/test.parquet: No such file or directory; {REPRO}"),
+    ("test split missing", "predict", deleted("data/test.parquet"), f"data/test.parquet: No such file or directory; {REPRO}"),
     ("tokenizer for generation missing", "generate", deleted("models/tokenizer"), f"models/tokenizer: No such file or directory; {REPRO}"),
     ("model for generation missing", "generate", deleted("models/base"), f"models/base: No such file or directory; {REPRO}"),
 ]
 # fmt: on
 STAGES = {
     stage.__name__.split(".")[1]: stage.main
-    for stage in (download_dataset, download_model, format, split, train, evaluate, generate)
+    for stage in (download_dataset, download_model, format, split, train, predict, generate)
 }
 
 

@@ -45,7 +45,8 @@ def run_all(project: Path, model: Path) -> None:
     edit(project, learning_rate="1e-2", num_epochs="12", precision="fp32")
     run_pipeline(
         project,
-        *("download_dataset", "download_model", "format", "split", "train", "evaluate@tuned", "generate@tuned"),
+        *("download_dataset", "download_model", "format", "split", "train", "predict@tuned"),
+        *("evaluate@tuned", "generate@tuned"),
     )
 
 

@@ -151,14 +151,15 @@ def test_a_sharded_model_has_the_losses_and_answers_of_one_process(
 ) -> None:
     monkeypatch.chdir(shutil.copytree(prepared, tmp_path / "project"))
     edit(Path.cwd(), precision="fp32", max_new_tokens="6", launcher=TORCHRUN)
-    run_pipeline(Path.cwd(), "evaluate@base", "generate@base")
-    predictions, samples = Path("data/predictions/base.parquet"), Path("metrics/samples/base.md")
+    run_pipeline(Path.cwd(), "predict@base", "generate@base")
+    predictions, samples = Path("data/answers/base.parquet"), Path("metrics/samples/base.md")
     expected, answers = pq.read_table(predictions).to_pylist(), samples.read_text()
-    for stage in ("stages.evaluate", "stages.generate"):
+    for stage in ("stages.predict", "stages.generate"):
         status, log = finish(TORCHRUN, stage, "base", **SHARDED)
         assert status == 0, log
         assert log.count(f"Launcher: {TORCHRUN}: 2 processes, weights sharded (FSDP2)\n") == 1
-        assert log.count("Generation: packed prompts\n") == 1  # only the main process prints
+        num_splits = 2 if stage == "stages.predict" else 1
+        assert log.count("Generation: packed prompts\n") == num_splits  # only the main process prints
     assert samples.read_text() == answers
     for one, other in zip(expected, pq.read_table(predictions).to_pylist(), strict=True):
         assert other == one | {"loss": pytest.approx(one["loss"], rel=1e-5)}

@@ -162,7 +162,7 @@ def test_a_csv_row_with_too_many_or_too_few_fields_is_unreadable(project: Path) 
 def test_a_file_that_cannot_be_read_leaves_no_output(project: Path) -> None:
     with pytest.raises(UserError, match="not valid CSV"):
         read("a.csv", 'instruction,output\nA,b\nA,"b')
-    assert sorted(path.name for path in Path("data").iterdir()) == ["a.csv", "template.jinja"]
+    assert sorted(path.name for path in Path("data").iterdir()) == ["a.csv", "retention.jsonl", "template.jinja"]
 
 
 def test_other_json_values_beside_the_text_are_ignored(project: Path) -> None:
@@ -482,7 +482,7 @@ def test_a_slice_column_with_no_value_or_too_many_is_an_error(project: Path, val
             "a.jsonl", "".join(f"{json.dumps({'instruction': 'A', 'output': 'b', 'kind': kind})}\n" for kind in values)
         )
     assert str(error.value) == f"slice_column: {message}"
-    assert sorted(path.name for path in Path("data").iterdir()) == ["a.jsonl", "template.jinja"]
+    assert sorted(path.name for path in Path("data").iterdir()) == ["a.jsonl", "retention.jsonl", "template.jinja"]
 
 
 def test_a_slice_column_may_have_100_values(project: Path) -> None:

@@ -20,7 +20,7 @@ OUTPUTS = {
     "format": ["data/formatted.parquet", "data/rejected.parquet", "metrics/format.json", "metrics/lengths.csv"],
     "split": ["data/train.parquet", "data/validation.parquet", "data/test.parquet", "metrics/split.json"],
     "train": ["models/tuned", "metrics/train.json", "metrics/curve.csv"],
-    "evaluate": ["data/predictions/base.parquet", "metrics/evaluate/base.json", "metrics/evaluate/base.csv"],
+    "predict": ["data/answers/base.parquet"],
     "generate": ["metrics/samples/base.md"],
 }
 

@@ -1,33 +1,39 @@
-"""Metrics of literal predictions."""
+"""Scores of literal answers, and metrics of literal predictions."""
 
 import json
 import math
 import sys
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stages import evaluate
-from stages.evaluate import PREDICTIONS_SCHEMA, compute_metrics, ratio, repetition, rouge_l
-from tests.clone import edit
+from stages.data.examples import SCORING_SCHEMA, SPLIT_SCHEMA
+from stages.data.tables import write_parquet
+from stages.evaluate import repetition, rouge_l
+from stages.predict import ANSWERS_SCHEMA
+from stages.runtime.errors import UserError
+from stages.scoring.metrics import compute_metrics, pass_at, ratio
 
 
 def predictions(*rows: dict[str, Any]) -> pd.DataFrame:
     """Predictions with these values and others that are the same in each row."""
-    same: dict[str, Any] = {"slice": "s", "loss": 1.0, "tokens": 2, "correct_tokens": 1}
-    same |= {"answer": "a", "answer_tokens": 1, "stopped": True, "reference_fits": True, "exact_match": False}
-    same |= {"checked": True, "passed": False, "rouge_l": 0.5, "repetition": 0.0}
+    same: dict[str, Any] = {"split": "test", "slice": "s", "loss": 1.0, "tokens": 2, "correct_tokens": 1}
+    same |= {"answer": "a", "num_answers": 1, "answer_tokens": 1.0, "stopped": 1.0, "reference_fits": True}
+    same |= {"checked": True, "passed": 0, "exact_match": 0.0, "rouge_l": 0.5, "repetition": 0.0}
     ids = [{"example_id": str(n), "prompt_id": f"p{n}"} for n in range(len(rows))]
-    table = pd.DataFrame([one | same | row for one, row in zip(ids, rows, strict=True)])
-    return table[PREDICTIONS_SCHEMA.names]
+    return pd.DataFrame([one | same | row for one, row in zip(ids, rows, strict=True)])
 
 
 def test_loss_and_accuracy_are_means_over_all_tokens() -> None:
-    first = {"loss": 1.0, "tokens": 1, "correct_tokens": 1, "exact_match": True, "rouge_l": 1.0, "answer_tokens": 3}
-    second = {"loss": 3.0, "tokens": 3, "passed": True, "stopped": False, "answer_tokens": 5, "repetition": 0.25}
+    first = {"loss": 1.0, "tokens": 1, "correct_tokens": 1, "exact_match": 1.0, "rouge_l": 1.0, "answer_tokens": 3}
+    second = {"loss": 3.0, "tokens": 3, "passed": 1, "stopped": 0.0, "answer_tokens": 5, "repetition": 0.25}
     assert compute_metrics(predictions(first, second)) == {
         "examples": 2,
         "supervised_tokens": 4,
@@ -61,8 +67,8 @@ def test_examples_of_one_prompt_are_one_sample() -> None:
 
 
 def test_stop_rate_counts_only_examples_whose_reference_fits() -> None:
-    fits = [{"stopped": True}, {"stopped": False}]
-    too_long = [{"stopped": stopped, "reference_fits": False} for stopped in (True, False, False)]
+    fits = [{"stopped": 1.0}, {"stopped": 0.0}]
+    too_long = [{"stopped": stopped, "reference_fits": False} for stopped in (1.0, 0.0, 0.0)]
     metrics = compute_metrics(predictions(*fits, *too_long))
     assert (metrics["stop_rate"], metrics["stop_rate_se"]) == (0.5, 0.5)
     assert metrics["examples"] == 5
@@ -71,51 +77,161 @@ def test_stop_rate_counts_only_examples_whose_reference_fits() -> None:
 
 
 def test_pass_rate_counts_only_examples_with_a_check() -> None:
-    rows = [{"passed": True}, {"passed": False}, {"passed": False}, {"checked": False}]
+    rows = [{"passed": 1}, {"passed": 0}, {"passed": 0}, {"checked": False}]
     assert compute_metrics(predictions(*rows))["pass_rate"] == pytest.approx(1 / 3)
     assert compute_metrics(predictions({"checked": False}))["pass_rate"] is None
 
 
+def test_pass_at_k_is_the_share_of_all_choices_of_k_answers_with_one_that_passes() -> None:
+    rows = predictions({"num_answers": 4, "passed": 1}, {"num_answers": 4, "passed": 0})
+    metrics = compute_metrics(rows)
+    # Of six pairs of four answers, three have the one that passes.
+    assert [metrics[name] for name in ("pass_rate", "pass_at_2", "pass_at_4")] == [1 / 8, 1 / 4, 1 / 2]
+    assert "pass_at_2" not in compute_metrics(predictions({}))
+
+
+@given(
+    st.integers(2, 9).flatmap(lambda n: st.tuples(st.lists(st.booleans(), min_size=n, max_size=n), st.integers(1, n)))
+)
+def test_pass_at_k_equals_the_average_over_all_choices(case: tuple[list[bool], int]) -> None:
+    passed, k = case
+    choices = list(combinations(passed, k))
+    rows = predictions({"num_answers": len(passed), "passed": sum(passed)})
+    assert list(pass_at(k).sums(rows)) == pytest.approx([sum(map(any, choices)) / len(choices)])
+
+
+def test_answers_to_one_prompt_are_one_sample() -> None:
+    metrics = compute_metrics(predictions({"num_answers": 100, "passed": 100}, {"num_answers": 100, "passed": 0}))
+    assert (metrics["pass_rate"], metrics["pass_rate_se"]) == (0.5, 0.5)  # as with one answer per prompt
+
+
 def test_an_answer_for_which_a_check_takes_too_long_is_counted_as_failed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate.is_right("id7", '{"number": 7}', "It is 7.")
-    assert not evaluate.is_right("id7", '{"regex": "(a|aa)+$"}', "a" * 60 + "b")
+    row = {"source": "a.jsonl", "source_row": 1234}
+    assert evaluate.is_right(row, {"number": 7}, "It is 7.")
+    assert not evaluate.is_right(row, {"regex": "(a|aa)+$"}, "a" * 60 + "b")
     assert capsys.readouterr().out == (
-        'data/test.parquet, example id7: the regular expression "(a|aa)+$" takes more than 1 s for its answer, which '
-        "is counted as failed\n"
+        f'a.jsonl, row 1,234: the regular expression "(a|aa)+$" takes more than 1 s for the answer {"a" * 60 + "b"!r}, '
+        "which is counted as failed\n"
     )
 
 
-def run_evaluate(monkeypatch: pytest.MonkeyPatch, rows: pd.DataFrame) -> dict[str, Any]:
-    """The metrics that the stage writes for these predictions."""
-    monkeypatch.setattr(evaluate, "predict", lambda folder, params, context: rows)
-    monkeypatch.setattr(sys, "argv", ["evaluate", "tuned"])
+@pytest.fixture
+def answered(project: Path) -> Path:
+    """A project with the answers of two test examples, in two slices, and of one of the retention set."""
+    splits: dict[str, Any] = {"test": [("sum", "7"), ("color", "Red.")], "retention": [("capital", "Paris.")]}
+    checks = {"sum": '{"number": 7}', "color": None, "capital": '{"contains": "Paris"}'}
+    answers = {"sum": ["It is 7.", "It is 8."], "color": ["Red.", "Blue."], "capital": ["Paris.", "Paris."]}
+    scoring, rows = [], []
+    for split, examples in splits.items():
+        table = [
+            {"example_id": name, "prompt_id": name, "source": "a.jsonl", "source_row": number, "slice": name}
+            | {"prompt": f"Q: {name}", "response": response}
+            for number, (name, response) in enumerate(examples, 1)
+        ]
+        write_parquet(Path(f"data/{split}.parquet"), table, SPLIT_SCHEMA)
+        for name, _ in examples:
+            keys = {"split": split, "example_id": name}
+            scoring.append({**keys, "check": checks[name], "other_columns": '{"kind": "easy"}'})
+            counts = {"loss": 1.0, "tokens": 2, "correct_tokens": 1, "reference_fits": True}
+            more = {"answers": answers[name], "answer_tokens": [3, 5], "stopped": [True, False]}
+            rows.append(keys | counts | more)
+    write_parquet(evaluate.SCORING, scoring, SCORING_SCHEMA)
+    for model in ("base", "replicates/1"):
+        Path(f"data/answers/{model}").parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(Path(f"data/answers/{model}.parquet"), rows, ANSWERS_SCHEMA)
+    return project
+
+
+def run_evaluate(monkeypatch: pytest.MonkeyPatch, model: str = "base") -> dict[str, pd.Series]:
+    """Run the stage; returns the predictions by example id."""
+    monkeypatch.setattr(sys, "argv", ["evaluate", model])
     evaluate.main()
-    result: dict[str, Any] = json.loads(Path("metrics/evaluate/tuned.json").read_text())
-    return result
+    table = pd.read_parquet(f"data/predictions/{model}.parquet")
+    return {str(row["example_id"]): row for _, row in table.iterrows()}
 
 
-def test_each_of_several_slices_has_its_metrics(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = predictions({"slice": "sums", "loss": 2.0}, {"slice": "lists", "loss": 3.0}, {"slice": "sums", "loss": 4.0})
-    metrics = run_evaluate(monkeypatch, rows)
-    assert metrics["loss"] == 3.0
-    parts = {name: (part["examples"], part["loss"], part["loss_se"]) for name, part in metrics["slices"].items()}
-    assert parts == {"lists": (1, 3.0, None), "sums": (2, 3.0, 1.0)}
-    assert "slices" not in run_evaluate(monkeypatch, predictions({}, {}))
+def test_answers_are_scored_by_checks_and_references(answered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = run_evaluate(monkeypatch)
+    assert list(rows) == ["sum", "color", "capital"]
+    names = ["split", "answer", "num_answers", "checked", "passed", "exact_match", "answer_tokens", "stopped"]
+    assert rows["sum"][names].tolist() == ["test", "It is 7.", 2, True, 1, 0.0, 4.0, 0.5]
+    assert rows["color"][names].tolist() == ["test", "Red.", 2, False, 0, 0.5, 4.0, 0.5]
+    assert rows["capital"][names].tolist() == ["retention", "Paris.", 2, True, 2, 1.0, 4.0, 0.5]
 
 
-def test_predictions_and_losses_are_in_the_order_of_the_test_split(
-    training_inputs: Path, monkeypatch: pytest.MonkeyPatch
+def test_metrics_are_those_of_the_test_split_its_slices_and_the_retention_set(
+    answered: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    edit(training_inputs, max_new_tokens="7")
-    monkeypatch.setattr(sys, "argv", ["evaluate", "base"])
-    evaluate.main()
-    rows = pd.read_parquet("data/predictions/base.parquet")
-    assert list(rows["example_id"]) == ["27", "28", "29"]
-    assert list(rows["tokens"]) == [17, 5, 7]  # with the EOS token
-    assert list(rows["reference_fits"]) == [False, True, True]
-    losses = pd.read_csv("metrics/evaluate/base.csv")
-    assert list(losses["tokens"]) == [17, 5, 7]
-    assert list(losses["base_loss"]) == pytest.approx(list(rows["loss"]), rel=1e-5)
+    run_evaluate(monkeypatch)
+    metrics = json.loads(Path("metrics/evaluate/base.json").read_text())
+    assert (metrics["examples"], metrics["pass_rate"], metrics["pass_at_2"]) == (2, 0.5, 1.0)
+    assert {name: part["pass_rate"] for name, part in metrics["slices"].items()} == {"color": None, "sum": 0.5}
+    assert (metrics["retention"]["examples"], metrics["retention"]["pass_rate"]) == (1, 1.0)
+    assert "slices" not in metrics["retention"]  # there is one
+    assert Path("metrics/evaluate/base.csv").read_text() == "tokens,base_loss\n2,1\n2,1\n"
+
+
+def test_a_replicate_has_predictions_and_no_metrics(answered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(run_evaluate(monkeypatch, "replicates/1")) == 3
+    assert not Path("metrics").exists()
+
+
+def test_public_functions_of_scorers_py_are_metrics(answered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("scorers.py").write_text(
+        "from math import sqrt\n"
+        "def _hidden(): pass\n"
+        "def brief(prompt, answer, reference, row):\n"
+        "    assert prompt == f'Q: {row[\"example_id\"]}' and row['kind'] == 'easy', row\n"
+        "    return len(answer) <= 6\n"
+        "def same_number(prompt, answer, reference, row):\n"
+        "    return answer.count('7') if row['check'] == {'number': 7} else None\n"
+    )
+    rows = run_evaluate(monkeypatch)
+    assert {name: row["score_brief"] for name, row in rows.items()} == {"sum": 0.0, "color": 1.0, "capital": 1.0}
+    assert rows["sum"]["score_same_number"] == 0.5
+    assert math.isnan(rows["color"]["score_same_number"])
+    metrics = json.loads(Path("metrics/evaluate/base.json").read_text())
+    assert (metrics["brief"], metrics["same_number"], metrics["retention"]["same_number"]) == (0.5, 0.5, None)
+    assert metrics["same_number_se"] is None  # of a single example
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return 'good'", "found 'good'; must return a finite number, or None if it does not apply"),
+        ("return float('nan')", "found nan; must return a finite number, or None if it does not apply"),
+        ("return [1]", "found [1]; must return a finite number, or None if it does not apply"),
+        ("return 1 / 0", "ZeroDivisionError in line 1: division by zero; fix it and run `dvc repro`"),
+    ],
+)
+def test_an_error_in_a_scorer_names_the_function_the_row_and_the_answer(
+    answered: Path, monkeypatch: pytest.MonkeyPatch, body: str, message: str
+) -> None:
+    Path("scorers.py").write_text(f"def mine(prompt, answer, reference, row): {body}\n")
+    with pytest.raises(UserError) as error:
+        run_evaluate(monkeypatch)
+    assert str(error.value) == f"scorers.py: mine for a.jsonl, row 1 and the answer 'It is 7.': {message}"
+    assert not Path("data/predictions/base.parquet").exists()
+    assert Path("data/answers/base.parquet").exists()  # nothing is generated again
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def mine(:", "scorers.py: can't be run: SyntaxError: invalid syntax (scorers.py, line 1); fix it"),
+        ("x = 1\nimport nothing_here", "scorers.py: can't be run: ModuleNotFoundError in line 2: No module named"),
+        ("def mine(answer): return 1", "scorers.py: mine(answer) must take prompt, answer, reference and row; a"),
+        ("def loss(p, a, r, row): return 1", "scorers.py: loss is the name of a metric; rename the function"),
+        ("def pass_at_2(p, a, r, row): return 1", "scorers.py: pass_at_2 is the name of a metric; rename the function"),
+    ],
+)
+def test_an_invalid_scorers_file_is_reported(
+    answered: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str
+) -> None:
+    Path("scorers.py").write_text(code)
+    with pytest.raises(UserError) as error:
+        run_evaluate(monkeypatch)
+    assert str(error.value).startswith(message)
 
 
 def test_standard_error_with_equal_counts_is_that_of_a_mean() -> None:

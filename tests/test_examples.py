@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from stages.data import tables
-from stages.data.examples import FORMATTED_SCHEMA, Example, read_split
+from stages.data.examples import SPLIT_SCHEMA, Example, read_split
 from stages.data.tables import parquet_writer
 
 
 def write_split(rows: list[dict[str, Any]]) -> Path:
-    with parquet_writer(Path("data/train.parquet"), FORMATTED_SCHEMA) as writer:
+    with parquet_writer(Path("data/train.parquet"), SPLIT_SCHEMA) as writer:
         writer.write(rows)
     return Path("data/train.parquet")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from stages import evaluate, train
+from stages import predict, train
 from stages.data.examples import read_split
 from stages.engine.attention import PackedLayout
 from stages.engine.batches import Limits, PackedBatches
@@ -210,12 +210,12 @@ def test_gpu_and_cpu_give_the_same_losses(training_inputs: Path, monkeypatch: py
     assert [loss for _, loss in curve("loss")] == pytest.approx(expected, rel=1e-4)
 
 
-def test_evaluate_uses_the_kernel(
+def test_predict_uses_the_kernel(
     training_inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(training_inputs, precision="bf16")
-    monkeypatch.setattr("sys.argv", ["evaluate", "base"])
-    evaluate.main()
+    monkeypatch.setattr("sys.argv", ["predict", "base"])
+    predict.main()
     log = capsys.readouterr().out
     assert f"{KERNEL}\n" in log
     assert "Generation: packed prompts\n" in log

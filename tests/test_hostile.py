@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from stages import download_dataset, download_model, evaluate, format, generate, split, train  # noqa: A004
+from stages import download_dataset, download_model, evaluate, format, generate, predict, split, train  # noqa: A004
 from stages.engine.model_card import model_card
 from stages.runtime.files import write_json
 from stages.runtime.params import TrainParams, load_params
@@ -63,6 +63,7 @@ def test_any_text_reaches_the_splits_unchanged_or_its_row_is_rejected(folder: Pa
     # With a majority of rejected rows the stage would stop, and with too few rows a split would be empty.
     good = "".join(json.dumps({"instruction": f"Count to {n}.", "output": "1"}) + "\n" for n in range(60))
     (folder / "data/hostile.jsonl").write_text(lines + good)
+    (folder / "data/retention.jsonl").write_text("")
     run_pipeline(folder, "download_dataset", "format", "split")
     tokenizer = AutoTokenizer.from_pretrained(folder / "models/tokenizer")
     formatted = pq.read_table(folder / "data/formatted.parquet").to_pylist()
@@ -95,7 +96,7 @@ def test_no_stage_unpickles_anything(prepared: Path, tmp_path: Path, monkeypatch
     for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
         monkeypatch.setattr(module, name, refuse)
     monkeypatch.setattr(sys, "argv", ["stage", "base"])
-    for stage in (download_dataset, download_model, format, split, train, train, evaluate, generate):
+    for stage in (download_dataset, download_model, format, split, train, train, predict, evaluate, generate):
         stage.main()
     assert Path("models/tuned").is_dir()
 

@@ -13,11 +13,13 @@ pytestmark = pytest.mark.subprocess
 PAGE = (ROOT / "docs/notebook.md").read_text(encoding="utf-8")
 PREDICTIONS = [
     "prompt_id",
+    "split",
     "slice",
     "loss",
     "tokens",
     "correct_tokens",
     "answer",
+    "num_answers",
     "answer_tokens",
     "stopped",
     "reference_fits",
@@ -104,7 +106,7 @@ def test_revision_is_read_as_a_file_system(names: dict[str, Any]) -> None:
     assert sorted(names["names"]) == ["data/predictions/base.parquet", "data/predictions/tuned.parquet"]
     assert list(names["losses"].columns) == ["example_id", "loss"]
     slow = names["both"][["example_id", "loss_after"]]
-    assert names["losses"].to_numpy().tolist() == slow.to_numpy().tolist()
+    assert names["losses"].head(8).to_numpy().tolist() == slow.to_numpy().tolist()  # then those of the retention set
 
 
 def test_supervised_tokens_are_the_response_and_the_eos_token(names: dict[str, Any], clone: Path) -> None:
@@ -114,15 +116,16 @@ def test_supervised_tokens_are_the_response_and_the_eos_token(names: dict[str, A
         "source",
         "source_row",
         "slice",
-        "check",
         "use",
         "prompt",
         "response",
         "input_ids",
         "labels",
         "truncated",
+        "check",
+        "other_columns",
     ]
-    assert len(names["formatted"]) == 120
+    assert len(names["formatted"]) == 126  # 6 of the retention set
     first = json.loads((clone / "data/instructions.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert names["row"]["source_row"] == 1
     assert names["tokenizer"].decode(names["supervised"]) == first["output"] + "<|end|>"

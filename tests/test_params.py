@@ -53,7 +53,7 @@ def test_all_errors_of_the_file_are_in_one_message(project: Path) -> None:
 
 
 @pytest.mark.subprocess
-@pytest.mark.parametrize("stage", ["train", "evaluate", "replicate", "generate", "format", "split", "download_model"])
+@pytest.mark.parametrize("stage", ["train", "predict", "replicate", "generate", "format", "split", "download_model"])
 def test_a_parameter_error_is_reported_before_torch_is_imported(project: Path, stage: str) -> None:
     edit(project, learning_rate="-1")
     code = (

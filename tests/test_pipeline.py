@@ -80,6 +80,10 @@ def test_a_run_elsewhere_writes_all_outputs_with_the_same_hashes(
         "models/tuned",
         "metrics/train.json",
         "metrics/curve.csv",
+        "data/retention.parquet",
+        "data/scoring.parquet",
+        "data/answers/base.parquet",
+        "data/answers/tuned.parquet",
         "data/predictions/base.parquet",
         "data/predictions/tuned.parquet",
         "metrics/evaluate/base.json",
@@ -106,10 +110,12 @@ def test_a_second_run_does_nothing(clone: Path) -> None:
 def test_every_test_example_has_a_prediction(clone: Path) -> None:
     import pyarrow.parquet as pq
 
-    expected = pq.read_table(clone / "data/test.parquet").column("example_id").to_pylist()
+    splits = [pq.read_table(clone / f"data/{name}.parquet", columns=["example_id"]) for name in ("test", "retention")]
+    assert len(splits[1]) == 6
     for model in ("base", "tuned"):
         table = pq.read_table(clone / f"data/predictions/{model}.parquet")
-        assert table.column("example_id").to_pylist() == expected
+        assert table["example_id"].to_pylist() == [each for split in splits for each in split["example_id"].to_pylist()]
+        table = table.slice(0, len(splits[0]))
         metrics = json.loads((clone / f"metrics/evaluate/{model}.json").read_text())
         losses = zip(table.column("loss").to_pylist(), table.column("tokens").to_pylist(), strict=True)
         assert metrics["loss"] == pytest.approx(sum(loss * n for loss, n in losses) / metrics["supervised_tokens"])
@@ -132,7 +138,15 @@ def test_an_answer_edited_in_the_test_split_does_not_train(clone: Path) -> None:
     lines[line - 1] = json.dumps({**json.loads(lines[line - 1]), "output": "A corrected answer."})
     data.write_text("\n".join(lines) + "\n", encoding="utf-8")
     result = run(clone, "dvc", "repro")
-    assert stages_run(result) == ["download_dataset", "evaluate@base", "evaluate@tuned", "format", "split"]
+    assert stages_run(result) == [
+        "download_dataset",
+        "evaluate@base",
+        "evaluate@tuned",
+        "format",
+        "predict@base",
+        "predict@tuned",
+        "split",
+    ]
     restore(clone)
 
 
@@ -146,7 +160,7 @@ def test_a_template_that_is_not_selected_does_not_train(clone: Path) -> None:
 def test_an_experiment_runs_only_affected_stages_and_going_back_trains_nothing(clone: Path) -> None:
     before = results(clone)
     result = run(clone, "dvc", "exp", "run", "-S", "learning_rate=1e-05")
-    assert stages_run(result) == ["evaluate@tuned", "generate@tuned", "train"]
+    assert stages_run(result) == ["evaluate@tuned", "generate@tuned", "predict@tuned", "train"]
     assert results(clone)["models/tuned"] != before["models/tuned"]
 
     shown = json.loads(run(clone, "dvc", "metrics", "diff", "HEAD", "--json").stdout)
@@ -169,9 +183,9 @@ def test_an_experiment_runs_only_affected_stages_and_going_back_trains_nothing(c
 
 def test_a_new_replicate_seed_trains_only_that_run(clone: Path) -> None:
     result = run(clone, "dvc", "exp", "run", "-S", "replicate_seeds=[1]")
-    assert stages_run(result) == ["replicate@1"]
+    assert stages_run(result) == ["evaluate_replicate@1", "replicate@1"]
     result = run(clone, "dvc", "exp", "run", "-S", "replicate_seeds=[1,2]")
-    assert stages_run(result) == ["replicate@2"]
+    assert stages_run(result) == ["evaluate_replicate@2", "replicate@2"]
     found = results(clone)
     assert len({found[f"data/predictions/{name}.parquet"] for name in ("tuned", "replicates/1", "replicates/2")}) == 3
     edit(clone, seed="7")

@@ -1,4 +1,4 @@
-"""Replicates: training with another seed gives the predictions that train and evaluate would give."""
+"""Replicates: training with another seed gives the answers that train and predict would give."""
 
 import sys
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from stages import evaluate, replicate, train
-from stages.evaluate import PREDICTIONS_SCHEMA
+from stages import predict, replicate, train
+from stages.predict import ANSWERS_SCHEMA
 from tests.clone import edit
 from tests.test_train import interruption
 
-PREDICTIONS = Path("data/predictions/replicates/7.parquet")
+ANSWERS = Path("data/answers/replicates/7.parquet")
 
 
 @pytest.fixture
@@ -23,23 +23,23 @@ def replicated(training_inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return training_inputs
 
 
-def test_a_replicate_writes_its_predictions_and_nothing_else(replicated: Path) -> None:
-    assert pq.read_schema(PREDICTIONS) == PREDICTIONS_SCHEMA
-    assert pq.read_table(PREDICTIONS)["example_id"].to_pylist() == ["27", "28", "29"]
+def test_a_replicate_writes_its_answers_and_nothing_else(replicated: Path) -> None:
+    assert pq.read_schema(ANSWERS) == ANSWERS_SCHEMA
+    assert pq.read_table(ANSWERS)["example_id"].to_pylist() == ["27", "28", "29"]
     assert list(replicated.rglob("*.partial")) == []
     assert sorted(path.name for path in (replicated / "models").iterdir()) == ["base", "tokenizer"]
     assert not Path("metrics").exists()
 
 
-def test_a_replicate_has_the_predictions_of_train_and_evaluate_with_its_seed(
+def test_a_replicate_has_the_answers_of_train_and_predict_with_its_seed(
     replicated: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["evaluate", "tuned"])
+    monkeypatch.setattr(sys, "argv", ["predict", "tuned"])
     for seed, is_equal in (("7", True), ("8", False)):
         edit(replicated, seed=seed)
         train.main()
-        evaluate.main()
-        assert pq.read_table("data/predictions/tuned.parquet").equals(pq.read_table(PREDICTIONS)) == is_equal
+        predict.main()
+        assert pq.read_table("data/answers/tuned.parquet").equals(pq.read_table(ANSWERS)) == is_equal
 
 
 def test_an_interrupted_replicate_resumes(
@@ -50,7 +50,7 @@ def test_an_interrupted_replicate_resumes(
         replicate.main()
     replicate.main()
     assert "Resuming from the checkpoint at step 10\n" in capsys.readouterr().out
-    assert PREDICTIONS.exists()
+    assert ANSWERS.exists()
 
 
 def test_the_weights_of_a_replicate_are_deleted_also_if_they_cannot_be_scored(
@@ -64,4 +64,4 @@ def test_the_weights_of_a_replicate_are_deleted_also_if_they_cannot_be_scored(
     with pytest.raises(KeyboardInterrupt):
         replicate.main()
     assert list(training_inputs.rglob("*.partial")) == []
-    assert not PREDICTIONS.exists()
+    assert not ANSWERS.exists()

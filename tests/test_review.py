@@ -1,4 +1,4 @@
-"""`make review` in a repository of seven commits with known differences."""
+"""`make review` in a repository of eight commits with known differences."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +17,8 @@ from review.revisions import Revision
 from review.runs import PREDICTIONS, REPLICATE
 from stages.data.alpaca import render_alpaca
 from stages.data.tables import write_parquet
-from stages.evaluate import PREDICTIONS_SCHEMA, compute_metrics
+from stages.evaluate import PREDICTIONS_SCHEMA
+from stages.scoring.metrics import compute_metrics
 from tests.clone import ROOT, commit, run
 from tests.conftest import predictions
 
@@ -46,26 +48,36 @@ SAMPLES = "# Answers of the tuned model\n\nAt most 64 tokens.\n\n## Name \\*two\
 
 
 def write_revision(
-    folder: Path, losses: Any, learning_rate: str, answer: str, seeds: Sequence[int] = (1, 2), **changes: Any
+    folder: Path,
+    losses: Any,
+    learning_rate: str,
+    answer: str,
+    seeds: Sequence[int] = (1, 2),
+    num_lost: int = 4,
+    **changes: Any,
 ) -> None:
     """Write the files that the stages would write.
 
     Args:
         seeds: of the replicates, whose losses differ by `NOISE`.
+        num_lost: of the 40 answers of the retention set, those that do not pass.
         changes: other values of columns of the predictions, as lists.
     """
+    retained = predictions(np.ones(40), split="retention", passed=[n >= num_lost for n in range(40)])
     rows = predictions(losses, **changes)
     texts = rows[["example_id", "prompt_id", "slice"]].assign(response="r", source="a.jsonl")
     texts["prompt"] = [render_alpaca(f"Say {example_id}.") for example_id in rows["example_id"]]
     for path in ("data/predictions/replicates", "metrics/evaluate", "metrics/samples"):
         (folder / path).mkdir(parents=True, exist_ok=True)
-    write_parquet(folder / PREDICTIONS, rows.to_dict("records"), PREDICTIONS_SCHEMA)
+    both = pd.concat([rows, retained])
+    write_parquet(folder / PREDICTIONS, both.to_dict("records"), PREDICTIONS_SCHEMA)
     for seed in seeds:
-        replicate = rows.assign(loss=rows["loss"] + NOISE[seed])
+        replicate = both.assign(loss=both["loss"] + NOISE[seed])
         write_parquet(folder / REPLICATE.format(seed=seed), replicate.to_dict("records"), PREDICTIONS_SCHEMA)
     for split, part in (("test", texts), ("train", texts.head(0)), ("validation", texts.head(0))):
         pq.write_table(pa.Table.from_pandas(part, preserve_index=False), folder / f"data/{split}.parquet")
-    (folder / "metrics/evaluate/tuned.json").write_text(json.dumps(compute_metrics(rows)))
+    metrics = compute_metrics(rows) | {"retention": compute_metrics(retained)}
+    (folder / "metrics/evaluate/tuned.json").write_text(json.dumps(metrics))
     (folder / "metrics/samples/tuned.md").write_text(SAMPLES.format(answer=answer))
     (folder / "metrics/curve.csv").write_text(
         "step,loss,validation_loss,learning_rate,gradient_norm\n"
@@ -94,6 +106,13 @@ def repository(tmp_path_factory: pytest.TempPathFactory, fast_stages: None) -> P
             "learning_rate": "4e-4",
             "answer": "Red.",
             "stopped": [n > 9 for n in range(NUM)],
+            "num_lost": 20,
+        },
+        "broken": {
+            "losses": LOSSES,
+            "learning_rate": "5e-4",
+            "answer": "Red.",
+            "passed": [n != 1 for n in range(NUM)],
         },
         "fewer": {"losses": LOSSES[:60] + 0.2, "learning_rate": "1e-4", "answer": "Red."},
         "single": {"losses": LOSSES - 0.2 + ALTERNATING, "learning_rate": "1e-4", "answer": "Red.", "seeds": ()},
@@ -127,7 +146,7 @@ def review(folder: Path, *revisions: str, exit_code: int = 0) -> str:
 
 
 def test_significantly_better_model_is_better(folder: Path) -> None:
-    result = compared("before", "better").metric("loss")
+    result = compared("before", "better").test.metrics[0]
     assert result.verdict == "better"
     assert result.difference
     assert result.difference.by_seed == pytest.approx({42: -0.2, 1: -0.2, 2: -0.2})
@@ -138,12 +157,12 @@ def test_significantly_better_model_is_better(folder: Path) -> None:
 
 
 def test_insignificant_difference_is_undecided(folder: Path) -> None:
-    assert compared("before", "noise").metric("loss").verdict == "undecided"
+    assert compared("before", "noise").test.metrics[0].verdict == "undecided"
 
 
 def test_significantly_worse_model_is_worse_and_fails_the_gates(folder: Path) -> None:
     comparison = compared("before", "worse")
-    verdicts = {result.metric.name: result.verdict for result in comparison.metrics}
+    verdicts = {result.metric.name: result.verdict for result in comparison.test.metrics}
     assert verdicts == {
         "loss": "worse",
         "token_accuracy": "the same",
@@ -165,13 +184,48 @@ def test_significantly_worse_model_is_worse_and_fails_the_gates(folder: Path) ->
     assert f"❌ Gates that failed: {rule}; stop\\_rate at least 0.95." in report
 
 
+def test_lost_abilities_are_reported_and_can_fail_a_gate(folder: Path) -> None:
+    comparison = compared("before", "worse")
+    results = {result.metric.name: result for result in comparison.results["retention"].metrics}
+    assert (results["pass_rate"].before, results["pass_rate"].after) == (0.9, 0.5)
+    assert (results["pass_rate"].verdict, results["loss"].verdict) == ("worse", "the same")
+    Path("gates.yaml").write_text("retention.pass_rate: {not_worse_by: 0.1, min: 0.6}\nretention.loss: {max: 2}\n")
+    review(folder, "before", "worse", exit_code=1)
+    report = Path("review.md").read_text()
+    assert "❌ worse: pass\\_rate on the retention set." in report
+    assert [line for line in report.splitlines() if "| ❌ failed |" in line or "| ✅ passed |" in line] == [
+        "| retention.pass\\_rate at least 0.6 | ❌ failed | 0.5 |",
+        "| retention.pass\\_rate not worse than in before by more than 0.1 | ❌ failed | −0.4000, 95% interval −0.5587 "
+        "to −0.2413; 3 runs paired by seed |",
+        "| retention.loss at most 2 | ✅ passed | 1 |",
+    ]
+
+
+def test_a_broken_must_pass_example_fails_the_review(folder: Path) -> None:
+    Path("must_pass.yaml").write_text("- id0\n- id1\n")
+    output = review(folder, "before", "broken", exit_code=1)
+    assert "failed: no must-pass example is broken; found: 1 broken, 1 passing: Say id1." in output
+    report = Path("review.md").read_text()
+    assert "## Must-pass examples\n\n1 broken, 1 passing.\n\n|" in report
+    Path("must_pass.yaml").write_text("- Say something else.\n")
+    output = review(folder, "before", "better", exit_code=1)
+    assert "error: must_pass.yaml: 'Say something else.' is not in the test split of better; must be" in output
+
+
+@pytest.mark.parametrize("name", ["mean_response_tokens", "accuracy", "retention.mean_response_tokens"])
+def test_a_gate_compares_only_metrics_that_can_be_better_or_worse(folder: Path, name: str) -> None:
+    Path("gates.yaml").write_text(f"{name}: {{not_worse_by: 1}}\n")
+    output = review(folder, "before", "worse", exit_code=1)
+    assert f"error: gates.yaml: {name}: found not_worse_by; only for loss, token_accuracy, pass_rate, exact_m" in output
+
+
 def test_swapping_the_revisions_swaps_better_and_worse(folder: Path) -> None:
-    assert compared("better", "before").metric("loss").verdict == "worse"
+    assert compared("better", "before").test.metrics[0].verdict == "worse"
 
 
 def test_another_seed_is_no_difference_if_run_noise_is_known(folder: Path) -> None:
-    assert compared("single", "seed").metric("loss").verdict == "unknown"
-    assert compared("before", "seed").metric("loss").verdict == "undecided"
+    assert compared("single", "seed").test.metrics[0].verdict == "unknown"
+    assert compared("before", "seed").test.metrics[0].verdict == "undecided"
 
 
 def test_unknown_run_noise_is_reported_with_the_command_that_measures_it(folder: Path) -> None:
@@ -191,17 +245,17 @@ def test_replicate_of_another_configuration_is_not_used(folder: Path) -> None:
     start = lock.index("replicate@1")
     Path("dvc.lock").write_text(lock[:start] + lock[start:].replace("learning_rate: 0.0001", "learning_rate: 0.1", 1))
     comparison = compared("seed", "workspace")
-    assert comparison.notes == [
+    assert comparison.test.notes == [
         "workspace: the replicate of seed 1 is not used, because it had other inputs than the model (learning_rate); "
         "`dvc repro` runs it again.",
         "workspace: the replicate of seed 3 has not run; `dvc repro` runs it.",
         "workspace: seed 42 occurs twice in seed and replicate_seeds; it counts once.",
     ]
-    assert comparison.metric("loss").verdict == "unknown"
+    assert comparison.test.metrics[0].verdict == "unknown"
 
 
 def test_only_common_examples_of_different_test_sets_are_compared(folder: Path) -> None:
-    result = compared("before", "fewer").metric("loss")
+    result = compared("before", "fewer").test.metrics[0]
     # The mean of the 60 common examples, which have low losses; over all examples of `before` it is 2.
     assert result.before == pytest.approx(1.59596, abs=1e-5)
     assert result.difference
@@ -253,6 +307,7 @@ def test_workspace_is_compared_by_default(folder: Path) -> None:
     assert [line for line in report.splitlines() if line.startswith("## ")] == [
         "## Gates",
         "## Metrics on the test split",
+        "## Metrics on the retention set",
         "## Changed parameters",
         "## Stages that ran again",
         "## Other metrics that changed",

@@ -153,7 +153,7 @@ def test_results_that_were_not_pushed_are_listed_and_the_hook_pushes_them(team: 
     run(clone, "dvc", "install")
     run(clone, "git", "commit", "-q", "--allow-empty", "-m", "more")
     run(clone, "git", "push", "-q")
-    assert len(files(other, "files/md5/*/*")) == 22  # a file per output, and a list per model folder
+    assert len(files(other, "files/md5/*/*")) == 26  # a file per output, and a list per model folder
 
 
 def test_the_model_alone_is_enough_to_evaluate_it_again(team: Team, tmp_path: Path) -> None:
@@ -164,10 +164,16 @@ def test_the_model_alone_is_enough_to_evaluate_it_again(team: Team, tmp_path: Pa
     # The tiny model's answers all have the maximum length.
     assert '"mean_response_tokens": 4.0' in (clone / "metrics/evaluate/tuned.json").read_text()
     first_line = "dvc exp run --pull --allow-missing -S max_new_tokens=8 evaluate@tuned"
-    assert stages_run(team.run_block(clone, first_line)) == ["evaluate@tuned"]
+    assert stages_run(team.run_block(clone, first_line)) == ["evaluate@tuned", "predict@tuned"]
     assert '"mean_response_tokens": 8.0' in (clone / "metrics/evaluate/tuned.json").read_text()
     assert files(clone, "models/*") == ["models/.gitignore", "models/tokenizer", "models/tuned"]
-    assert files(clone, "data/**/*.parquet") == ["data/predictions/tuned.parquet", "data/test.parquet"]
+    assert files(clone, "data/**/*.parquet") == [
+        "data/answers/tuned.parquet",
+        "data/predictions/tuned.parquet",
+        "data/retention.parquet",
+        "data/scoring.parquet",
+        "data/test.parquet",
+    ]
 
 
 def test_with_a_shared_cache_results_are_computed_once(team: Team, tmp_path: Path) -> None:
@@ -189,7 +195,7 @@ def test_the_run_cache_of_a_remote_does_not_avoid_training(team: Team, tmp_path:
     run(team.mine, "dvc", "push", "--run-cache")
     clone = team.clone(tmp_path)
     run(clone, "dvc", "pull", "--run-cache")
-    assert len(files(clone, ".dvc/cache/runs/*/*/*")) == 11  # nine of main, two of the experiment
+    assert len(files(clone, ".dvc/cache/runs/*/*/*")) == 14  # eleven of main, three of the experiment
     edit(clone, learning_rate="1e-05")
     assert "train" in stages_run(run(clone, "dvc", "repro", "--dry"))
 

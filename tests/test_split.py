@@ -18,6 +18,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.params import SplitParams
 from tests.clone import edit
 
+NO_RETENTION = {"retention": 0, "retention_near_duplicates": 0}  # in the metrics
 PARAMS = SplitParams(validation_fraction=0.1, test_fraction=0.2, drop_near_duplicates=False, split_seed=42)
 
 
@@ -54,11 +55,34 @@ def test_the_split_of_a_prompt_is_fixed() -> None:
     assert splits == ["train", "train", "validation", "test", "train", "train"]
 
 
-def test_only_the_test_split_has_checks(project: Path) -> None:
-    rows = [formatted("x", str(n)) | {"check": '{"number": 1}'} for n in range(60)]
+def test_checks_and_other_columns_are_in_a_table_of_their_own(project: Path) -> None:
+    rows = [formatted("x", str(n)) for n in range(60)] + [formatted("x", "kept", use="retention")]
+    scored = [row | {"check": '{"number": 1}', "other_columns": '{"kind": "a"}'} for row in rows]
+    run_split(scored)
+    scoring = pq.read_table("data/scoring.parquet").to_pylist()
+    names = pq.read_table("data/test.parquet")["example_id"].to_pylist()
+    assert [row["example_id"] for row in scoring if row["split"] == "test"] == names
+    assert scoring[-1] == {
+        "split": "retention",
+        "example_id": rows[-1]["example_id"],
+        "check": '{"number": 1}',
+        "other_columns": '{"kind": "a"}',
+    }
+    splits = [Path(f"data/{name}.parquet") for name in ("train", "validation", "test", "retention")]
+    before = [path.read_bytes() for path in splits]
+    run_split([row | {"check": '{"number": 2}'} for row in scored])
+    assert [path.read_bytes() for path in splits] == before  # so nothing is trained or generated again
+
+
+def test_training_examples_that_nearly_match_the_retention_set_are_counted(project: Path) -> None:
+    text = "Name the largest planet of our solar system in one short sentence please"
+    rows = [formatted("x", str(n), f"Question {n} about {n * n} things") for n in range(60)]
+    rows += [formatted("x", "kept", text, use="retention"), formatted("x", "near", f"{text} now", use="train")]
     run_split(rows)
-    checks = {name: set(pq.read_table(f"data/{name}.parquet")["check"].to_pylist()) for name in ("train", "test")}
-    assert checks == {"train": {None}, "test": {'{"number": 1}'}}
+    metrics = json.loads(Path("metrics/split.json").read_text())
+    assert (metrics["near_duplicates"], metrics["retention_near_duplicates"], metrics["retention"]) == (0, 1, 1)
+    edit(project, drop_near_duplicates="true")
+    assert "near-x" not in run_split(rows)["train"]
 
 
 def test_the_sizes_of_the_splits_are_random_around_their_fractions() -> None:
@@ -96,7 +120,7 @@ def test_equal_prompts_are_in_one_split_and_equal_examples_are_kept_once(project
     assert len(prompts["train"]) + len(prompts["validation"]) + len(prompts["test"]) == 60
     metrics = json.loads(Path("metrics/split.json").read_text())
     counts = {"rows_in": 180, "duplicates": 60, "near_duplicates": 0}
-    assert metrics == counts | {name: len(splits[name]) for name in splits}
+    assert metrics == counts | NO_RETENTION | {name: len(splits[name]) for name in splits}
     assert sum(map(len, splits.values())) == 120
 
 
@@ -127,7 +151,11 @@ def test_the_error_of_an_empty_split_names_the_fraction_to_change(project: Path)
         "the validation split is empty: found 30 examples, validation_fraction = 0.001, test_fraction = 0.1; "
         "raise validation_fraction, or list a dataset with `use: validation`, or add rows to the dataset"
     )
-    assert sorted(path.name for path in Path("data").iterdir()) == ["formatted.parquet", "template.jinja"]
+    assert sorted(path.name for path in Path("data").iterdir()) == [
+        "formatted.parquet",
+        "retention.jsonl",
+        "template.jinja",
+    ]
 
 
 # Prompt id "1" is in test, "f" in validation and the others in train: see `test_the_split_of_a_prompt_is_fixed`.
@@ -146,10 +174,10 @@ def test_training_examples_that_nearly_match_a_test_prompt_are_counted_and_the_n
     edit(project, test_fraction="0.2")
     assert run_split(LEAKY) == {"train": ["a-x", "b-x"], "validation": ["f-x"], "test": ["1-x"]}
     counts = {"rows_in": 5, "duplicates": 1, "near_duplicates": 1, "train": 2, "validation": 1, "test": 1}
-    assert json.loads(Path("metrics/split.json").read_text()) == counts
+    assert json.loads(Path("metrics/split.json").read_text()) == counts | NO_RETENTION
     printed = " ".join(capsys.readouterr().out.split())
     assert (
-        "training examples that nearly match a test prompt: 1, kept; "
+        "training examples that nearly match a prompt: 1 of the test split, 0 of the retention set; kept; "
         "nearest: a.jsonl, row 11 in train to a.jsonl, row 12 in test, similarity 1.00"
     ) in printed
 
@@ -158,8 +186,8 @@ def test_near_duplicates_are_dropped_from_train_only(project: Path, capsys: pyte
     edit(project, test_fraction="0.2", drop_near_duplicates="true")
     assert run_split(LEAKY) == {"train": ["b-x"], "validation": ["f-x"], "test": ["1-x"]}
     counts = {"rows_in": 5, "duplicates": 1, "near_duplicates": 1, "train": 1, "validation": 1, "test": 1}
-    assert json.loads(Path("metrics/split.json").read_text()) == counts
-    assert "training examples that nearly match a test prompt: 1, dropped" in " ".join(capsys.readouterr().out.split())
+    assert json.loads(Path("metrics/split.json").read_text()) == counts | NO_RETENTION
+    assert "1 of the test split, 0 of the retention set; dropped" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_error_of_a_train_split_with_only_near_duplicates_names_the_parameter_that_keeps_them(

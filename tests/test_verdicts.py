@@ -19,7 +19,7 @@ MARGINS = {"loss": 0.05}
 
 
 def table(losses: Any = LOSSES, **columns: Any) -> pd.DataFrame:
-    return predictions(losses, **columns).set_index("example_id", drop=False)
+    return predictions(losses, **columns).set_index("example_id")
 
 
 def side(change: Any = 0.0, seeds: tuple[int, ...] = (42,), shift: float = 0.0, **columns: Any) -> RevisionRuns:
@@ -28,7 +28,7 @@ def side(change: Any = 0.0, seeds: tuple[int, ...] = (42,), shift: float = 0.0, 
 
 
 def compared(before: RevisionRuns, after: RevisionRuns) -> Results:
-    return compare_runs(before, after, ("main", "new"), MARGINS, [])
+    return compare_runs(before, after, ("main", "new"), MARGINS)
 
 
 def verdict(before: RevisionRuns, after: RevisionRuns, name: str = "loss") -> str:
@@ -132,6 +132,29 @@ def test_metric_that_one_side_lacks_is_a_note(after: RevisionRuns, name: str, no
     assert {result.metric.name: result.verdict for result in found.metrics}["exact_match"] == "the same"
 
 
+def test_pass_at_k_and_functions_of_scorers_py_are_compared() -> None:
+    before = side(seeds=ALL, num_answers=4, passed=[0, 1] * 50, score_brief=1.0)
+    after = side(seeds=ALL, num_answers=4, passed=[1, 2] * 50, score_brief=[0.0] * 60 + [np.nan] * 40)
+    found = {result.metric.name: result for result in compared(before, after).metrics}
+    values = {name: (found[name].before, found[name].after) for name in ("pass_rate", "pass_at_2", "pass_at_4")}
+    # Of the six pairs of four answers, three have the one that passes, and five have one of two.
+    assert values == {
+        "pass_rate": (pytest.approx(1 / 8), pytest.approx(3 / 8)),
+        "pass_at_2": (pytest.approx(1 / 4), pytest.approx(2 / 3)),
+        "pass_at_4": (pytest.approx(1 / 2), pytest.approx(1)),
+    }
+    assert (found["brief"].before, found["brief"].after, found["brief"].verdict) == (1, 0, "worse")  # of 60 examples
+    assert found["pass_at_2"].verdict == "better"
+
+
+def test_a_metric_of_one_revision_alone_is_a_note() -> None:
+    found = compared(side(), side(score_brief=1.0, num_answers=2))
+    assert found.notes == [
+        "pass_at_2 can't be compared: 100 examples of main have no value.",
+        "brief can't be compared: the predictions of main have no score_brief.",
+    ]
+
+
 def test_equal_values_of_too_few_examples_are_undecided() -> None:
     after = RevisionRuns(tables={seed: table(LOSSES[:5]) for seed in ALL})
     assert verdict(side(seeds=ALL), after, "exact_match") == "undecided"
@@ -212,11 +235,12 @@ def test_old_predictions_without_prompts_and_slices_are_compared() -> None:
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
-        (table(), None),
-        (table().drop(columns="example_id"), "it has no column example_id"),
-        (table(example_id="id0"), "it has an example twice or without an id"),
-        (table(example_id=[None] + [f"id{n}" for n in range(99)]), "it has an example twice or without an id"),
-        (table().head(0), "it has no examples"),
+        (predictions(LOSSES), None),
+        (predictions(LOSSES).drop(columns="example_id"), "it has no column example_id"),
+        (predictions(LOSSES, example_id="id0"), "it has an example twice or without an id"),
+        (predictions([1, 2], example_id=[None, "id1"]), "it has an example twice or without an id"),
+        (predictions([1, 2], example_id="id0", split=["test", "retention"]), None),
+        (predictions(LOSSES).head(0), "it has no examples"),
     ],
 )
 def test_table_that_can_not_be_predictions_is_recognized(found: pd.DataFrame, expected: str | None) -> None:

@@ -206,7 +206,7 @@ ADVICE = "dvc.lock is out of date: run `dvc repro`, then commit dvc.lock and met
     "change",
     [
         lambda folder: None,
-        replace("dvc.yaml", "desc: Score one model", "desc: Judge one model"),
+        replace("dvc.yaml", "desc: Score the answers of one model", "desc: Judge the answers of one model"),
         append("params.yaml", "# a comment\n"),
         move_data_out,
     ],
@@ -246,7 +246,7 @@ def test_matching_lock_passes_without_cache_and_data(clone: Path, change: Callab
         (
             rerun_train_alone,
             [
-                "evaluate@tuned: models/tuned was rewritten by train since it ran",
+                "predict@tuned: models/tuned was rewritten by train since it ran",
                 "generate@tuned: models/tuned was rewritten by train since it ran",
             ],
         ),
@@ -345,6 +345,8 @@ def test_predictions_are_pulled_if_a_remote_is_configured(project: Path, clone: 
     assert {str(file.relative_to(clone)) for file in clone.glob("data/**/*.parquet")} == {
         "data/predictions/base.parquet",
         "data/predictions/tuned.parquet",
+        "data/retention.parquet",
+        "data/scoring.parquet",
         "data/test.parquet",
         "data/train.parquet",
         "data/validation.parquet",

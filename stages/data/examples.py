@@ -25,6 +25,7 @@ RAW_SCHEMA = pa.schema(
         ("input", pa.string()),  # the `input` of Alpaca rows
         ("slice", pa.string()),  # the value of `slice_column`
         ("check", pa.string()),  # the check of the last answer, as JSON; null if the row has none
+        ("other_columns", pa.string()),  # those that are not trained on, as JSON, for scorers
         ("use", pa.string()),  # the split that the dataset is used for; null: by the hash of the prompt
         ("source", pa.string()),
         ("source_row", pa.int64()),
@@ -38,14 +39,13 @@ REJECTED_SCHEMA = pa.schema(
         ("detail", pa.string()),
     ]
 )
-FORMATTED_SCHEMA = pa.schema(
+SPLIT_SCHEMA = pa.schema(
     [
         ("example_id", pa.string()),
         ("prompt_id", pa.string()),
         ("source", pa.string()),
         ("source_row", pa.int64()),
         ("slice", pa.string()),
-        ("check", pa.string()),  # only in the test split, so that editing a check does not rerun training
         ("use", pa.string()),
         ("prompt", pa.string()),
         ("response", pa.string()),
@@ -54,6 +54,11 @@ FORMATTED_SCHEMA = pa.schema(
         ("truncated", pa.bool_()),
     ]
 )
+SCORING_FIELDS = [RAW_SCHEMA.field(name) for name in ("check", "other_columns")]
+FORMATTED_SCHEMA = pa.schema([*SPLIT_SCHEMA, *SCORING_FIELDS])
+# How the answers of the test and retention splits are scored. It is a table of its own, so that editing a check neither
+# trains nor generates answers again.
+SCORING_SCHEMA = pa.schema([("split", pa.string()), ("example_id", pa.string()), *SCORING_FIELDS])
 EXAMPLE_SCHEMA = pa.schema([FORMATTED_SCHEMA.field(name) for name in ("example_id", "input_ids", "labels")])
 IGNORE_INDEX = -100  # the label of tokens that are not trained
 Message = dict[str, Any]  # see stages.data.rows.ParsedRow

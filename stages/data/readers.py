@@ -227,11 +227,13 @@ def _decoded_lines(path: Path, file: BinaryIO) -> Iterator[str]:
 
 
 def read_parquet(path: Path, slice_column: str, parser: RowParser) -> Iterator[Row]:
-    """Read the columns that the parser and the slices need; the others have an empty text in each row."""
+    """Read all columns, except binary ones that nothing needs, such as images; they have an empty text in each row."""
     with user_errors(path):
-        names = pq.read_schema(path).names
+        schema = pq.read_schema(path)
+        names = schema.names
         parser.require_columns(path, names)
-        columns = [name for name in names if name == slice_column or parser.reads(name)]
+        is_binary = {column.name: "binary" in str(column.type) for column in schema}
+        columns = [name for name in names if name == slice_column or parser.reads(name) or not is_binary[name]]
         unread = dict.fromkeys((name for name in names if name not in columns), "")
         rows = (row for batch in read_batches(path, columns) for row in batch.to_pylist())
         yield from enumerate((without_nulls(row) | unread for row in rows), 1)

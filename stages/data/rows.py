@@ -3,7 +3,7 @@
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stages.data.checks import parse_check
@@ -62,12 +62,14 @@ class ParsedRow:
     input: the `input` of an Alpaca row.
     tools: descriptions of the tools, as `apply_chat_template` takes them.
     check: the check of the last answer (see `checks`).
+    other_columns: the columns that are not read.
     """
 
     messages: list[Message]
     input: str = ""
     tools: Sequence[dict[str, Any]] = ()
     check: dict[str, Any] | None = None
+    other_columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 class RowParser:
@@ -118,7 +120,7 @@ class RowParser:
                 raise BadRowError("missing_field", f"{self._own_name(name)} is missing; {ALLOWED}")
         parsed = self._parse(schema, renamed)
         self.unread.update(unread)
-        return parsed
+        return replace(parsed, other_columns={name: value for name, value in fields.items() if name in unread})
 
     def require_columns(self, where: object, names: Sequence[str]) -> None:
         """Check the columns of a table.

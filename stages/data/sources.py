@@ -46,6 +46,14 @@ def open_sources(params: DownloadDatasetParams) -> list[Source]:
     return [open_hub(params.dataset_name, revision, split, parser, subset, streaming=streaming)]
 
 
+def open_retention(params: DownloadDatasetParams) -> Source | None:
+    """The retention set; None if its file is empty."""
+    path = Path(params.retention_file)
+    if path.is_file() and not path.stat().st_size:
+        return None
+    return open_files(path, params.slice_column, RowParser(), "retention", "retention_file")
+
+
 def open_dataset(entry: DatasetParams, params: DownloadDatasetParams) -> Source:
     """Open one dataset of a mixture. The files are in a folder, which DVC hashes as a whole."""
     folder, parser = Path(params.dataset_file), RowParser(entry.columns)
@@ -60,16 +68,19 @@ def open_dataset(entry: DatasetParams, params: DownloadDatasetParams) -> Source:
     return open_files(folder / entry.file, params.slice_column, parser, entry.use)
 
 
-def open_files(path: Path, slice_column: str, parser: RowParser, use: str | None = None) -> Source:
+def open_files(
+    path: Path, slice_column: str, parser: RowParser, use: str | None = None, parameter: str = "dataset_file"
+) -> Source:
     """Open a file, or the files of a folder or a glob as one dataset.
 
     Args:
         slice_column: a column to read in addition to those of the schemas.
+        parameter: the one that names the file.
 
     Raises:
         UserError: there is no such file, it has another format or encoding, or it lacks a column.
     """
-    files = find_files(path)
+    files = find_files(path, parameter)
     read = READERS[file_format(files[0])]
 
     def rows() -> Iterator[Row]:
@@ -82,7 +93,7 @@ def open_files(path: Path, slice_column: str, parser: RowParser, use: str | None
     return Source(str(path), rows, {"source": str(path), "revision": None, "licence": None}, parser, use)
 
 
-def find_files(path: Path) -> list[Path]:
+def find_files(path: Path, parameter: str) -> list[Path]:
     """The files of a dataset, which all have the same format.
 
     Raises:
@@ -96,14 +107,13 @@ def find_files(path: Path) -> list[Path]:
     elif GLOB.search(path.name):
         files = [file for file in path.parent.glob(path.name) if not file.name.startswith(".")]
     else:
-        raise UserError(
-            f"dataset_file: {str(path)!r} is not a file or folder; name one, or a Hub dataset in dataset_name"
-        )
+        hub = "a Hub dataset in dataset_name" if parameter == "dataset_file" else "a dataset with `use: retention`"
+        raise UserError(f"{parameter}: {str(path)!r} is not a file or folder; name one, or {hub}")
     files = sorted(file for file in files if file.is_file())
     formats = sorted({file_format(file) for file in files})
     if not files or not set(formats) <= READERS.keys():
         raise UserError(
-            f"dataset_file: found {str(path)!r}; must end in {', '.join(READERS)} (or these with "
+            f"{parameter}: found {str(path)!r}; must end in {', '.join(READERS)} (or these with "
             f"{', '.join(COMPRESSED)}), or be a folder of such files"
         )
     if len(formats) > 1:

@@ -57,7 +57,7 @@ class DatasetParams(StageParams):
     data_files: Text | None = None
     split: Text = "train"
     columns: Columns | None = None
-    use: Literal["train", "validation", "test"] | None = None
+    use: Literal["train", "validation", "test", "retention"] | None = None
     count: PositiveInt | None = None
     weight: PositiveFloat | None = None
 
@@ -88,6 +88,7 @@ class DownloadDatasetParams(StageParams):
     dataset_columns: Columns | None
     max_examples: PositiveInt | None
     slice_column: Text
+    retention_file: Text
 
 
 class DownloadModelParams(StageParams):
@@ -178,14 +179,15 @@ class TrainParams(TrainingParams):
     seed: Seed
 
 
-class EvaluateParams(BatchParams):
+class PredictParams(BatchParams):
     template: Template
     launcher: Launcher
     max_new_tokens: PositiveInt
+    answers_per_prompt: PositiveInt
     precision: Precision
 
 
-class ReplicateParams(TrainingParams, EvaluateParams):
+class ReplicateParams(TrainingParams, PredictParams):
     """Each replicate has its seed as an argument, so that adding a seed reruns no other."""
 
 
@@ -222,7 +224,7 @@ STAGES: tuple[type[StageParams], ...] = (
     FormatParams,
     SplitParams,
     TrainParams,
-    EvaluateParams,
+    PredictParams,
     ReplicateParams,
     SeedParams,
     GenerateParams,

@@ -1,0 +1,202 @@
+"""Blind votes on the answers of two revisions, in `votes/`: read and write them, count them, and test the result.
+
+Each prompt counts once, by its first vote, because votes of several voters on one prompt are not independent. The
+interval is a confidence sequence: it is valid however often it is computed, and whenever voting ends (Robbins 1970,
+Statistical Methods Related to the Law of the Iterated Logarithm; Howard et al. 2021, Time-Uniform, Nonparametric,
+Nonasymptotic Confidence Sequences, https://arxiv.org/abs/1810.08240).
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+from scipy.optimize import brentq
+from scipy.special import betaln, xlogy
+
+from review.data_changes import TEST, without_template
+from review.revisions import Revision
+from review.runs import read_answers
+from stages.data.conversations import content_hash
+from stages.runtime.errors import UserError
+from stages.runtime.files import write_text
+
+VOTES = Path("votes")
+ALPHA = 0.05  # the probability that the interval ever excludes the true share
+PRIOR = 0.5  # both parameters of the Beta distribution that the martingale is mixed over
+JUDGE = "judge"  # the id of voters that are models
+Choice = Literal["before", "after", "equal"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A test prompt with two different answers."""
+
+    example_id: str
+    prompt: str
+    before: str
+    after: str
+
+    def hashes(self) -> tuple[str, str]:
+        return content_hash(self.before), content_hash(self.after)
+
+
+@dataclass(frozen=True)
+class Vote:
+    """One vote.
+
+    voter_id: tells voters of the same name apart.
+    before, after: hashes of the answers.
+    """
+
+    voter: str
+    voter_id: str
+    example_id: str
+    choice: Choice
+    before: str
+    after: str
+
+    @property
+    def is_judge(self) -> bool:
+        return self.voter_id == JUDGE
+
+
+VOTE = TypeAdapter(Vote)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """The number of prompts on which `after` won, lost, and was equal."""
+
+    wins: int
+    losses: int
+    ties: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% confidence sequence of the share of wins among wins and losses."""
+        if not self.wins + self.losses:
+            return 0.0, 1.0
+
+        def excess(share: float) -> float:
+            return self.log_martingale(share) - math.log(1 / ALPHA)
+
+        observed = self.wins / (self.wins + self.losses)
+        low = brentq(excess, 1e-12, observed) if self.wins else 0.0
+        high = brentq(excess, observed, 1 - 1e-12) if self.losses else 1.0
+        return float(low), float(high)
+
+    def log_martingale(self, share: float) -> float:
+        """The log likelihood of the votes under a mixture of all shares, relative to that under a single one.
+
+        If that share is the true one, this ever exceeds log(1 / ALPHA) with a probability of ALPHA (Ville).
+        """
+        mixture = betaln(self.wins + PRIOR, self.losses + PRIOR) - betaln(PRIOR, PRIOR)
+        return float(mixture - xlogy(self.wins, share) - xlogy(self.losses, 1 - share))
+
+    @property
+    def verdict(self) -> str:
+        low, high = self.interval
+        if low > 0.5:
+            return "better"
+        return "worse" if high < 0.5 else "undecided"
+
+
+@dataclass(frozen=True)
+class VoteResults:
+    """The votes on the answers of two revisions.
+
+    num_pairs: prompts with different answers.
+    overall: by people, the first vote on each prompt; by judges if no person has voted.
+    by_voter: the votes of each voter.
+    agreement: for each two voters, the number of prompts that both voted on, and of those with the same choice.
+    """
+
+    path: Path
+    num_pairs: int
+    overall: Tally
+    by_voter: dict[str, Tally]
+    agreement: dict[tuple[str, str], tuple[int, int]]
+
+
+def find_pairs(before: Revision, after: Revision) -> tuple[list[Pair], Path] | None:
+    """The test prompts with different answers, and the file of the votes on them; None if answers are not available."""
+    test = after.read_table(TEST, ["example_id", "prompt"])
+    old, new = read_answers(before), read_answers(after)
+    if test is None or not old or not new:
+        return None
+    sides = [{key: str(row["answer"]) for key, row in rows.items()} for rows in (old, new)]
+    names = [content_hash(*(part for item in sorted(side.items()) for part in item))[:12] for side in sides]
+    pairs = [
+        Pair(example_id, without_template(prompt) or prompt, *(side[example_id] for side in sides))
+        for example_id, prompt in zip(test["example_id"], test["prompt"], strict=True)
+        if all(example_id in side for side in sides)
+    ]
+    return [pair for pair in pairs if pair.before != pair.after], VOTES / f"{names[0]}..{names[1]}.jsonl"
+
+
+def read_votes(path: Path, pairs: Sequence[Pair]) -> list[Vote]:
+    """The votes in a file, in the order in which they were cast; none if there is no file.
+
+    Raises:
+        UserError: a line is not a vote on one of these pairs of answers, or a voter has two votes on one.
+    """
+    if not path.exists():
+        return []
+    known = {pair.example_id: pair for pair in pairs}
+    votes: dict[tuple[str, str], Vote] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            vote = VOTE.validate_json(line)
+        except ValidationError as errors:
+            problem = errors.errors()[0]
+            name = ".".join(map(str, problem["loc"]))
+            raise UserError(
+                f"{path}:{number}: not a vote: {name}: {problem['msg']}; restore the file with git"
+            ) from None
+        pair = known.get(vote.example_id)
+        if pair is None or pair.hashes() != (vote.before, vote.after):
+            raise UserError(f"{path}:{number}: a vote on other answers than those of these revisions; delete this line")
+        if (vote.voter, vote.example_id) in votes:
+            raise UserError(f"{path}:{number}: the second vote of {vote.voter!r} on the same prompt; delete this line")
+        votes[vote.voter, vote.example_id] = vote
+    return [*votes.values()]
+
+
+def write_votes(path: Path, votes: Sequence[Vote]) -> None:
+    write_text(path, "".join(json.dumps(asdict(vote), ensure_ascii=False) + "\n" for vote in votes))
+
+
+def count(votes: Sequence[Vote]) -> Tally:
+    """The tally of votes on different prompts."""
+    choices = [vote.choice for vote in votes]
+    return Tally(choices.count("after"), choices.count("before"), choices.count("equal"))
+
+
+def overall(votes: Sequence[Vote]) -> Tally:
+    """The tally of the first vote on each prompt, by people if there are any."""
+    people = [vote for vote in votes if not vote.is_judge] or votes
+    first = {vote.example_id: vote for vote in reversed(people)}
+    return count([*first.values()])
+
+
+def count_votes(before: Revision, after: Revision) -> VoteResults | None:
+    """The results of all votes on the answers of two revisions; None if there are none."""
+    found = find_pairs(before, after)
+    if found is None or not (votes := read_votes(found[1], found[0])):
+        return None
+    by_voter: dict[str, dict[str, Vote]] = {}
+    for vote in votes:
+        by_voter.setdefault(vote.voter, {})[vote.example_id] = vote
+    agreement = {}
+    for first, second in combinations(by_voter, 2):
+        common = by_voter[first].keys() & by_voter[second].keys()
+        same = sum(by_voter[first][key].choice == by_voter[second][key].choice for key in common)
+        if common:
+            agreement[first, second] = len(common), same
+    tallies = {voter: count([*own.values()]) for voter, own in by_voter.items()}
+    return VoteResults(found[1], len(found[0]), overall(votes), tallies, agreement)

@@ -1,0 +1,178 @@
+"""Compute the loss of one model on the test split and the retention set, and its answers.
+
+`data/answers/<model>.parquet` is an output of its own, so that a changed check or scorer needs no model: `evaluate`
+scores the same answers again.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from stages.data.examples import Example, Split, read_split
+from stages.data.masking import load_tokenizer
+from stages.data.tables import write_parquet
+from stages.data.templates import load_template
+from stages.runtime.errors import UserError
+from stages.runtime.params import PredictParams, load_params
+from stages.runtime.run import run
+from stages.runtime.terminal import progress, summary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from stages.engine.batches import Batches
+    from stages.engine.distributed import DistributedContext
+
+TEST, RETENTION = Path("data/test.parquet"), Path("data/retention.parquet")
+SCORED_TOKENS = 2  # per token of a micro-batch in training; no activations are kept for a backward pass
+MAX_LOSS = 100  # nats/token; a uniform guess over the vocabulary has about 10
+SEED = 0  # of sampled answers; not that of training, which must not change the answers of the base model
+ANSWERS_SCHEMA = pa.schema(
+    [
+        ("split", pa.string()),
+        ("example_id", pa.string()),
+        ("loss", pa.float64()),  # mean over the example's supervised tokens, in nats
+        ("tokens", pa.int64()),  # supervised tokens
+        ("correct_tokens", pa.int64()),
+        ("reference_fits", pa.bool_()),  # whether the reference with its EOS token fits into max_new_tokens
+        ("answers", pa.list_(pa.string())),
+        ("answer_tokens", pa.list_(pa.int64())),  # of each answer, without the EOS token
+        ("stopped", pa.list_(pa.bool_())),  # whether each answer ends with EOS
+    ]
+)
+
+
+def main() -> None:
+    params = load_params(PredictParams)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=["base", "tuned"])
+    name = parser.parse_args().model
+    path = Path(f"data/answers/{name}.parquet")
+
+    from stages.engine.distributed import init_distributed
+
+    context = init_distributed()
+    if context.sharded:
+        print(f"Launcher: {params.launcher}: {context}")
+    rows = predict(Path("models") / name, params, context) if context.is_needed_for_inference else None
+    context.shutdown()
+    if rows is None or not context.is_main_process:
+        return
+    write_parquet(path, rows, ANSWERS_SCHEMA)
+    kind = "greedy" if params.answers_per_prompt == 1 else "sampled at temperature 1"
+    test = [row for row in rows if row["split"] == "test"]
+    summary(
+        {
+            "model": f"{name}, {len(test):,} test examples, {len(rows) - len(test):,} of the retention set",
+            "loss": f"{mean_loss(test):.3f} nats/token on the test split",
+            "answers": f"{params.answers_per_prompt:,} per prompt, {kind}, at most {params.max_new_tokens:,} tokens",
+        },
+        wrote=[path],
+        then=f"dvc repro evaluate@{name}",
+    )
+
+
+def predict(folder: Path, params: PredictParams, context: "DistributedContext") -> list[dict[str, Any]]:
+    """The rows of `ANSWERS_SCHEMA`, in the order of the splits. If weights are sharded, all ranks compute the same.
+
+    Raises:
+        UserError: the loss is far above that of a random guess, or not a number.
+    """
+    from stages.engine.loading import load_for_inference
+
+    splits = {"test": read_split(TEST)}
+    if len(retention := Split(RETENTION)):
+        splits["retention"] = retention
+    model, tokenizer = load_for_inference(folder, params.precision, context), load_tokenizer()
+    # One split after the other, so that rows of the retention set have no effect on the rounding of the test losses.
+    rows = [
+        {"split": name} | row
+        for name, examples in splits.items()
+        for row in predict_split(model, tokenizer, examples, params, context)
+    ]
+    loss = mean_loss(rows)
+    if not loss < MAX_LOSS:
+        raise UserError(
+            f"the loss is {loss:g} nats/token: training diverged, or the model is broken; lower learning_rate"
+        )
+    return rows
+
+
+def predict_split(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: Split,
+    params: PredictParams,
+    context: "DistributedContext",
+) -> list[dict[str, Any]]:
+    """The rows of one split, in its order, without its name."""
+    from transformers import set_seed
+
+    from stages.engine.decoding import generate_answers, generation_settings
+    from stages.engine.models import autocast
+    from stages.engine.probe import choose_batches
+
+    batches, messages, _ = choose_batches(model, examples, SCORED_TOKENS * params.tokens_per_batch, params.precision)
+    print(*messages, sep="\n", flush=True)
+    num_answers = params.answers_per_prompt
+    prompts = [example.input_ids[: example.last_response].tolist() for example in examples for _ in range(num_answers)]
+    eos_token_ids = load_template(params.template, tokenizer).eos_token_ids
+    settings = generation_settings(eos_token_ids, params.max_new_tokens, temperature=0.0 if num_answers == 1 else 1.0)
+    set_seed(SEED)
+    with autocast(params.precision, model.device, cache_enabled=not context.sharded):
+        scores = score_tokens(model, batches, examples)
+        answers = iter(generate_answers(model, tokenizer, prompts, settings, params.tokens_per_batch))
+    rows = []
+    for example, score in zip(examples, scores, strict=True):
+        own = list(islice(answers, num_answers))
+        rows.append(
+            {
+                "example_id": example.example_id,
+                "loss": score.loss_sum / score.num_tokens,
+                "tokens": score.num_tokens,
+                "correct_tokens": score.num_correct,
+                "reference_fits": len(example.input_ids) - example.last_response <= params.max_new_tokens,
+                "answers": [answer.text for answer in own],
+                "answer_tokens": [answer.num_tokens for answer in own],
+                "stopped": [answer.stopped for answer in own],
+            }
+        )
+    return rows
+
+
+def mean_loss(rows: Sequence[dict[str, Any]]) -> float:
+    """In nats/token, over the supervised tokens of all rows."""
+    return float(sum(row["loss"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows))
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over the supervised tokens of one example: loss in nats, tokens, tokens whose prediction was correct."""
+
+    loss_sum: float
+    num_tokens: int
+    num_correct: int
+
+
+def score_tokens(model: "PreTrainedModel", batches: "Batches", examples: Sequence[Example]) -> list[Score]:
+    """The scores of the examples, in their order. Only one micro-batch is in memory at a time."""
+    import torch
+
+    from stages.engine.loss import losses_by_example
+
+    scores: dict[str, Score] = {}
+    micro_batches = progress(batches.micro_batches(examples), "score", "micro-batch")
+    with torch.inference_mode():
+        for example, result in losses_by_example(model, micro_batches):
+            losses = result.losses.cpu().double()
+            scores[example.example_id] = Score(losses.sum().item(), len(losses), int(result.correct.sum()))
+    return [scores[example.example_id] for example in examples]
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,123 @@
+"""Must-pass examples: which are fixed, broken and still failing, and entries that name no test row with a check."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from review.gates import check_must_pass
+from review.must_pass import MustPass, compare_must_pass, prompt_ids, read_must_pass
+from review.report import must_pass_table
+from stages.data.alpaca import render_alpaca
+from stages.data.conversations import Conversation, content_ids
+from stages.runtime.errors import UserError
+from tests.conftest import predictions
+
+
+@dataclass
+class Side:
+    """A revision with a test split and predictions, for four prompts."""
+
+    passed: list[bool] | None
+    name: str = "new"
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    def read_table(self, path: str, columns: list[str]) -> pd.DataFrame | None:
+        if self.passed is None:
+            return None
+        rows = predictions([1.0] * 4, passed=self.passed, **self.columns)
+        return rows.assign(prompt=[render_alpaca(f"Say {n}.") for n in range(4)]).reindex(columns=columns)
+
+
+def compared(before: Side, after: Side, *entries: str) -> list[MustPass] | None:
+    return compare_must_pass(entries or ("id0", "id1", "id2", "id3"), before, after)  # type: ignore[arg-type]
+
+
+def test_examples_are_broken_still_failing_fixed_or_passing() -> None:
+    found = compared(Side([False, True, False, True]), Side([True, False, False, True]))
+    assert found
+    states = [(example.state, example.prompt) for example in found]
+    assert states == [("broken", "Say 1."), ("still failing", "Say 2."), ("fixed", "Say 0."), ("passing", "Say 3.")]
+    gate = check_must_pass(found)
+    assert (gate.passed, gate.found) == (False, "1 broken, 1 still failing, 1 fixed, 1 passing: Say 1.")
+    assert must_pass_table(found).splitlines()[4:] == [
+        "| ❌ broken | Say 1. | answer 1 | answer 1 |",
+        "| still failing | Say 2. | answer 2 | answer 2 |",
+        "| ✅ fixed | Say 0. | answer 0 | answer 0 |",
+    ]
+
+
+def test_an_example_that_before_has_no_answer_to_is_passing_or_still_failing() -> None:
+    for before in (Side(None), Side([True] * 4, columns={"checked": False})):
+        found = compared(before, Side([True, False, True, True]))
+        assert found
+        assert [example.state for example in found] == ["still failing", "passing", "passing", "passing"]
+        assert check_must_pass(found).passed
+
+
+def test_all_answers_to_a_prompt_must_pass() -> None:
+    found = compared(Side([True] * 4), Side([2, 3, 3, 3], columns={"num_answers": 3}), "id0", "id1")  # type: ignore[list-item]
+    assert found
+    assert [example.state for example in found] == ["broken", "passing"]
+
+
+def test_the_gate_fails_if_the_predictions_are_not_available() -> None:
+    gate = check_must_pass(compared(Side([True] * 4), Side(None)))
+    assert (gate.passed, gate.found) == (
+        False,
+        "undecided, because the predictions are not available; `dvc pull` gets them",
+    )
+
+
+@pytest.mark.parametrize(("question", "given"), [("Name a color.", ""), ("Sort these\nwords.", "b a\nd c")])
+def test_a_prompt_may_be_followed_by_its_input(question: str, given: str) -> None:
+    conversation = Conversation(
+        [{"role": "user", "content": question}, {"role": "assistant", "content": "Red."}], given
+    )
+    prompt_id, _ = content_ids(conversation)
+    assert prompt_id in prompt_ids(f"{question}\n{given}".strip())
+    assert prompt_id not in prompt_ids("Name a river.")
+
+
+@pytest.mark.parametrize(
+    ("entry", "checked", "message"),
+    [
+        (
+            "Name a river.",
+            True,
+            "must_pass.yaml: 'Name a river.' is not in the test split of new; must be a prompt",
+        ),
+        ("id1", False, "must_pass.yaml: the row of 'id1' has no check; add one to the dataset"),
+    ],
+)
+def test_an_entry_must_be_a_test_row_with_a_check(entry: str, checked: bool, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        compared(Side([True] * 4), Side([True] * 4, columns={"checked": checked}), entry)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "id: 3",
+            "must_pass.yaml: found {'id': 3}: Input should be a valid list; must be a list of prompts",
+        ),
+        (
+            "- 3",
+            "must_pass.yaml: found 3: Input should be a valid string; must be a list of prompts",
+        ),
+        ("- [", "must_pass.yaml: not valid YAML: "),
+    ],
+)
+def test_an_invalid_file_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_must_pass() == []
+    Path("must_pass.yaml").write_text(content)
+    with pytest.raises(UserError) as error:
+        read_must_pass()
+    assert str(error.value).startswith(message)

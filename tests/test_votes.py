@@ -1,0 +1,160 @@
+"""Votes: which result they give, in which file they are, and votes that are not valid."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from review.report import votes_table
+from review.votes import (
+    Choice,
+    Pair,
+    Tally,
+    Vote,
+    VoteResults,
+    count_votes,
+    find_pairs,
+    overall,
+    read_votes,
+    write_votes,
+)
+from stages.data.alpaca import render_alpaca
+from stages.runtime.errors import UserError
+from tests.conftest import predictions
+
+PAIRS = [Pair(f"id{n}", f"Say {n}.", f"old {n}", f"new {n}") for n in range(8)]
+FILE = Path("votes/a..b.jsonl")
+
+
+def vote(number: int, choice: Choice, voter: str = "Ann", voter_id: str = "1") -> Vote:
+    return Vote(voter, voter_id, f"id{number}", choice, *PAIRS[number].hashes())
+
+
+class Side:
+    """A revision with these answers to the prompts id0, id1, ..."""
+
+    def __init__(self, *answers: str):
+        self.answers = answers
+
+    def read_table(self, path: str, columns: list[str]) -> pd.DataFrame | None:
+        if not self.answers:
+            return None
+        rows = predictions([1.0] * len(self.answers), answer=self.answers)
+        return rows.assign(prompt=[render_alpaca(f"Say {n}.") for n in range(len(rows))]).reindex(columns=columns)
+
+
+def pairs_of(before: Side, after: Side) -> Any:
+    return find_pairs(before, after)  # type: ignore[arg-type]
+
+
+def test_only_prompts_with_different_answers_are_voted_on() -> None:
+    pairs, path = pairs_of(Side("a", "b", "c"), Side("a", "B", "C", "d"))
+    assert pairs == [Pair("id1", "Say 1.", "b", "B"), Pair("id2", "Say 2.", "c", "C")]
+    # The name of the file depends on the answers alone, so a vote before a commit is found after it.
+    assert path == pairs_of(Side("a", "b", "c"), Side("a", "B", "C", "d"))[1]
+    assert path != pairs_of(Side("a", "b", "c"), Side("a", "B", "C", "e"))[1]
+    assert pairs_of(Side("a"), Side()) is None
+
+
+def test_a_prompt_counts_once_by_its_first_vote_of_a_person() -> None:
+    votes = [
+        vote(0, "before", "judge m", "judge"),
+        vote(0, "after", "Ann"),
+        vote(0, "before", "Bob"),
+        vote(1, "equal", "Bob"),
+        vote(2, "after", "judge m", "judge"),
+    ]
+    assert overall(votes) == Tally(1, 0, 1)
+    assert overall([one for one in votes if one.is_judge]) == Tally(1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("tally", "low", "high", "verdict"),
+    [
+        (Tally(0, 0, 9), 0.0, 1.0, "undecided"),
+        (Tally(6, 0, 0), 0.4736, 1.0, "undecided"),  # ∫ p⁶ over the prior is 0.2256, and (0.05 · 0.2256)^(1/6) = 0.4736
+        (Tally(7, 0, 0), 0.5214, 1.0, "better"),
+        (Tally(0, 7, 2), 0.0, 0.4786, "worse"),
+        (Tally(10, 10, 5), 0.1930, 0.8070, "undecided"),
+    ],
+)
+def test_the_interval_says_when_enough_votes_are_in(tally: Tally, low: float, high: float, verdict: str) -> None:
+    assert tally.interval == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+    assert tally.verdict == verdict
+
+
+@given(st.integers(0, 200), st.integers(0, 200))
+def test_the_interval_contains_the_observed_share_and_is_symmetric(wins: int, losses: int) -> None:
+    low, high = Tally(wins, losses, 0).interval
+    if wins + losses:
+        assert low <= wins / (wins + losses) <= high
+    assert Tally(losses, wins, 3).interval == (pytest.approx(1 - high), pytest.approx(1 - low))
+
+
+def test_the_interval_rarely_ever_excludes_the_true_share_if_it_is_computed_after_each_vote() -> None:
+    votes = np.random.default_rng(0).integers(0, 2, (500, 100)).cumsum(1)
+    num_errors = sum(
+        any(Tally(won, number - won, 0).log_martingale(0.5) > math.log(20) for number, won in enumerate(wins, 1))
+        for wins in votes.tolist()
+    )
+    assert num_errors / 500 < 0.05  # a binomial test after each vote would be wrong in about a quarter
+
+
+def test_votes_are_read_back_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_votes(FILE, PAIRS) == []
+    votes = [vote(1, "after"), vote(0, "equal", "Zoë"), vote(1, "before", "Bob")]
+    write_votes(FILE, votes)
+    assert read_votes(FILE, PAIRS) == votes
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "votes/a..b.jsonl:2: not a vote: "),
+        (json.dumps({"voter": "A"}), "votes/a..b.jsonl:2: not a vote: voter_id: Field required; restore the file with"),
+        ({"choice": "both"}, "votes/a..b.jsonl:2: not a vote: choice: Input should be 'before', 'after' or 'equal'; r"),
+        ({"after": "0"}, "votes/a..b.jsonl:2: a vote on other answers than those of these revisions; delete this line"),
+        ({"example_id": "x"}, "votes/a..b.jsonl:2: a vote on other answers than those of these revisions; delete this"),
+        ({}, "votes/a..b.jsonl:2: the second vote of 'Ann' on the same prompt; delete this line"),
+    ],
+)
+def test_an_invalid_vote_is_reported_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: Any, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_votes(FILE, [vote(0, "after")])
+    first = FILE.read_text()
+    second = line if isinstance(line, str) else json.dumps(json.loads(first) | line)
+    FILE.write_text(f"{first}{second}\n")
+    with pytest.raises(UserError) as error:
+        read_votes(FILE, PAIRS)
+    assert str(error.value).startswith(message)
+
+
+def test_the_review_shows_all_voters_and_their_agreement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    old, new = (Side(*(f"{name} {n}" for n in range(8))) for name in ("old", "new"))
+    path = pairs_of(old, new)[1]
+    write_votes(path, [vote(n, "after") for n in range(7)] + [vote(0, "equal", "B|b"), vote(1, "after", "B|b")])
+    results = count_votes(old, new)  # type: ignore[arg-type]
+    assert results == VoteResults(
+        path, 8, Tally(7, 0, 0), {"Ann": Tally(7, 0, 0), "B|b": Tally(1, 0, 1)}, {("Ann", "B|b"): (2, 1)}
+    )
+    assert votes_table(results).split("\n\n") == [
+        "**After was better on 7 prompts, worse on 0 and equal on 0, of 8 with different answers: ✅ better.** Share "
+        "of after among the decided: 52% to 100%, a 95% confidence sequence, which is valid whenever voting ends. Each "
+        "prompt counts once, by its first vote.",
+        "| voter | after | before | equal | share of after |\n| --- | --- | --- | --- | --- |\n"
+        "| Ann | 7 | 0 | 0 | 52% to 100% |\n| B\\|b | 1 | 0 | 1 | 3% to 100% |",
+        "Ann and B\\|b agree on 1 of 2 prompts.",
+    ]
+    assert count_votes(new, old) is None  # type: ignore[arg-type]
+    assert votes_table(None) == ""
+    assert math.isclose(sum(Tally(1, 1, 0).interval), 1)

@@ -1,0 +1,165 @@
+"""Vote on the answers of two revisions without knowing which is which. `make vote BASE=main` serves the page.
+
+`make vote BASE=main JUDGE=URL JUDGE_MODEL=NAME` asks a model instead: an OpenAI-compatible endpoint, in both orders.
+"""
+
+import argparse
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from review.revisions import WORKSPACE, Revision
+from review.votes import Choice, Pair, Tally, Vote, count, find_pairs, overall, read_votes, write_votes
+from stages.data.conversations import content_hash
+from stages.runtime.errors import UserError
+from stages.runtime.locks import file_lock
+from stages.runtime.run import run
+from stages.runtime.terminal import summary
+from tools.judge import ask_judge
+from tools.vote_server import serve
+
+
+class Ballot:
+    """The prompts and votes of one voter. Every change is saved at once.
+
+    Prompts are in a random order, and so are the two answers; both depend on the voter alone, so that a voter who comes
+    back goes on with the same page.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], path: Path, voter: str, voter_id: str, names: tuple[str, str]):
+        self.pairs = {pair.example_id: pair for pair in pairs}
+        self.path, self.voter, self.voter_id, self.names = path, voter, voter_id, names
+        self.lock = Lock()  # the server has a thread per request
+        self.is_revealed = False
+        votes = read_votes(path, pairs)
+        if any(vote.voter == voter and vote.voter_id != voter_id for vote in votes):
+            raise UserError(
+                f"{path}: another person of the name {voter!r} has voted, with another e-mail address in git; choose "
+                "another name: make vote VOTER=..."
+            )
+        # Prompts that were voted on or skipped, the last one at the end; and those that are left, the next one first.
+        self.done = [vote.example_id for vote in votes if vote.voter == voter]
+        left = self.pairs.keys() - {*self.done}
+        self.left = sorted(left, key=lambda example_id: content_hash(voter, example_id))
+
+    def votes(self) -> list[Vote]:
+        return read_votes(self.path, [*self.pairs.values()])
+
+    def own_votes(self) -> list[Vote]:
+        return [vote for vote in self.votes() if vote.voter == self.voter]
+
+    def in_order(self, pair: Pair) -> tuple[Choice, Choice]:
+        """The sides in the order in which their answers are shown."""
+        return ("before", "after") if int(content_hash(pair.example_id, self.voter), 16) % 2 else ("after", "before")
+
+    def vote(self, example_id: str, answer: str) -> None:
+        """Record the answer to the prompt that is shown; one to another prompt, such as a second click, is ignored."""
+        with self.lock:
+            if self.is_revealed or not self.left or self.left[0] != example_id:
+                return
+            pair = self.pairs[self.left.pop(0)]
+            self.done.append(example_id)
+            if answer == "skip":
+                self.left.append(example_id)
+                return
+            choice: Choice = "equal" if answer == "0" else self.in_order(pair)[int(answer) - 1]
+            vote = Vote(self.voter, self.voter_id, example_id, choice, *pair.hashes())
+            write_votes(self.path, [*self.votes(), vote])
+
+    def undo(self) -> None:
+        """Go back to the last prompt, and delete the vote on it."""
+        with self.lock:
+            if self.is_revealed or not self.done:
+                return
+            example_id = self.done.pop()
+            self.left = [example_id, *(each for each in self.left if each != example_id)]
+            votes = self.votes()
+            kept = [vote for vote in votes if (vote.voter, vote.example_id) != (self.voter, example_id)]
+            if len(kept) < len(votes):
+                write_votes(self.path, kept)
+
+    def reveal(self) -> None:
+        with self.lock:
+            self.is_revealed = True
+
+    def state(self) -> dict[str, Any]:
+        """What the page shows."""
+        with self.lock:
+            own = self.own_votes()
+            state: dict[str, Any] = {
+                "voted": len(own),
+                "total": len(self.pairs),
+                "canUndo": bool(self.done) and not self.is_revealed,
+                "isEnough": overall(self.votes()).verdict != "undecided",
+                "pair": None,
+                "result": None,
+            }
+            if self.is_revealed:
+                state["result"] = result_in_words(count(own), self.names)
+            elif self.left:
+                pair = self.pairs[self.left[0]]
+                answers = [getattr(pair, side) for side in self.in_order(pair)]
+                state["pair"] = {"id": pair.example_id, "prompt": pair.prompt, "answers": answers}
+            return state
+
+
+def result_in_words(tally: Tally, names: tuple[str, str]) -> str:
+    before, after = names
+    low, high = tally.interval
+    return (
+        f"Your votes: {after} {tally.wins:,}, {before} {tally.losses:,}, equal {tally.ties:,}. Share of {after} among "
+        f"the decided: {low:.0%} to {high:.0%} (95% confidence sequence)."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.vote", description=__doc__)
+    parser.add_argument("base", help="branch, tag, commit or experiment to compare with")
+    parser.add_argument("revision", nargs="?", default=WORKSPACE, help="the other revision; the workspace by default")
+    parser.add_argument("--voter", default="", help="your name; by default user.name of git")
+    parser.add_argument("--port", type=int, default=8765, help="port of the page on loopback")
+    parser.add_argument("--judge", default="", metavar="URL", help="an OpenAI-compatible endpoint that votes instead")
+    parser.add_argument("--judge-model", default="", metavar="NAME", help="the name of its model")
+    options = parser.parse_args()
+
+    before, after = Revision(options.base), Revision(options.revision)
+    found = find_pairs(before, after)
+    if found is None:
+        missing = ", ".join(f"{path} of {side.name}" for side in (before, after) for path in side.missing)
+        raise UserError(f"no answers to vote on: {missing or 'no predictions'}; `dvc pull` or `dvc repro` gets them")
+    pairs, path = found
+    if not pairs:
+        raise UserError(f"no answers to vote on: {before.name} and {after.name} answer every test prompt equally")
+    names = before.name, after.name
+    if options.judge:
+        ask_judge(pairs, path, options.judge, options.judge_model)
+    else:
+        voter = options.voter or git_config("user.name")
+        if not voter:
+            raise UserError("your name is not known; set it: make vote VOTER=..., or git config user.name")
+        ballot = Ballot(pairs, path, voter, content_hash(git_config("user.email"))[:8], names)
+        lock = Path(f".scratch/vote-{content_hash(str(path), voter)[:12]}.lock")
+        with file_lock(lock, f"serves the page of the voter {voter!r}"):
+            serve(ballot, options.port)
+    tally = overall(read_votes(path, pairs))
+    summary(
+        {"votes": f"{tally.wins + tally.losses + tally.ties:,} of {len(pairs):,} prompts: {result(tally)}"},
+        wrote=[path] if path.exists() else [],
+        then=f"git add votes; make review BASE={options.base}",
+    )
+
+
+def result(tally: Tally) -> str:
+    """Whether there are enough votes for a verdict."""
+    return "more votes are needed" if tally.verdict == "undecided" else f"enough; the change is {tally.verdict}"
+
+
+def git_config(name: str) -> str:
+    found = subprocess.run(["git", "config", name], capture_output=True, text=True)  # noqa: S603, S607 (a list; git is on the path)
+    return found.stdout.strip()
+
+
+if __name__ == "__main__":
+    run(main, exclusive=False)

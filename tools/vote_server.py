@@ -1,0 +1,112 @@
+"""The web server of `make vote`, on the loopback interface. It serves one page and accepts requests from it alone."""
+
+import errno
+import json
+import secrets
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Protocol
+
+from stages.runtime.errors import UserError
+
+HOST = "127.0.0.1"
+PAGE = Path(__file__).with_name("vote.html")
+MAX_REQUEST = 10_000  # bytes
+ANSWERS = ("1", "2", "0", "skip")  # the first answer is better, the second, equal
+
+
+class Ballot(Protocol):
+    """What the page shows and changes; see `tools.vote.Ballot`."""
+
+    def state(self) -> dict[str, Any]: ...
+    def vote(self, example_id: str, answer: str) -> None: ...
+    def undo(self) -> None: ...
+    def reveal(self) -> None: ...
+
+
+def serve(ballot: Ballot, port: int) -> None:
+    """Serve the page until Ctrl-C.
+
+    Raises:
+        UserError: the port is in use.
+    """
+    with VoteServer(ballot, port) as server:
+        print(f"Vote on http://{HOST}:{server.server_port} (Ctrl-C ends)", flush=True)
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
+        print()
+
+
+class VoteServer(ThreadingHTTPServer):
+    """A server that does not run yet; port 0 is any free port."""
+
+    def __init__(self, ballot: Ballot, port: int):
+        self.ballot = ballot
+        try:
+            super().__init__((HOST, port), Handler)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            message = f"port {port} is in use; close its program, or choose another: make vote PORT=..."
+            raise UserError(message) from None
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: VoteServer
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if not self.is_own_host():
+            self.send(403, "text/plain", "this page is served on loopback only")
+        elif self.path == "/":
+            nonce = secrets.token_urlsafe(16)
+            own = f"connect-src 'self'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; frame-ancestors 'none'"
+            text = PAGE.read_text(encoding="utf-8").replace("NONCE", nonce)
+            self.send(200, "text/html; charset=utf-8", text, f"default-src 'none'; form-action 'none'; {own}")
+        elif self.path == "/state":
+            self.send_state()
+        else:
+            self.send(404, "text/plain", "not found")
+
+    def do_POST(self) -> None:
+        # A page of another site can send requests here, but not with this origin and this type.
+        is_own = self.is_own_host() and self.headers.get("Origin") == f"http://{self.headers.get('Host')}"
+        if not is_own or self.headers.get("Content-Type") != "application/json":
+            self.send(403, "text/plain", "only the page itself may send votes")
+            return
+        try:
+            request = json.loads(self.rfile.read(min(int(self.headers.get("Content-Length", 0)), MAX_REQUEST)))
+            if self.path == "/vote" and request["answer"] in ANSWERS:
+                self.server.ballot.vote(str(request["id"]), request["answer"])
+            elif self.path == "/undo":
+                self.server.ballot.undo()
+            elif self.path == "/reveal":
+                self.server.ballot.reveal()
+            else:
+                raise ValueError
+            self.send_state()
+        except UserError as error:  # such as a vote file that was edited meanwhile
+            self.send(409, "text/plain", str(error))
+        except (ValueError, KeyError, TypeError):
+            self.send(400, "text/plain", "not a vote")
+
+    def is_own_host(self) -> bool:
+        """Whether the request was sent to this host by its own name; other names that resolve to it are refused."""
+        names = [f"{name}:{self.server.server_port}" for name in (HOST, "localhost")]
+        return self.headers.get("Host") in names
+
+    def send_state(self) -> None:
+        self.send(200, "application/json", json.dumps(self.server.ballot.state()))
+
+    def send(self, status: int, kind: str, text: str, policy: str = "default-src 'none'") -> None:
+        content = text.encode()
+        self.send_response(status)
+        headers = {"Content-Type": kind, "Content-Length": str(len(content)), "Content-Security-Policy": policy}
+        headers |= {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
