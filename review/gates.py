@@ -8,9 +8,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from review.comparison import Comparison
-from review.must_pass import MustPass, counted
+from review.must_pass import BAD, MUST_PASS, MustPass, counted
 from review.runs import METRICS_FILE
-from review.verdicts import describe_difference
+from review.verdicts import describe_difference, metrics_of_files
 from stages.runtime.errors import UserError
 from stages.runtime.yaml12 import YAMLError, parse_yaml
 from stages.scoring.metrics import METRICS
@@ -68,12 +68,12 @@ def check_gates(gates: dict[str, Gate], comparison: Comparison) -> list[GateResu
     Raises:
         UserError: `not_worse_by` is set for a metric that has no direction, or that no revision has.
     """
-    comparable = {metric.name: metric.direction for metric in METRICS}
+    files = [side.read_json(METRICS_FILE) for side in (comparison.before, comparison.after)]
+    known = [*files, *(file.get("retention", {}) for file in files)]
+    comparable = {metric.name for metric in metrics_of_files(*known) if metric.direction}
     for name, gate in gates.items():
-        found = comparison.find_metric(name)
-        direction = found[1].metric.direction if found else comparable.get(name.removeprefix("retention."), 0)
-        if gate.not_worse_by is not None and not direction:
-            names = ", ".join(name for name, direction in comparable.items() if direction)
+        if gate.not_worse_by is not None and name.removeprefix("retention.") not in comparable:
+            names = ", ".join(metric.name for metric in METRICS if metric.direction)
             raise UserError(
                 f"{GATES}: {name}: found not_worse_by; only for {names}, functions of scorers.py, and these on the "
                 "retention set, such as retention.loss"
@@ -139,8 +139,10 @@ def check_not_worse_by(name: str, margin: float, comparison: Comparison) -> Gate
 
 
 def check_must_pass(examples: Sequence[MustPass] | None) -> GateResult:
+    """Check that no must-pass example is broken, and that all entries are test rows with a check."""
     rule = "no must-pass example is broken"
     if examples is None:
         return GateResult(rule, False, "undecided, because the predictions are not available; `dvc pull` gets them")
-    broken = [example.prompt for example in examples if example.state == "broken"]
-    return GateResult(rule, not broken, counted(examples) + (f": {'; '.join(broken):.300}" if broken else ""))
+    bad = [f"{example.state}: {' '.join(example.prompt.split())}" for example in examples if example.state in BAD]
+    advice = f"; correct {MUST_PASS}" if any(example.state in BAD[:2] for example in examples) else ""
+    return GateResult(rule, not bad, counted(examples) + (f" ({'; '.join(bad):.300}){advice}" if bad else ""))

@@ -10,34 +10,27 @@ from pydantic import TypeAdapter, ValidationError
 
 from review.data_changes import TEST, without_template
 from review.revisions import Revision
-from review.runs import read_answers
+from review.runs import METRICS_FILE, read_answers
 from stages.data.conversations import content_hash, normalize
 from stages.runtime.errors import UserError
 from stages.runtime.yaml12 import YAMLError, parse_yaml
 
 MUST_PASS = Path("must_pass.yaml")
-STATES = ("broken", "still failing", "fixed", "passing")
+STATES = ("not in the test split", "without a check", "broken", "still failing", "fixed", "passing")
+BAD = STATES[:3]  # with these, the gate fails
 
 
 @dataclass(frozen=True)
 class MustPass:
-    """A must-pass example in both revisions; an example passes if all its answers do.
+    """A must-pass example in both revisions, or an entry that is none.
 
-    passed_before: None if `before` has no checked answer to it.
+    state: one of `STATES`. An example that is new and fails is still failing.
     """
 
+    state: str
     prompt: str
-    passed_before: bool | None
-    passed_after: bool
-    answer_before: str | None
-    answer_after: str
-
-    @property
-    def state(self) -> str:
-        """One of `STATES`. An example that is new and fails is still failing."""
-        if self.passed_after:
-            return "fixed" if self.passed_before is False else "passing"
-        return "broken" if self.passed_before else "still failing"
+    answer_before: str = ""
+    answer_after: str = ""
 
 
 def read_must_pass(path: Path = MUST_PASS) -> list[str]:
@@ -58,38 +51,28 @@ def read_must_pass(path: Path = MUST_PASS) -> list[str]:
 
 
 def compare_must_pass(entries: Sequence[str], before: Revision, after: Revision) -> list[MustPass] | None:
-    """The must-pass examples; None if the predictions or the test split of `after` are not available.
-
-    Raises:
-        UserError: an entry is not in the test split, or its row has no check.
-    """
+    """The must-pass examples, those that need attention first; None if the predictions of a side are not available."""
     test = after.read_table(TEST, ["example_id", "prompt_id", "prompt"])
     answers, old_answers = read_answers(after), read_answers(before)
-    if test is None or not answers:
+    if test is None or not answers or (before.read_json(METRICS_FILE) and not old_answers):
         return None
-    found = []
+    found: dict[str, MustPass] = {}
     for entry in entries:
         ids = {entry, *prompt_ids(entry)}
         rows = test[(test["example_id"].isin(ids) | test["prompt_id"].isin(ids)) & test["example_id"].isin(answers)]
-        if rows.empty:
-            raise UserError(
-                f"{MUST_PASS}: {entry!r:.200} is not in the test split of {after.name}; must be a prompt or an id "
-                f"(example_id or prompt_id) of {TEST}"
-            )
-        for row in rows.itertuples():
+        checked = [row for row in rows.itertuples() if answers[row.example_id]["checked"]]
+        if not checked:
+            found[entry] = MustPass("not in the test split" if rows.empty else "without a check", entry)
+        for row in checked:
             own, old = answers[row.example_id], old_answers.get(row.example_id, {})
-            if not own["checked"]:
-                raise UserError(f"{MUST_PASS}: the row of {entry!r:.200} has no check; add one to the dataset")
-            found.append(
-                MustPass(
-                    without_template(row.prompt) or row.example_id,
-                    all_passed(old) if old.get("checked") else None,
-                    all_passed(own),
-                    old.get("answer"),
-                    own["answer"],
-                )
-            )
-    return sorted(found, key=lambda example: STATES.index(example.state))
+            passed_before = all_passed(old) if old.get("checked") else None
+            if all_passed(own):
+                state = "fixed" if passed_before is False else "passing"
+            else:
+                state = "broken" if passed_before else "still failing"
+            prompt = without_template(row.prompt) or row.example_id
+            found[row.example_id] = MustPass(state, prompt, old.get("answer", ""), own["answer"])
+    return sorted(found.values(), key=lambda example: STATES.index(example.state))
 
 
 def all_passed(row: Mapping[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from review.comparison import Comparison
 from review.data_changes import CHANGES, DataChanges, without_template
 from review.gates import GateResult
 from review.markup import highlight_diff, table, text, truncate
-from review.must_pass import MustPass, counted
+from review.must_pass import BAD, MustPass, counted
 from review.verdicts import MEASURE_NOISE, RUN_NOISE_UNKNOWN, MetricResult, describe_difference, signed
 from review.votes import Tally, VoteResults
 from stages.runtime.text import code
@@ -37,6 +37,9 @@ def markdown(comparison: Comparison, gates: Sequence[GateResult], curves: str) -
     if retention := comparison.results.get("retention"):
         parts += ["## Metrics on the retention set", ABOUT_RETENTION, metrics_table(retention.metrics)]
         parts += map(text, retention.notes)
+    if comparison.harness:
+        content = [metrics_table(comparison.harness.metrics)] if comparison.harness.metrics else []
+        parts += ["## Tasks of lm-evaluation-harness", *content, *map(text, comparison.harness.notes)]
     parts += section("## Must-pass examples", must_pass_table(comparison.must_pass or []))
     parts += section("## Votes", votes_table(comparison.votes))
     missing = [(side.name, path) for side in (comparison.before, comparison.after) for path in sorted({*side.missing})]
@@ -148,12 +151,12 @@ def result_cells(result: MetricResult) -> list[str]:
 
 def must_pass_table(examples: Sequence[MustPass]) -> str:
     """The examples that do not pass in both revisions, and the number of all."""
-    marks = {"broken": "❌ broken", "fixed": "✅ fixed"}
+    marks = {"fixed": "✅ fixed"} | {state: f"❌ {state}" for state in BAD}
     rows = [
         [
             marks.get(example.state, example.state),
             text(truncate(example.prompt)),
-            *highlight_diff(truncate(example.answer_before or ""), truncate(example.answer_after)),
+            *highlight_diff(truncate(example.answer_before), truncate(example.answer_after)),
         ]
         for example in examples
         if example.state != "passing"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 import pandas as pd
@@ -47,18 +48,24 @@ def find_runs(revision: Revision) -> RevisionRuns:
     runs, seed = RevisionRuns(), train_seed(train, params)
     runs.paths[seed], runs.hashes[seed] = PREDICTIONS, outputs.get(PREDICTIONS, "")
     expected = _inputs(train, *scoring)
+    if outdated := find_outdated(train, *scoring):
+        runs.notes.append(f"{revision.name}: {outdated} changed after it was scored; `dvc repro` scores it again.")
+        del runs.paths[seed], runs.hashes[seed]
     seeds = params.get("replicate_seeds") or []
     for seed in seeds if isinstance(seeds, list) else [seeds]:
         if not isinstance(seed, int):
             runs.notes.append(f"{revision.name}: replicate_seeds contains {seed!r}, which is not a seed.")
             continue
         replicate, path = stages.get(f"replicate@{seed}", {}), REPLICATE.format(seed=seed)
-        inputs = _inputs(replicate, stages.get(f"evaluate_replicate@{seed}", {}))
+        evaluate = stages.get(f"evaluate_replicate@{seed}", {})
+        inputs = _inputs(replicate, evaluate)
         differing = sorted(name for name in inputs.keys() & expected.keys() if inputs[name] != expected[name])
         if seed in runs.paths:
             runs.notes.append(f"{revision.name}: seed {seed} occurs twice in seed and replicate_seeds; it counts once.")
         elif not replicate:
             runs.notes.append(f"{revision.name}: the replicate of seed {seed} has not run; `dvc repro` runs it.")
+        elif outdated := find_outdated(replicate, evaluate):
+            runs.notes.append(f"{revision.name}: {outdated} changed after it was scored; `dvc repro` scores it again.")
         elif differing:
             runs.notes.append(
                 f"{revision.name}: the replicate of seed {seed} is not used, because it had other inputs than the "
@@ -67,6 +74,15 @@ def find_runs(revision: Revision) -> RevisionRuns:
         else:
             runs.paths[seed], runs.hashes[seed] = path, outputs.get(path, "")
     return runs
+
+
+def find_outdated(*stages: Mapping[str, Any]) -> str | None:
+    """The output of one of these stages that changed after a later one had used it; None if there is none."""
+    for earlier, later in combinations(stages, 2):
+        outs, deps = hashes(earlier.get("outs", [])), hashes(later.get("deps", []))
+        if found := next((path for path in outs if path in deps and outs[path] != deps[path]), None):
+            return found
+    return None
 
 
 def train_seed(train: Mapping[str, Any], params: Mapping[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +11,7 @@ import pandas as pd
 from review.revisions import Revision
 from review.runs import METRICS_FILE, RevisionRuns, find_runs, read_runs
 from review.statistics import SIGNIFICANCE, Difference, Runs, compare, holm
-from stages.scoring.metrics import METRICS, Metric, all_metrics
+from stages.scoring.metrics import METRICS, Metric, all_metrics, column_metric
 
 MIN_EXAMPLES, MIN_SHARE = 30, 0.5  # of the test examples; with fewer in common, every verdict is "undecided"
 MEASURE_NOISE = "dvc exp run -S 'replicate_seeds=[1,2]'"  # with other numbers if one is the seed of train
@@ -74,7 +75,8 @@ def compare_predictions(before: Revision, after: Revision, margins: Mapping[str,
         for split in splits:
             first, second = (metrics if split == "test" else metrics[split] for metrics in known)
             metrics = [
-                MetricResult(each, first.get(each.name), second.get(each.name), verdict=verdict) for each in METRICS
+                MetricResult(each, first.get(each.name), second.get(each.name), verdict=verdict)
+                for each in metrics_of_files(first, second)
             ]
             results[split] = Results(metrics, [*runs[0].notes, *runs[1].notes, *notes] if split == "test" else [], [])
         return results
@@ -99,10 +101,27 @@ def compare_predictions(before: Revision, after: Revision, margins: Mapping[str,
     return results
 
 
+def metrics_of_files(*files: Mapping[str, Any]) -> list[Metric]:
+    """The metrics that have a standard error in metrics files; those of `scorers.py` and pass@k follow `METRICS`."""
+    built_in = {metric.name: metric for metric in METRICS}
+    names = [name.removesuffix("_se") for file in files for name in file if name.endswith("_se")]
+    others = {name: column_metric(name, name, 1) for name in names if name not in built_in and name != "perplexity"}
+    return [*(built_in | others).values()]
+
+
 def compare_runs(
-    before: RevisionRuns, after: RevisionRuns, names: tuple[str, str], margins: Mapping[str, float], split: str = "test"
+    before: RevisionRuns,
+    after: RevisionRuns,
+    names: tuple[str, str],
+    margins: Mapping[str, float],
+    split: str = "test",
+    metrics: Sequence[Metric] | None = None,
 ) -> Results:
-    """Compare the tables of both sides, which have at least one each."""
+    """Compare the tables of both sides, which have at least one each.
+
+    Args:
+        metrics: those of tables that are not predictions.
+    """
     notes: list[str] = []
     first, second = (next(iter(side.tables.values())) for side in (before, after))
     common = first.index[first.index.isin(second.index)]
@@ -110,7 +129,7 @@ def compare_runs(
     if not len(common) == len(first) == len(second):
         notes.append(
             f"The {split} sets differ: {names[0]} has {len(first):,} examples, {names[1]} {len(second):,}. Only the "
-            f"{len(common):,} common ones are compared, so the values differ from those in {METRICS_FILE}."
+            f"{len(common):,} common ones are compared, so the values differ from those of all examples."
         )
     if is_small:
         notes.append(
@@ -122,7 +141,9 @@ def compare_runs(
     columns = origins[0].combine_first(origins[1]).loc[common]  # older predictions do not have them
     prompts = columns["prompt_id"].where(columns["prompt_id"].notna(), columns.index.to_series())
     results, slices = [], []
-    for metric in {each.name: each for table in (first, second) for each in all_metrics(table)}.values():
+    if metrics is None:
+        metrics = [*{each.name: each for table in (first, second) for each in all_metrics(table)}.values()]
+    for metric in metrics:
         cells, problem = metric_runs(metric, sides, names)
         if problem:
             notes.append(f"{metric.name} can't be compared: {problem}.")

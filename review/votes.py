@@ -8,12 +8,13 @@ Nonasymptotic Confidence Sequences, https://arxiv.org/abs/1810.08240).
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
+from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 from scipy.optimize import brentq
 from scipy.special import betaln, xlogy
@@ -25,7 +26,7 @@ from stages.data.conversations import content_hash
 from stages.runtime.errors import UserError
 from stages.runtime.files import write_text
 
-VOTES = Path("votes")
+VOTES, VOTES_LOCK = Path("votes"), Path(".scratch/votes.lock")
 ALPHA = 0.05  # the probability that the interval ever excludes the true share
 PRIOR = 0.5  # both parameters of the Beta distribution that the martingale is mixed over
 JUDGE = "judge"  # the id of voters that are models
@@ -149,7 +150,7 @@ def read_votes(path: Path, pairs: Sequence[Pair]) -> list[Vote]:
         return []
     known = {pair.example_id: pair for pair in pairs}
     votes: dict[tuple[str, str], Vote] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             vote = VOTE.validate_json(line)
         except ValidationError as errors:
@@ -167,8 +168,12 @@ def read_votes(path: Path, pairs: Sequence[Pair]) -> list[Vote]:
     return [*votes.values()]
 
 
-def write_votes(path: Path, votes: Sequence[Vote]) -> None:
-    write_text(path, "".join(json.dumps(asdict(vote), ensure_ascii=False) + "\n" for vote in votes))
+def update_votes(path: Path, pairs: Sequence[Pair], change: Callable[[list[Vote]], list[Vote]]) -> None:
+    """Read the votes, change them and write them, while no other process does so."""
+    VOTES_LOCK.parent.mkdir(exist_ok=True)
+    with FileLock(VOTES_LOCK):
+        votes = change(read_votes(path, pairs))
+        write_text(path, "".join(json.dumps(asdict(vote), ensure_ascii=False) + "\n" for vote in votes))
 
 
 def count(votes: Sequence[Vote]) -> Tally:

@@ -7,6 +7,8 @@ import heapq
 import json
 from collections import Counter
 from collections.abc import Iterator
+from datetime import date, time, timedelta
+from decimal import Decimal
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -92,9 +94,14 @@ def raw_row(source: Source, row: dict[str, Any] | BadRowError, slice_column: str
         "input": parsed.input,
         "slice": value or NO_SLICE,
         "check": json.dumps(parsed.check, ensure_ascii=False) if parsed.check else None,
-        "other_columns": json.dumps(parsed.other_columns, ensure_ascii=False, default=str),
+        "other_columns": json.dumps(parsed.other_columns, default=date_as_text),
         "use": source.use,
     }
+
+
+def date_as_text(value: object) -> str | None:
+    """The text of a date or a decimal number, which JSON does not have; null for other objects, such as images."""
+    return str(value) if isinstance(value, date | time | timedelta | Decimal) else None
 
 
 def check_mapped_columns(sources: list[Source], params: DownloadDatasetParams) -> None:

@@ -142,26 +142,25 @@ def score_row(row: dict[str, Any], scorers: Mapping[str, Scorer]) -> dict[str, A
         "rouge_l": [rouge_l(answer, reference) for answer in answers],
         "repetition": [repetition(answer) for answer in answers],
     }
+    where = f"{row['source']}, row {row['source_row']:,}"
     for name, scorer in scorers.items():
-        where = f"{row['source']}, row {row['source_row']:,}"
         found = [score(name, scorer, where, row["prompt"], answer, reference, columns) for answer in answers]
         values[PREFIX + name] = [value for value in found if value is not None]
     scores = row | {
         "answer": answers[0],
         "num_answers": len(answers),
         "checked": check is not None,
-        "passed": sum(is_right(row, check, answer) for answer in answers) if check is not None else 0,
+        "passed": sum(is_right(where, check, answer) for answer in answers) if check is not None else 0,
         **{name: fmean(known) if known else None for name, known in values.items()},
     }
     return {name: scores[name] for name in (*PREDICTIONS_SCHEMA.names, *(PREFIX + name for name in scorers))}
 
 
-def is_right(row: Mapping[str, Any], check: Mapping[str, Any], answer: str) -> bool:
-    """Whether an answer passes the check of its row."""
+def is_right(where: str, check: Mapping[str, Any], answer: str) -> bool:
+    """Whether an answer passes the check of its row; `where` names the row, for a message."""
     try:
         return passes(check, answer)
     except CheckTimeoutError as error:
-        where = f"{row['source']}, row {row['source_row']:,}"
         print(f"{where}: {error} for the answer {answer!r:.100}, which is counted as failed")
         return False
 

@@ -179,7 +179,7 @@ def save_tuned(engine: "Engine", metrics: dict[str, Any], checkpoints: "Checkpoi
             parameter.copy_(best[name])
     tokenizer = load_tokenizer()
     template = load_template(params.template, tokenizer)
-    tokenizer.chat_template = template.chat_template or tokenizer.chat_template
+    tokenizer.chat_template = template.chat_template  # so that other programs prompt the model as in training
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(template.eos_token_ids[0])
     with atomic_path(folder, durable=True) as partial:
         if params.uses_lora:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from filelock import FileLock
+from huggingface_hub import close_session
 
 from stages.data.alpaca import AlpacaTemplate
 from stages.data.conversations import Conversation
@@ -19,8 +20,10 @@ from stages.data.examples import SCORING_SCHEMA, SPLIT_SCHEMA, Example
 from stages.data.masking import load_tokenizer
 from stages.data.tables import parquet_writer
 from stages.runtime.files import write_json
+from tests import HUB_PORT
 from tests.clone import ROOT, commit, copy_clone, edit, make_clone, make_tiny_model, run, run_pipeline
 from tests.fork_server import start_server
+from tests.hub_server import Hub, serve
 
 
 def shared(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], object]) -> Path:
@@ -165,6 +168,21 @@ def with_experiment(tmp_path_factory: pytest.TempPathFactory, ran: Path, fast_st
         run(folder, "dvc", "checkout", "--force")
 
     return shared(tmp_path_factory, "with_experiment", build)
+
+
+@pytest.fixture
+def hub_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of the Hub, which only one test at a time may use."""
+    with FileLock(shared(tmp_path_factory, "hub_port", Path.mkdir) / "lock"):
+        yield HUB_PORT
+        close_session()  # a connection that the client keeps would still be served
+
+
+@pytest.fixture
+def hub(hub_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A local server with the Hub's API."""
+    with serve(tmp_path_factory.mktemp("hub"), hub_port) as hub:
+        yield hub
 
 
 def example(prompt: list[int], response: list[int], example_id: str = "x") -> Example:

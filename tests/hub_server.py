@@ -3,6 +3,7 @@
 Repositories are folders `<root>/models/<owner>/<name>` and `<root>/datasets/<owner>/<name>`. Each has one commit.
 """
 
+import base64
 import hashlib
 import json
 import threading
@@ -24,6 +25,7 @@ class Hub:
 
     license_id: the license in the card of every repository.
     gated: repositories for which the server returns 401 with the Hub's code for gated ones.
+    owners: those in whose name repositories can be created; others get 403.
     interruptions: by file name, how many of the next transfers are interrupted halfway.
     requests: method and path of each request, with its Range header if there is one.
     """
@@ -32,6 +34,7 @@ class Hub:
     url: str = ""
     license_id: str = "cc0-1.0"
     gated: set[str] = field(default_factory=set)
+    owners: set[str] = field(default_factory=set)
     interruptions: dict[str, int] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
 
@@ -57,8 +60,51 @@ def serve(root: Path, port: int) -> Iterator[Hub]:
             self.do_GET()
 
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.respond(json.loads(body or b"{}"))
+            lines = self.rfile.read(int(self.headers.get("Content-Length", 0))).splitlines()
+            path = urlsplit(self.path).path.strip("/").split("/")
+            # The text of a commit is a JSON object per line.
+            body = [json.loads(line) for line in lines]
+            if path[-1] in ("create", "validate-yaml", "batch") or path[-2] in ("preupload", "commit"):
+                hub.requests.append(f"POST {self.path}")
+                self.upload(path, body)
+            else:
+                self.respond(body[0] if body else {})
+
+        def do_PUT(self) -> None:
+            """Store the content of a large file."""
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            hub.add("large", {self.path.rsplit("/", 1)[1]: content})
+            self.json({})
+
+        def upload(self, path: list[str], body: list[dict[str, Any]]) -> None:
+            if path[-1] == "create":
+                owner = body[0].get("organization", "")
+                if owner not in hub.owners:
+                    return self.error(403, "Forbidden", "You don't have the rights to create a model here")
+                name = f"{owner}/{body[0]['name']}"
+                hub.add(f"models/{name}", {".visibility": body[0]["visibility"].encode()})
+                self.json({"url": f"{hub.url}/{name}"})
+            elif path[-1] == "validate-yaml":
+                self.json({"errors": [], "warnings": []})
+            elif path[-2] == "preupload":
+                modes = {True: "lfs", False: "regular"}
+                names = [file["path"] for file in body[0]["files"]]
+                files = [{"path": name, "uploadMode": modes[name.endswith(".safetensors")]} for name in names]
+                self.json({"files": [{**file, "shouldIgnore": False} for file in files]})
+            elif path[-1] == "batch":
+                urls = {one["oid"]: f"{hub.url}/large/{one['oid']}" for one in body[0]["objects"]}
+                actions = [{**one, "actions": {"upload": {"href": urls[one["oid"]]}}} for one in body[0]["objects"]]
+                self.json({"transfer": "basic", "objects": actions})
+            else:
+                for line in body:
+                    value = line["value"]
+                    if line["key"] == "file":
+                        hub.add("/".join(path[1:4]), {value["path"]: base64.b64decode(value["content"])})
+                    elif line["key"] == "lfsFile":
+                        content = (hub.root / "large" / value["oid"]).read_bytes()
+                        hub.add("/".join(path[1:4]), {value["path"]: content})
+                self.json({"commitUrl": f"{hub.url}/{'/'.join(path[2:4])}/commit/{COMMIT}", "commitOid": COMMIT})
+            return None
 
         def do_GET(self) -> None:
             self.respond({})

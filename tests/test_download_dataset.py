@@ -536,3 +536,22 @@ def test_the_files_of_a_mixture_must_be_in_a_folder(project: Path) -> None:
         UserError, match=r"^dataset_file: found 'data/a\.jsonl'; must be the folder of the files in `datasets`, so"
     ):
         download_dataset.main()
+
+
+def test_columns_that_are_not_trained_on_are_kept_as_json_for_scorers(project: Path) -> None:
+    row = {"instruction": "A", "output": "b", "kind": "é", "n": [1, None], "bad": "\ud800", "check": {"equals": "b"}}
+    read("a.jsonl", json.dumps(row) + "\n")
+    (found,) = pq.read_table("data/raw.parquet").to_pylist()
+    assert json.loads(found["other_columns"]) == {"kind": "é", "n": [1, None], "bad": "\ud800"}
+    assert download_dataset.date_as_text(date(2026, 1, 31)) == "2026-01-31"
+    assert download_dataset.date_as_text(object()) is None  # whose text would differ from run to run
+
+
+def test_the_retention_set_is_read_after_the_dataset_and_is_not_limited(project: Path) -> None:
+    edit(project, max_examples="1", slice_column="kind")
+    row = {"instruction": "A", "output": "b", "kind": "x"}
+    (project / "data/retention.jsonl").write_text("".join(json.dumps(row | {"kind": n}) + "\n" for n in range(3)))
+    read("a.jsonl", json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    rows = pq.read_table("data/raw.parquet").to_pylist()
+    assert [(row["use"], row["slice"]) for row in rows] == [(None, "x"), *[("retention", str(n)) for n in range(3)]]
+    assert json.loads(Path("data/source.json").read_text())["source"] == "data/a.jsonl"

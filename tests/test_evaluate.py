@@ -106,7 +106,7 @@ def test_answers_to_one_prompt_are_one_sample() -> None:
 
 
 def test_an_answer_for_which_a_check_takes_too_long_is_counted_as_failed(capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"source": "a.jsonl", "source_row": 1234}
+    row = "a.jsonl, row 1,234"
     assert evaluate.is_right(row, {"number": 7}, "It is 7.")
     assert not evaluate.is_right(row, {"regex": "(a|aa)+$"}, "a" * 60 + "b")
     assert capsys.readouterr().out == (
@@ -195,12 +195,28 @@ def test_public_functions_of_scorers_py_are_metrics(answered: Path, monkeypatch:
     assert metrics["same_number_se"] is None  # of a single example
 
 
+def test_scorers_may_use_dataclasses_and_caches_and_change_their_row(
+    answered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("scorers.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\nfrom functools import lru_cache\n"
+        "@dataclass\nclass Unit:\n    name: str\n"
+        "@lru_cache\ndef _length(text): return len(text)\n"
+        "def kind(prompt, answer, reference, row): return len(row.pop('kind'))\n"
+        "def kind_again(prompt, answer, reference, row): return _length(row['kind'])\n"
+    )
+    rows = run_evaluate(monkeypatch)
+    assert (rows["sum"]["score_kind"], rows["sum"]["score_kind_again"]) == (4.0, 4.0)
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
         ("return 'good'", "found 'good'; must return a finite number, or None if it does not apply"),
         ("return float('nan')", "found nan; must return a finite number, or None if it does not apply"),
         ("return [1]", "found [1]; must return a finite number, or None if it does not apply"),
+        ("raise SystemExit(0)", "SystemExit in line 1: 0; fix it and run `dvc repro`"),
         ("return 1 / 0", "ZeroDivisionError in line 1: division by zero; fix it and run `dvc repro`"),
     ],
 )

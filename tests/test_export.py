@@ -2,17 +2,21 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from jinja2 import Environment
 
-from stages.data.alpaca import render_alpaca
+from stages.data.alpaca import AlpacaTemplate, alpaca_as_jinja, render_alpaca
+from stages.data.examples import SCORING_SCHEMA, SPLIT_SCHEMA
+from stages.data.masking import load_tokenizer
+from stages.data.tables import write_parquet
 from stages.runtime.errors import UserError
 from tests.clone import edit
 from tests.fork_server import PYTHON
-from tools import export
+from tools import export, gguf
 
 
 def make_llama(folder: Path, merges: list[tuple[str, str]]) -> Path:
@@ -31,7 +35,11 @@ def make_llama(folder: Path, merges: list[tuple[str, str]]) -> Path:
     )
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template="base template"
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=alpaca_as_jinja(True),
     ).save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -64,10 +72,16 @@ def folder(project: Path) -> Path:
     return project
 
 
-def export_error() -> str:
+def run_export(*arguments: str) -> None:
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(sys, "argv", ["export", *arguments])
+        export.main()
+
+
+def export_error(*arguments: str) -> str:
     """The message of the error; also checks that no file is left."""
     with pytest.raises(UserError) as error:
-        export.main()
+        run_export(*arguments)
     assert not Path("models/export").exists() or not list(Path("models/export").iterdir())
     return str(error.value)
 
@@ -76,7 +90,7 @@ def export_error() -> str:
 def test_exported_file_answers_like_the_tuned_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from gguf import GGUFReader
 
-    export.main()
+    run_export()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Generation: packed prompts"
     assert lines[2].split() == ["┃", "prompt", "┃", "models/tuned", "┃", "tuned.gguf", "┃"]
@@ -88,13 +102,66 @@ def test_exported_file_answers_like_the_tuned_model(folder: Path, capsys: pytest
     assert sorted(path.name for path in Path("models/export").iterdir()) == ["README.md", "tuned.gguf"]
     card = Path("models/export/README.md").read_text()
     assert card.startswith("# Model card\n\n## GGUF\n`tuned.gguf` has these weights as float32, written by llama.cpp's")
-    assert "agree in 6 of 6 answers, 72 of 72 tokens.\n" in card
+    assert "| agree | 6 of 6 answers, 72 of 72 tokens |\n" in card
     fields = GGUFReader("models/export/tuned.gguf").fields
     assert fields["general.name"].contents() == "Tuned"
     assert fields["tokenizer.ggml.bos_token_id"].contents() == 1
     assert fields["tokenizer.ggml.eos_token_id"].contents() == 2
     # With the base model's template, prompts would differ from those of the training.
-    assert fields["tokenizer.chat_template"].contents() == export.alpaca_as_jinja()
+    assert fields["tokenizer.chat_template"].contents() == alpaca_as_jinja(begins_with_bos=True)
+
+
+def write_test_split(folder: Path) -> None:
+    """Two examples with a check that any answer passes, and one with a check that none does."""
+    tokenizer = load_tokenizer(folder / "models/tuned")
+    template = AlpacaTemplate(tokenizer)
+    rows, scoring = [], []
+    for number, check in enumerate(['{"max_words": 99}', '{"max_words": 99}', '{"equals": "x y z"}']):
+        prompt = template.encode_prompts([f"Name {number}."])[0]
+        ids = {"input_ids": [*prompt, 5, 2], "labels": [*([-100] * len(prompt)), 5, 2]}
+        rows.append({"example_id": str(number), **ids})
+        scoring.append({"split": "test", "example_id": str(number), "check": check, "other_columns": "{}"})
+    write_parquet(folder / "data/test.parquet", rows, SPLIT_SCHEMA)
+    write_parquet(folder / "data/scoring.parquet", scoring, SCORING_SCHEMA)
+
+
+@pytest.mark.subprocess
+def test_the_exported_file_answers_an_openai_client_with_the_template_of_the_training(folder: Path) -> None:
+    from openai import OpenAI
+
+    run_export()
+    (prompt,) = AlpacaTemplate(load_tokenizer(Path("models/tuned"))).encode_prompts(["Name a color."])
+    with gguf.llama_server(gguf.GGUF, 256) as post:
+        expected = post("/completion", prompt=prompt, n_predict=12, temperature=0)["content"]
+    server = gguf.start_server(gguf.GGUF, 256)
+    client = OpenAI(base_url=f"{server.listening_address}/v1", api_key="none")
+    messages = [{"role": "user", "content": "Name a color."}]
+    reply = client.chat.completions.create(model="tuned", messages=messages, temperature=0, max_tokens=12)
+    assert reply.usage.prompt_tokens == len(prompt)
+    assert reply.choices[0].message.content == expected
+
+
+@pytest.mark.subprocess
+@pytest.mark.skipif(shutil.which("llama-quantize") is None, reason="no llama-quantize; make export QUANT=... builds it")
+def test_quantized_file_is_compared_with_the_unquantized_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_test_split(folder)
+    assert export_error("--quant", "Q4").startswith("QUANT: found 'Q4'; must be one of ")
+    run_export("--quant", "Q8_0")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Q8_0 agrees" in printed
+    assert "pass rate 0.667 (float32), 0.667 (Q8_0), over 3 test examples with a check" in printed
+    names = ["README.md", "tuned-Q8_0.gguf", "tuned.gguf"]
+    assert sorted(path.name for path in Path("models/export").iterdir()) == names
+    sizes = [Path("models/export", name).stat().st_size for name in names[1:]]
+    assert sizes[0] < sizes[1] / 2
+    assert "| pass rate | 0.667 (float32), 0.667 (Q8_0), over 3" in Path("models/export/README.md").read_text()
+
+
+def test_missing_quantizer_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert export_error("--quant", "Q8_0") == (
+        "export: llama-quantize is not installed; run `make export QUANT=...`, which builds it"
+    )
 
 
 @pytest.mark.subprocess
@@ -105,7 +172,7 @@ def test_tokenizer_that_llama_cpp_would_use_differently_is_refused(project: Path
     Path("models/export").mkdir()
     Path("models/export/tuned.gguf").write_text("an earlier file")
     with pytest.raises(UserError) as error:
-        export.main()
+        run_export()
     message = re.sub(r"[\d.]+\)", "N)", str(error.value))
     assert message.startswith("models/export/tuned.gguf: llama.cpp (xllamacpp N) tokenizes 'Explain what machine ")
     assert message.endswith(
@@ -144,12 +211,12 @@ def test_failing_converter_is_reported_with_its_reason(
     script = tmp_path / "script.py"
     script.write_text(body)
     with pytest.raises(error, match=message):
-        export.convert(script, "", "bfloat16", tmp_path / "tuned.gguf")
+        gguf.convert(script, "bfloat16", tmp_path / "tuned.gguf")
 
 
 def test_missing_tuned_model_is_reported(project: Path) -> None:
     with pytest.raises(FileNotFoundError) as error:
-        export.main()
+        run_export()
     assert error.value.filename == "models/tuned"
 
 
@@ -171,13 +238,13 @@ def test_eos_token_other_than_the_trained_one_is_refused(tmp_path: Path) -> None
     writer.close()
     tokenizer = AutoTokenizer.from_pretrained(make_llama(tmp_path / "tuned", merges=[]))
     with pytest.raises(UserError, match=r"^models/export/tuned.gguf: found EOS token 1; must be 2 \(</s>\), "):
-        export.check_eos_token(tmp_path / "other.gguf", tokenizer)
+        gguf.check_eos_token(tmp_path / "other.gguf", tokenizer)
 
 
 def test_file_that_llama_cpp_cannot_load_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tuned.gguf").write_bytes(b"GGUF and then nothing")
     with pytest.raises(UserError, match=r"^models/export/tuned.gguf: llama.cpp \(xllamacpp [\d.]+\): can't be read: "):
-        export.gguf_answers(tmp_path / "tuned.gguf", ["Name a colour."], [[1, 2]], 4)
+        gguf.gguf_answers(tmp_path / "tuned.gguf", [[1, 2]], 4)
 
 
 @pytest.mark.parametrize(
@@ -206,8 +273,15 @@ def test_answers_that_differ_within_the_first_tokens_are_refused() -> None:
 
 def test_exported_chat_template_renders_prompts_as_in_training() -> None:
     messages = [{"role": "user", "content": "Hello"}, {"role": "user", "content": ' Name "{{ a }}"\n'}]
-    rendered = Environment(autoescape=False).from_string(export.alpaca_as_jinja()).render(messages=messages)
+    rendered = Environment(autoescape=False).from_string(alpaca_as_jinja(False)).render(messages=messages)
     assert rendered == render_alpaca(' Name "{{ a }}"\n')
+
+
+def test_chat_template_has_system_messages_and_the_beginning_of_the_answer() -> None:
+    template = Environment(autoescape=False).from_string(alpaca_as_jinja(begins_with_bos=True))
+    messages = [("system", "Be brief."), ("user", "Old?"), ("assistant", "Yes."), ("user", "New?"), ("assistant", "It")]
+    rendered = template.render(bos_token="<s>", messages=[{"role": role, "content": text} for role, text in messages])
+    assert rendered == "<s>" + render_alpaca("Be brief.\n\nNew?") + "It"
 
 
 def test_page_shows_the_prompt_as_in_training() -> None:

@@ -7,16 +7,15 @@ import re
 import shutil
 import subprocess
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from tests import HF_HOME, HUB_PORT
+from tests import HF_HOME
 from tests.clone import ROOT, edit
 from tests.fork_server import run_forked
-from tests.hub_server import COMMIT, Hub, serve
+from tests.hub_server import COMMIT, Hub
 
 pytestmark = [pytest.mark.subprocess, pytest.mark.usefixtures("fast_stages")]
 ROWS = [
@@ -31,12 +30,6 @@ JSONL = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 def _empty_cache() -> None:
     for path in Path(HF_HOME).iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-@pytest.fixture
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    with serve(tmp_path_factory.mktemp("hub"), HUB_PORT) as hub:
-        yield hub
 
 
 def run_stage(stage: str) -> subprocess.CompletedProcess[str]:
@@ -155,11 +148,11 @@ def test_a_revision_that_does_not_exist_is_an_error(project: Path, hub: Hub, kin
 
 
 @pytest.mark.parametrize(("kind", "stage"), [("model", "download_model"), ("dataset", "download_dataset")])
-def test_a_failed_connection_is_an_error(project: Path, kind: str, stage: str) -> None:
+def test_a_failed_connection_is_an_error(project: Path, hub_port: int, kind: str, stage: str) -> None:
     edit(project, **{f"{kind}_name": "acme/one"})
     message = failure(run_stage(stage))
     assert message.startswith(
-        f"error: {kind}_name: 'acme/one': the connection to the Hub at http://127.0.0.1:{HUB_PORT} failed ("
+        f"error: {kind}_name: 'acme/one': the connection to the Hub at http://127.0.0.1:{hub_port} failed ("
     )
     assert message.endswith(f"); check the network and run again (finished downloads are kept), or use a local {kind}")
 

@@ -23,6 +23,10 @@ class Side:
     passed: list[bool] | None
     name: str = "new"
     columns: dict[str, Any] = field(default_factory=dict)
+    is_measured: bool = True
+
+    def read_json(self, path: str) -> dict[str, Any]:
+        return {"loss": 1.0} if self.is_measured else {}
 
     def read_table(self, path: str, columns: list[str]) -> pd.DataFrame | None:
         if self.passed is None:
@@ -41,7 +45,7 @@ def test_examples_are_broken_still_failing_fixed_or_passing() -> None:
     states = [(example.state, example.prompt) for example in found]
     assert states == [("broken", "Say 1."), ("still failing", "Say 2."), ("fixed", "Say 0."), ("passing", "Say 3.")]
     gate = check_must_pass(found)
-    assert (gate.passed, gate.found) == (False, "1 broken, 1 still failing, 1 fixed, 1 passing: Say 1.")
+    assert (gate.passed, gate.found) == (False, "1 broken, 1 still failing, 1 fixed, 1 passing (broken: Say 1.)")
     assert must_pass_table(found).splitlines()[4:] == [
         "| ❌ broken | Say 1. | answer 1 | answer 1 |",
         "| still failing | Say 2. | answer 2 | answer 2 |",
@@ -50,7 +54,7 @@ def test_examples_are_broken_still_failing_fixed_or_passing() -> None:
 
 
 def test_an_example_that_before_has_no_answer_to_is_passing_or_still_failing() -> None:
-    for before in (Side(None), Side([True] * 4, columns={"checked": False})):
+    for before in (Side(None, is_measured=False), Side([True] * 4, columns={"checked": False})):
         found = compared(before, Side([True, False, True, True]))
         assert found
         assert [example.state for example in found] == ["still failing", "passing", "passing", "passing"]
@@ -64,11 +68,10 @@ def test_all_answers_to_a_prompt_must_pass() -> None:
 
 
 def test_the_gate_fails_if_the_predictions_are_not_available() -> None:
-    gate = check_must_pass(compared(Side([True] * 4), Side(None)))
-    assert (gate.passed, gate.found) == (
-        False,
-        "undecided, because the predictions are not available; `dvc pull` gets them",
-    )
+    for before, after in ((Side([True] * 4), Side(None)), (Side(None), Side([True] * 4))):
+        gate = check_must_pass(compared(before, after))
+        found = "undecided, because the predictions are not available; `dvc pull` gets them"
+        assert (gate.passed, gate.found) == (False, found)
 
 
 @pytest.mark.parametrize(("question", "given"), [("Name a color.", ""), ("Sort these\nwords.", "b a\nd c")])
@@ -82,20 +85,23 @@ def test_a_prompt_may_be_followed_by_its_input(question: str, given: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("entry", "checked", "message"),
-    [
-        (
-            "Name a river.",
-            True,
-            "must_pass.yaml: 'Name a river.' is not in the test split of new; must be a prompt",
-        ),
-        ("id1", False, "must_pass.yaml: the row of 'id1' has no check; add one to the dataset"),
-    ],
+    ("entry", "checked", "state"),
+    [("Name a river.", True, "not in the test split"), ("id1", False, "without a check")],
 )
-def test_an_entry_must_be_a_test_row_with_a_check(entry: str, checked: bool, message: str) -> None:
-    with pytest.raises(UserError) as error:
-        compared(Side([True] * 4), Side([True] * 4, columns={"checked": checked}), entry)
-    assert str(error.value).startswith(message)
+def test_an_entry_that_is_not_a_test_row_with_a_check_fails_the_gate(entry: str, checked: bool, state: str) -> None:
+    found = compared(Side([True] * 4), Side([True] * 4, columns={"checked": checked}), entry)
+    assert found == [MustPass(state, entry)]
+    gate = check_must_pass(found)
+    assert (gate.passed, gate.found) == (False, f"1 {state} ({state}: {entry}); correct must_pass.yaml")
+    assert f"| ❌ {state} | {entry} |" in must_pass_table(found)
+
+
+def test_rows_with_the_same_prompt_count_once_and_need_one_check() -> None:
+    columns = {"prompt_id": ["same", "same", "p2", "p3"], "checked": [True, False, True, True]}
+    sides = Side([False] * 4, columns=columns), Side([True] * 4, columns=columns)
+    found = compared(*sides, "same", "id0")
+    assert found
+    assert [(example.state, example.prompt) for example in found] == [("fixed", "Say 0.")]
 
 
 @pytest.mark.parametrize(

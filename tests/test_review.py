@@ -204,12 +204,20 @@ def test_lost_abilities_are_reported_and_can_fail_a_gate(folder: Path) -> None:
 def test_a_broken_must_pass_example_fails_the_review(folder: Path) -> None:
     Path("must_pass.yaml").write_text("- id0\n- id1\n")
     output = review(folder, "before", "broken", exit_code=1)
-    assert "failed: no must-pass example is broken; found: 1 broken, 1 passing: Say id1." in output
+    assert "failed: no must-pass example is broken; found: 1 broken, 1 passing (broken: Say id1.)" in output
     report = Path("review.md").read_text()
     assert "## Must-pass examples\n\n1 broken, 1 passing.\n\n|" in report
     Path("must_pass.yaml").write_text("- Say something else.\n")
     output = review(folder, "before", "better", exit_code=1)
-    assert "error: must_pass.yaml: 'Say something else.' is not in the test split of better; must be" in output
+    assert "found: 1 not in the test split (not in the test split: Say something else.); correct must_pass" in output
+
+
+def test_a_gate_on_a_metric_of_scorers_py_is_checked_also_without_predictions(folder: Path) -> None:
+    Path("gates.yaml").write_text("brief: {not_worse_by: 0.1}\n")
+    metrics = json.loads(Path("metrics/evaluate/tuned.json").read_text()) | {"brief": 0.5, "brief_se": 0.1}
+    Path("metrics/evaluate/tuned.json").write_text(json.dumps(metrics))
+    output = review(folder, "seed")  # with the same predictions
+    assert "passed: brief not worse than in seed by more than 0.1; found: the same" in output
 
 
 @pytest.mark.parametrize("name", ["mean_response_tokens", "accuracy", "retention.mean_response_tokens"])

@@ -153,7 +153,7 @@ def test_results_that_were_not_pushed_are_listed_and_the_hook_pushes_them(team: 
     run(clone, "dvc", "install")
     run(clone, "git", "commit", "-q", "--allow-empty", "-m", "more")
     run(clone, "git", "push", "-q")
-    assert len(files(other, "files/md5/*/*")) == 26  # a file per output, and a list per model folder
+    assert len(files(other, "files/md5/*/*")) == 27  # a file per output, and a list per model folder
 
 
 def test_the_model_alone_is_enough_to_evaluate_it_again(team: Team, tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jinja2 import Environment
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
 from stages import train
+from stages.data.alpaca import render_alpaca
 from stages.data.examples import read_split
 from stages.engine import engine as engine_module
 from stages.engine.batches import Batches, Limits, PackedBatches, PaddedBatches, shuffled_batches
@@ -154,6 +156,7 @@ def test_the_tuned_model_is_complete_and_its_snippet_runs(capsys: pytest.Capture
     names = {path.name for path in Path("models/tuned").iterdir()}
     assert names == {
         "README.md",
+        "chat_template.jinja",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -162,6 +165,10 @@ def test_the_tuned_model_is_complete_and_its_snippet_runs(capsys: pytest.Capture
     }
     assert json.loads(Path("models/tuned/config.json").read_text())["dtype"] == "bfloat16"
     assert json.loads(Path("models/tuned/generation_config.json").read_text())["eos_token_id"] == 0
+    template = Path("models/tuned/chat_template.jinja").read_text()  # other programs prompt the model as in training
+    assert Environment(autoescape=False).from_string(template).render(
+        messages=[{"role": "user", "content": "Why?"}]
+    ) == render_alpaca("Why?")
     card = Path("models/tuned/README.md").read_text()
     assert "# `tiny`, fine-tuned on `a.jsonl`" in card
     assert "| learning_rate | 0.001 |" in card

@@ -99,7 +99,7 @@ def test_fewer_than_half_of_the_examples_or_thirty_are_too_few(num: int, expecte
     assert found.is_small == (expected == "undecided")
     assert found.notes[0] == (
         f"The test sets differ: main has 100 examples, new {num}. Only the {num} common ones are compared, so the "
-        "values differ from those in metrics/evaluate/tuned.json."
+        "values differ from those of all examples."
     )
 
 
@@ -201,6 +201,31 @@ def test_unusual_seeds_are_no_error(params: Any, stages: Any, seed: int, notes: 
     found = find_runs(Files(params, stages))  # type: ignore[arg-type]
     assert list(found.paths) == [seed]
     assert found.notes == notes
+
+
+def test_predictions_of_earlier_answers_are_not_used() -> None:
+    def stage(out: str, md5: str, dep: str = "", dep_md5: str = "") -> dict[str, Any]:
+        return {"outs": [{"path": out, "md5": md5}], "deps": [{"path": dep, "md5": dep_md5}] if dep else []}
+
+    answers, predictions = "data/answers/replicates/1.parquet", "data/predictions/replicates/1.parquet"
+    stages = {
+        "train": stage("models/tuned", "a"),
+        "predict@tuned": stage("data/answers/tuned.parquet", "b", "models/tuned", "a"),
+        "evaluate@tuned": stage("data/predictions/tuned.parquet", "c", "data/answers/tuned.parquet", "b"),
+        "replicate@1": stage(answers, "d"),
+        "evaluate_replicate@1": stage(predictions, "e", answers, "d"),
+    }
+    params = {"seed": 42, "replicate_seeds": [1]}
+    found = find_runs(Files(params, stages))  # type: ignore[arg-type]
+    assert (list(found.paths), found.notes) == ([42, 1], [])
+    stages["replicate@1"] = stage(answers, "new")
+    found = find_runs(Files(params, stages))  # type: ignore[arg-type]
+    assert list(found.paths) == [42]
+    assert found.notes == [f"main: {answers} changed after it was scored; `dvc repro` scores it again."]
+    stages["train"] = stage("models/tuned", "new")
+    found = find_runs(Files(params, stages))  # type: ignore[arg-type]
+    assert list(found.paths) == []
+    assert found.notes[0] == "main: models/tuned changed after it was scored; `dvc repro` scores it again."
 
 
 def test_stop_rate_that_no_example_counts_for_is_not_measured() -> None:

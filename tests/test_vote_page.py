@@ -16,7 +16,7 @@ import pytest
 from review.votes import Pair, read_votes
 from stages.runtime.errors import UserError
 from tools.judge import ask_judge
-from tools.vote import Ballot
+from tools.vote import Ballot, parse_port
 from tools.vote_server import HOST, VoteServer
 
 HOSTILE = '<img src=x onerror="document.title=1"><b>"\'&'
@@ -208,6 +208,22 @@ def test_only_the_page_itself_can_send_votes(headers: Any, content: Any, status:
     assert "NONCE" not in page.text
 
 
+def test_a_vote_file_that_was_damaged_meanwhile_is_reported_on_the_page() -> None:
+    own = ballot()
+    own.vote(own.left[0], "0")
+    with running(VoteServer(own, 0)) as url:
+        FILE.write_text("{")
+        response = httpx2.get(f"{url}/state")
+    assert response.status_code == 409
+    assert response.text.startswith("votes/a..b.jsonl:1: not a vote: ")
+
+
+@pytest.mark.parametrize("port", ["", "0", "99999", "x"])
+def test_an_invalid_port_is_reported(port: str) -> None:
+    with pytest.raises(UserError, match=f"^PORT: found '{port}'; must be a number from 1 to 65535$"):
+        parse_port(port)
+
+
 def test_a_port_in_use_is_reported() -> None:
     with socket.socket() as taken:
         taken.bind((HOST, 0))
@@ -262,22 +278,21 @@ def test_a_judge_that_can_not_be_used_is_reported_and_its_votes_are_kept(monkeyp
             ask_judge(PAIRS, FILE, url, model)
         return str(error.value)
 
-    with endpoint(lambda text: "Both are nice." if "Say 1." in text else "0") as (url, _):
+    replies = {"Say 1.": "Both are nice.", "Say 2.": "2 answers are wrong"}
+    with endpoint(lambda text: next((reply for key, reply in replies.items() if key in text), "0")) as (url, _):
         assert message(url) == (
-            f"the judge {url}/: found the reply 'Both are nice.'; must be 1, 2 or 0; use a model that follows "
-            "instructions"
+            "JUDGE: 2 of 4 prompts have no vote; the first: found the reply 'Both are nice.'; must be 1, 2 or 0; use a "
+            "model that follows instructions"
         )
-        assert choices("judge m") == {"id0": "equal"}
-        assert message(url.removesuffix("/v1")).startswith(f"the judge {url.removesuffix('v1')}: Client error '404")
-    assert message(url).startswith(f"the judge {url}/: [Errno 111] Connection refused; JUDGE must be an OpenAI-compat")
+        assert choices("judge m") == {"id0": "equal", "id3": "equal"}
+        wrong = url.removesuffix("/v1")
+        assert message(wrong).startswith(f"JUDGE: {wrong}: Client error '404")
+    assert message(url).startswith(f"JUDGE: {url}: [Errno 111] Connection refused; must be an OpenAI-compatible API")
     assert message(url, "") == "the model of the judge is not known; set it: make vote JUDGE=URL JUDGE_MODEL=NAME"
-    assert message("nonsense").startswith(
-        "the judge nonsense/: Request URL is missing an 'http://' or 'https://' protocol"
-    )
+    assert message("nonsense").startswith("JUDGE: nonsense: Request URL is missing an 'http://' or 'https")
+    assert message("http://[::1").startswith("JUDGE: http://[::1: Invalid")
     monkeypatch.setattr("tools.judge.TIMEOUT", 0.05)
     silent = threading.Event()
     with endpoint(lambda _: str(silent.wait(5))) as (url, _):
-        assert message(url).startswith(
-            f"the judge {url}/: no reply within 0.05 s; JUDGE must be an OpenAI-compatible API"
-        )
+        assert message(url).startswith(f"JUDGE: {url}: no reply within 0.05 s; must be an OpenAI")
         silent.set()

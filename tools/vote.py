@@ -11,7 +11,7 @@ from threading import Lock
 from typing import Any
 
 from review.revisions import WORKSPACE, Revision
-from review.votes import Choice, Pair, Tally, Vote, count, find_pairs, overall, read_votes, write_votes
+from review.votes import Choice, Pair, Tally, Vote, count, find_pairs, overall, read_votes, update_votes
 from stages.data.conversations import content_hash
 from stages.runtime.errors import UserError
 from stages.runtime.locks import file_lock
@@ -66,7 +66,7 @@ class Ballot:
                 return
             choice: Choice = "equal" if answer == "0" else self.in_order(pair)[int(answer) - 1]
             vote = Vote(self.voter, self.voter_id, example_id, choice, *pair.hashes())
-            write_votes(self.path, [*self.votes(), vote])
+            update_votes(self.path, [*self.pairs.values()], lambda votes: [*votes, vote])
 
     def undo(self) -> None:
         """Go back to the last prompt, and delete the vote on it."""
@@ -75,10 +75,13 @@ class Ballot:
                 return
             example_id = self.done.pop()
             self.left = [example_id, *(each for each in self.left if each != example_id)]
-            votes = self.votes()
-            kept = [vote for vote in votes if (vote.voter, vote.example_id) != (self.voter, example_id)]
-            if len(kept) < len(votes):
-                write_votes(self.path, kept)
+            key = self.voter, example_id
+
+            def without_it(votes: list[Vote]) -> list[Vote]:
+                return [vote for vote in votes if (vote.voter, vote.example_id) != key]
+
+            if any((vote.voter, vote.example_id) == key for vote in self.votes()):
+                update_votes(self.path, [*self.pairs.values()], without_it)
 
     def reveal(self) -> None:
         with self.lock:
@@ -119,7 +122,7 @@ def main() -> None:
     parser.add_argument("base", help="branch, tag, commit or experiment to compare with")
     parser.add_argument("revision", nargs="?", default=WORKSPACE, help="the other revision; the workspace by default")
     parser.add_argument("--voter", default="", help="your name; by default user.name of git")
-    parser.add_argument("--port", type=int, default=8765, help="port of the page on loopback")
+    parser.add_argument("--port", default="8765", help="port of the page on loopback")
     parser.add_argument("--judge", default="", metavar="URL", help="an OpenAI-compatible endpoint that votes instead")
     parser.add_argument("--judge-model", default="", metavar="NAME", help="the name of its model")
     options = parser.parse_args()
@@ -142,13 +145,19 @@ def main() -> None:
         ballot = Ballot(pairs, path, voter, content_hash(git_config("user.email"))[:8], names)
         lock = Path(f".scratch/vote-{content_hash(str(path), voter)[:12]}.lock")
         with file_lock(lock, f"serves the page of the voter {voter!r}"):
-            serve(ballot, options.port)
+            serve(ballot, parse_port(options.port))
     tally = overall(read_votes(path, pairs))
     summary(
         {"votes": f"{tally.wins + tally.losses + tally.ties:,} of {len(pairs):,} prompts: {result(tally)}"},
         wrote=[path] if path.exists() else [],
-        then=f"git add votes; make review BASE={options.base}",
+        then=f"git add votes; make review BASE={options.base} REV={options.revision}",
     )
+
+
+def parse_port(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise UserError(f"PORT: found {text!r}; must be a number from 1 to 65535")
+    return int(text)
 
 
 def result(tally: Tally) -> str:

@@ -88,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 raise ValueError
             self.send_state()
-        except UserError as error:  # such as a vote file that was edited meanwhile
+        except UserError as error:
             self.send(409, "text/plain", str(error))
         except (ValueError, KeyError, TypeError):
             self.send(400, "text/plain", "not a vote")
@@ -99,7 +99,10 @@ class Handler(BaseHTTPRequestHandler):
         return self.headers.get("Host") in names
 
     def send_state(self) -> None:
-        self.send(200, "application/json", json.dumps(self.server.ballot.state()))
+        try:
+            self.send(200, "application/json", json.dumps(self.server.ballot.state()))
+        except UserError as error:  # such as a vote file that was edited meanwhile
+            self.send(409, "text/plain", str(error))
 
     def send(self, status: int, kind: str, text: str, policy: str = "default-src 'none'") -> None:
         content = text.encode()

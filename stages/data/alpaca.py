@@ -1,5 +1,6 @@
 """Alpaca's template: one instruction and one response."""
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,23 @@ def render_alpaca(instruction: str, input_text: str = "") -> str:
     return ALPACA.format(instruction=instruction.strip())
 
 
+def alpaca_as_jinja(begins_with_bos: bool) -> str:
+    """A chat template that renders a question as in training, for servers and other programs.
+
+    Only the last user message is rendered, because training examples have no earlier ones. It follows the system
+    messages if there are some. If the last message is of the assistant, the answer begins with it.
+    """
+    before, after = map(json.dumps, render_alpaca("\0").split("\0"))
+    return (
+        "{% set found = namespace(system='', user='') %}{% for message in messages %}"
+        "{% if message['role'] == 'system' %}"
+        "{% set found.system = found.system + (message['content'] | trim) + '\\n\\n' %}"
+        "{% elif message['role'] == 'user' %}{% set found.user = message['content'] | trim %}{% endif %}{% endfor %}"
+        f"{{{{ {'bos_token + ' if begins_with_bos else ''}{before} + found.system + found.user + {after} }}}}"
+        "{% if messages[-1]['role'] == 'assistant' %}{{ messages[-1]['content'] }}{% endif %}"
+    )
+
+
 class AlpacaTemplate:
     """One instruction and one response, tokenized separately and joined, so that the boundary is exact.
 
@@ -54,10 +72,10 @@ class AlpacaTemplate:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
-        self.chat_template = None
         self.eos_token_ids: list[int] = [tokenizer.eos_token_id]
         self._tokenizer = tokenizer
         self._plain_text = PlainText(tokenizer)
+        self.chat_template = alpaca_as_jinja(bool(self._plain_text.bos))
 
     def format(self, conversations: Sequence[Conversation], max_length: int) -> Formatted:
         """Render, tokenize and mask."""

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from stages.data.alpaca import render_alpaca
 from stages.data.tables import shards
 from stages.runtime.files import file_sha256, read_json
 from stages.runtime.params import TrainParams
@@ -29,12 +28,6 @@ def model_card(params: TrainParams, metrics: dict[str, Any]) -> str:
     data = read_json(Path("data/source.json"))
     data_hash = file_sha256(*shards(Path("data/train.parquet")))
     parameter_rows = "\n".join(f"| {name} | {value} |" for name, value in params.model_dump().items())
-    question = "What is the capital of France?"
-    if params.template == "alpaca":
-        inputs = f'prompt = {render_alpaca(question)!r}\ninputs = tokenizer(prompt, return_tensors="pt")'
-    else:
-        inputs = f'messages = [{{"role": "user", "content": "{question}"}}]\ninputs = tokenizer.apply_chat_template('
-        inputs += 'messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)'
     names = {"lora": "LoRA", "qlora": "QLoRA (4-bit base)"}
     trained = (
         f"{names[params.finetuning]} of rank {params.lora_rank}, weights merged" if params.uses_lora else "all weights"
@@ -65,7 +58,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("models/tuned")
 tokenizer = AutoTokenizer.from_pretrained("models/tuned")
-{inputs}
+messages = [{{"role": "user", "content": "What is the capital of France?"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```

@@ -7,6 +7,7 @@ from httpx2 import HTTPError
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -49,4 +50,27 @@ def hub_errors(parameter: str, repo_id: str, revision: str | None) -> Iterator[N
         raise UserError(
             f"{where}: the connection to the Hub at {constants.ENDPOINT} failed ({reason}); "
             f"check the network and run again (finished downloads are kept), or use a local {kind}"
+        ) from None
+
+
+@contextmanager
+def upload_errors(repo_id: str) -> Iterator[None]:
+    """Turn the Hub client's errors during an upload into a `UserError`."""
+    where = f"REPO: {repo_id!r}"
+    try:
+        yield
+    except HFValidationError as error:
+        raise UserError(f"{where} must be an id like owner/name: {error}") from None
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise UserError(
+                f"{where} can't be written with this token; log in with `hf auth login` or set HF_TOKEN, with a token "
+                "that may write to this repository"
+            ) from None
+        raise UserError(f"{where}: the Hub refused the upload: {error}; see {constants.ENDPOINT}/{repo_id}") from None
+    except (HTTPError, OfflineModeIsEnabled, ConnectionError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(
+            f"{where}: the connection to the Hub at {constants.ENDPOINT} failed ({reason}); check the network and run "
+            "again: nothing was published"
         ) from None

@@ -74,7 +74,12 @@ def all_metrics(rows: "pd.DataFrame") -> list[Metric]:
     """The metrics of predictions: `METRICS`, pass@k if there are several answers, and those of `scorers.py`."""
     num_answers = int(rows["num_answers"].max()) if "num_answers" in rows else 1
     powers = (2**exponent for exponent in range(1, num_answers.bit_length()))
-    return [*METRICS, *map(pass_at, powers), *(scorer_metric(name) for name in rows if name.startswith(PREFIX))]
+    scorers = [column for column in rows if column.startswith(PREFIX)]
+    return [
+        *METRICS,
+        *map(pass_at, powers),
+        *(column_metric(column.removeprefix(PREFIX), column, 1) for column in scorers),
+    ]
 
 
 def pass_at(k: int) -> Metric:
@@ -92,10 +97,9 @@ def pass_at(k: int) -> Metric:
     return Metric(f"pass_at_{k}", 1, probability, lambda rows: rows["checked"], ("passed", "checked", "num_answers"))
 
 
-def scorer_metric(column: str) -> Metric:
-    """The mean of a scorer over the examples to which it applies."""
-    name = column.removeprefix(PREFIX)
-    return Metric(name, 1, lambda rows: rows[column].fillna(0), lambda rows: rows[column].notna(), (column,))
+def column_metric(name: str, column: str, direction: int) -> Metric:
+    """The mean of a column over the examples that have a value."""
+    return Metric(name, direction, lambda rows: rows[column].fillna(0), lambda rows: rows[column].notna(), (column,))
 
 
 def metrics_by_slice(rows: "pd.DataFrame") -> dict[str, Any]:

@@ -3,8 +3,11 @@
 import importlib.util
 import inspect
 import math
+import sys
 import traceback
 from collections.abc import Callable, Mapping
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +30,15 @@ def load_scorers(path: Path = SCORERS) -> dict[str, Scorer]:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None  # noqa: S101 (the name ends in .py)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look it up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{path}: can't be run: {_describe(error, path)}; fix it") from None
     scorers: dict[str, Scorer] = {}
     for name, function in vars(module).items():
-        if inspect.isfunction(function) and function.__module__ == module.__name__ and not name.startswith("_"):
+        is_own = isinstance(function, partial) or getattr(function, "__module__", None) == module.__name__
+        if callable(function) and not inspect.isclass(function) and is_own and not name.startswith("_"):
             try:
                 inspect.signature(function).bind("", "", "", {})
             except TypeError:
@@ -58,8 +63,8 @@ def score(
     """
     where = f"{SCORERS}: {name} for {where} and the answer {answer!r:.200}"
     try:
-        value: Any = scorer(prompt, answer, reference, row)
-    except Exception as error:
+        value: Any = scorer(prompt, answer, reference, deepcopy(row))  # which the function may change
+    except (Exception, SystemExit) as error:
         raise UserError(f"{where}: {_describe(error, SCORERS)}; fix it and run `dvc repro`") from None
     if value is None:
         return None
@@ -72,7 +77,7 @@ def score(
     return number
 
 
-def _describe(error: Exception, path: Path) -> str:
+def _describe(error: BaseException, path: Path) -> str:
     """The type and the text of an error, and its line in the file."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename) == path.resolve()]

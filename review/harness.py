@@ -1,0 +1,75 @@
+"""Results of lm-evaluation-harness (`make lm-eval`): one value per task, metric and example, compared in pairs."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from review.revisions import Revision, output_hashes
+from review.runs import RevisionRuns
+from review.verdicts import Results, compare_runs
+from stages.scoring.metrics import column_metric
+
+SAMPLES = "metrics/lm_eval/{model}.jsonl"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The results of one model.
+
+    model: the MD5 of its folder in `dvc.lock`.
+    directions: for each task and metric, 1 if higher is better, or −1.
+    table: a column for each task and metric, with missing values for the examples of other tasks; example ids as index.
+    """
+
+    model: str
+    directions: dict[str, int]
+    table: pd.DataFrame
+
+
+def write_samples(samples: Samples, settings: Mapping[str, Any]) -> str:
+    """The content of the file: a line about the model and the harness, then a line per example."""
+    header = {"model": samples.model, "directions": samples.directions, **settings}
+    rows = (
+        {"example_id": example_id} | {name: value for name, value in row.items() if pd.notna(value)}
+        for example_id, row in zip(samples.table.index, samples.table.to_dict("records"), strict=True)
+    )
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (header, *rows))
+
+
+def read_samples(revision: Revision, model: str = "tuned") -> Samples | None:
+    """The results of a model of a revision; None if there are none."""
+    path = SAMPLES.format(model=model)
+    if (content := revision.read(path)) is None:
+        return None
+    with revision.user_errors(path):
+        header, *rows = map(json.loads, content.decode().splitlines())
+        table = pd.DataFrame(rows).set_index("example_id")
+        return Samples(header["model"], header["directions"], table)
+
+
+def compare_harness(before: Revision, after: Revision) -> Results | None:
+    """Compare the tuned models of two revisions; None if one of them has no results.
+
+    Results of another model than the one in `dvc.lock` are not used.
+    """
+    sides, notes = [read_samples(revision) for revision in (before, after)], []
+    for revision, samples in zip((before, after), sides, strict=True):
+        if samples and samples.model != output_hashes(revision.read_yaml("dvc.lock")).get("models/tuned"):
+            notes.append(f"{revision.name}: {SAMPLES.format(model='tuned')} is of another model; run `make lm-eval`.")
+    first, second = sides
+    if first is None or second is None:
+        return None
+    return Results([], notes, []) if notes else compare_samples(first, second, (before.name, after.name))
+
+
+def compare_samples(before: Samples, after: Samples, names: tuple[str, str]) -> Results:
+    """Compare the tasks and metrics that both models have, on their common examples."""
+    common = [name for name in after.directions if name in before.directions]
+    if not common:
+        return Results([], [f"{names[0]} and {names[1]} have run no common task of lm-evaluation-harness."], [])
+    metrics = [column_metric(name, name, after.directions[name]) for name in common]
+    sides = [RevisionRuns(tables={0: side.table}) for side in (before, after)]
+    return compare_runs(sides[0], sides[1], names, {}, "lm-evaluation-harness", metrics)

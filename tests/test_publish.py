@@ -1,0 +1,110 @@
+"""`make publish` with the real Hub client and the local server."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stages.runtime.errors import UserError
+from stages.runtime.yaml12 import parse_yaml
+from tests.clone import copy_clone
+from tests.hub_server import Hub
+from tools import publish
+
+
+@pytest.fixture
+def clone(ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(copy_clone(ran, tmp_path / "clone"))
+    return tmp_path / "clone"
+
+
+def run_publish(monkeypatch: pytest.MonkeyPatch, repo: str = "acme/tiny") -> None:
+    monkeypatch.setattr("sys.argv", ["publish", repo])
+    publish.main()
+
+
+@pytest.mark.subprocess
+def test_the_model_its_card_and_its_metrics_are_uploaded_in_one_commit(
+    clone: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.owners = {"acme"}
+    run_publish(monkeypatch)
+    uploaded = hub.root / "models/acme/tiny"
+    names = {str(path.relative_to(uploaded)) for path in uploaded.rglob("*") if path.is_file()}
+    expected = {path.name for path in (clone / "models/tuned").iterdir()} | {"params.yaml", "dvc.lock", ".visibility"}
+    metrics = {"evaluate/base.json", "evaluate/tuned.json", "format.json", "split.json", "train.json"}
+    assert names == expected | {f"metrics/{name}" for name in metrics}
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (uploaded / name).read_bytes() == (clone / "models/tuned" / name).read_bytes()
+    assert (uploaded / ".visibility").read_text() == "private"
+    card = (uploaded / "README.md").read_text()
+    assert card.startswith(
+        (clone / "models/tuned/README.md").read_text().rstrip() + "\n\n## Evaluation\n| data | metric |"
+    )
+    assert card.count("| test set, 8 examples | loss (nats/token) | ") == 1
+    assert card.count("| retention set, 6 examples | pass rate | ") == 1
+    assert [request for request in hub.requests if "/commit/" in request] == ["POST /api/models/acme/tiny/commit/main"]
+    assert f"uploaded  {len(names) - 1} files to {hub.url}/acme/tiny" in capsys.readouterr().out
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize(
+    ("repo", "message"),
+    [
+        ("", "REPO is empty; name a model of yours on the Hub: make publish REPO=owner/name"),
+        ("a/b/c", "REPO: 'a/b/c' must be an id like owner/name: "),
+        (
+            "other/tiny",
+            "REPO: 'other/tiny' can't be written with this token; log in with `hf auth login` or set HF_TOKEN",
+        ),
+    ],
+)
+def test_a_repository_that_can_not_be_written_is_reported(
+    clone: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, repo: str, message: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        run_publish(monkeypatch, repo)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.subprocess
+@pytest.mark.usefixtures("hub_port")
+def test_without_a_connection_nothing_is_published(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"^REPO: 'acme/tiny': the connection to the Hub at .* failed \(.*refused"):
+        run_publish(monkeypatch)
+
+
+def train_again(lock: dict[str, Any]) -> None:
+    (model,) = [out for out in lock["stages"]["train"]["outs"] if out["path"] == "models/tuned"]
+    model["md5"] = "0" * 32 + ".dir"
+
+
+def predict_again(lock: dict[str, Any]) -> None:
+    lock["stages"]["predict@tuned"]["outs"][0]["md5"] = "0" * 32
+
+
+def check_out_another_model(lock: dict[str, Any]) -> None:
+    Path("models/tuned/config.json").write_text("{}")
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize(
+    ("change", "stages"),
+    [
+        (train_again, "train"),
+        (predict_again, "predict@tuned"),
+        (check_out_another_model, "train, predict@tuned"),
+    ],
+)
+def test_a_model_whose_metrics_are_of_another_one_is_refused(
+    clone: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], None], stages: str
+) -> None:
+    lock = parse_yaml(Path("dvc.lock").read_text())
+    change(lock)
+    Path("dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
+    with pytest.raises(UserError) as error:
+        run_publish(monkeypatch)
+    message = f"models/tuned: {stages} changed since they ran, or their results did; run `dvc repro`"
+    assert str(error.value) == message

@@ -1,0 +1,83 @@
+"""Upload the tuned model, its card and its metrics to the Hub in one commit. `make publish REPO=owner/name` runs it."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from stages.runtime.errors import UserError
+from stages.runtime.files import read_json
+from stages.runtime.run import run
+from stages.runtime.terminal import summary
+
+TUNED, METRICS = Path("models/tuned"), Path("metrics")
+STAGES = ["train", *(f"{stage}@{model}" for stage in ("predict", "evaluate") for model in ("base", "tuned"))]
+NAMES = {"loss": "loss (nats/token)", "pass_rate": "pass rate", "rouge_l": "ROUGE-L", "stop_rate": "stop rate"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.publish", description=__doc__)
+    parser.add_argument("repo", help="id of the model on the Hub, such as owner/name; created as private if it is new")
+    repo = parser.parse_args().repo
+    if not repo:
+        raise UserError("REPO is empty; name a model of yours on the Hub: make publish REPO=owner/name")
+    check_is_evaluated()
+
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    from stages.runtime.hub import upload_errors
+
+    files = {str(path.relative_to(TUNED)): path for path in sorted(TUNED.rglob("*")) if path.is_file()}
+    files |= {str(path): path for path in sorted(METRICS.rglob("*.json"))}
+    files |= {name: Path(name) for name in ("params.yaml", "dvc.lock")}
+    operations = [CommitOperationAdd(name, path) for name, path in files.items() if name != "README.md"]
+    operations.append(CommitOperationAdd("README.md", card().encode()))
+    api = HfApi()
+    with upload_errors(repo):
+        url = api.create_repo(repo, private=True, exist_ok=True)
+        commit = api.create_commit(repo, operations, commit_message="Upload the model, its card and its metrics")
+    summary({"uploaded": f"{len(operations)} files to {url}"}, wrote=[], then=f"open {commit.commit_url}")
+
+
+def check_is_evaluated() -> None:
+    """Check that the model and its metrics on disk are those of `dvc.lock`, and belong together.
+
+    Raises:
+        UserError: one of the stages from training to evaluation would run again.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo() as repo:
+            changed = repo.status(targets=STAGES)
+    except DvcException as error:
+        raise UserError(f"{TUNED}: {error}; run `dvc repro`") from None
+    if changed:
+        raise UserError(f"{TUNED}: {', '.join(changed)} changed since they ran, or their results did; run `dvc repro`")
+
+
+def card() -> str:
+    """The model card of `models/tuned`, with a table of metrics before and after fine-tuning."""
+    base, tuned = (read_json(METRICS / f"evaluate/{name}.json") for name in ("base", "tuned"))
+    rows = []
+    for split in ("test", "retention"):
+        sides = [each if split == "test" else each.get(split, {}) for each in (base, tuned)]
+        where = f"{split} set, {sides[1].get('examples', 0):,} examples"
+        rows += [
+            f"| {where} | {title} | {shown(sides[0], name)} | {shown(sides[1], name)} |"
+            for name, title in NAMES.items()
+            if sides[1].get(name) is not None
+        ]
+    text = (TUNED / "README.md").read_text(encoding="utf-8").rstrip()
+    header = "| data | metric | base model | this model |\n|---|---|---|---|\n"
+    return f"{text}\n\n## Evaluation\n{header}" + "\n".join(rows) + "\n"
+
+
+def shown(metrics: dict[str, Any], name: str) -> str:
+    """A metric with its standard error."""
+    value, error = metrics.get(name), metrics.get(f"{name}_se")
+    return "" if value is None else f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+if __name__ == "__main__":
+    run(main, exclusive=False)
