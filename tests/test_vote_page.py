@@ -214,6 +214,10 @@ def test_a_vote_file_that_was_damaged_meanwhile_is_reported_on_the_page() -> Non
     with running(VoteServer(own, 0)) as url:
         FILE.write_text("{")
         response = httpx2.get(f"{url}/state")
+    with pytest.raises(UserError):
+        own.vote(own.left[0], "0")
+    FILE.write_text("")
+    assert (own.state()["voted"], len(own.left)) == (0, 3)  # the prompt of the vote that failed is shown again
     assert response.status_code == 409
     assert response.text.startswith("votes/a..b.jsonl:1: not a vote: ")
 

@@ -5,6 +5,7 @@ that `make review` compares two revisions in pairs.
 """
 
 import argparse
+import logging
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
@@ -78,6 +79,7 @@ def open_tasks(tasks: list[str], include: str) -> Any:
 
 def run_tasks(folder: Path, tasks: list[str], manager: Any, params: GenerateParams, limit: int | None) -> Any:
     """The results of one model. Both models use the tokenizer and the template with which the tuned one was trained."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that the model is already loaded
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 

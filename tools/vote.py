@@ -59,29 +59,30 @@ class Ballot:
         with self.lock:
             if self.is_revealed or not self.left or self.left[0] != example_id:
                 return
-            pair = self.pairs[self.left.pop(0)]
-            self.done.append(example_id)
             if answer == "skip":
                 self.left.append(example_id)
-                return
-            choice: Choice = "equal" if answer == "0" else self.in_order(pair)[int(answer) - 1]
-            vote = Vote(self.voter, self.voter_id, example_id, choice, *pair.hashes())
-            update_votes(self.path, [*self.pairs.values()], lambda votes: [*votes, vote])
+            else:
+                pair = self.pairs[example_id]
+                choice: Choice = "equal" if answer == "0" else self.in_order(pair)[int(answer) - 1]
+                vote = Vote(self.voter, self.voter_id, example_id, choice, *pair.hashes())
+                update_votes(self.path, [*self.pairs.values()], lambda votes: [*votes, vote])
+            self.left.pop(0)
+            self.done.append(example_id)
 
     def undo(self) -> None:
         """Go back to the last prompt, and delete the vote on it."""
         with self.lock:
             if self.is_revealed or not self.done:
                 return
-            example_id = self.done.pop()
-            self.left = [example_id, *(each for each in self.left if each != example_id)]
+            example_id = self.done[-1]
             key = self.voter, example_id
 
             def without_it(votes: list[Vote]) -> list[Vote]:
                 return [vote for vote in votes if (vote.voter, vote.example_id) != key]
 
-            if any((vote.voter, vote.example_id) == key for vote in self.votes()):
-                update_votes(self.path, [*self.pairs.values()], without_it)
+            update_votes(self.path, [*self.pairs.values()], without_it)
+            self.done.pop()
+            self.left = [example_id, *(each for each in self.left if each != example_id)]
 
     def reveal(self) -> None:
         with self.lock:

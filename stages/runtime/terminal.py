@@ -37,7 +37,7 @@ def summary(results: Mapping[str, str], wrote: Sequence[str | Path], then: str) 
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
-    for name, value in {**results, "wrote": files, "next": then}.items():
+    for name, value in {**results, **({"wrote": files} if wrote else {}), "next": then}.items():
         table.add_row(f"  {name}", Text(printable(value), "cyan" if name == "next" else ""))
     out = console()
     with out.capture() as printed:
