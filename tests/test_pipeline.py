@@ -150,6 +150,23 @@ def test_an_answer_edited_in_the_test_split_does_not_train(clone: Path) -> None:
     restore(clone)
 
 
+def test_a_changed_check_or_scorer_needs_no_model(clone: Path) -> None:
+    import pyarrow.parquet as pq
+
+    line = pq.read_table(clone / "data/test.parquet").column("source_row")[0].as_py()
+    data = clone / "data/instructions.jsonl"
+    lines = data.read_text(encoding="utf-8").splitlines()
+    lines[line - 1] = json.dumps({**json.loads(lines[line - 1]), "check": {"max_words": 99}})
+    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    result = run(clone, "dvc", "repro")
+    assert stages_run(result) == ["download_dataset", "evaluate@base", "evaluate@tuned", "format", "split"]
+    (clone / "scorers.py").write_text("def brief(prompt, answer, reference, row): return len(answer) < 50\n")
+    result = run(clone, "dvc", "repro")
+    assert stages_run(result) == ["evaluate@base", "evaluate@tuned"]
+    assert "brief_se" in json.loads((clone / "metrics/evaluate/tuned.json").read_text())["retention"]
+    restore(clone)
+
+
 def test_a_template_that_is_not_selected_does_not_train(clone: Path) -> None:
     with (clone / "templates/plain.jinja").open("a") as file:
         file.write("{# edited #}\n")

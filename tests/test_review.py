@@ -201,6 +201,14 @@ def test_lost_abilities_are_reported_and_can_fail_a_gate(folder: Path) -> None:
     ]
 
 
+def test_must_pass_examples_of_equal_predictions_are_the_same_also_without_the_predictions(folder: Path) -> None:
+    shutil.rmtree(".dvc/cache")
+    shutil.rmtree("data/predictions")
+    Path("must_pass.yaml").write_text("- id0\n")
+    output = review(folder, "seed")
+    assert "passed: no must-pass example is broken; found: the same" in output
+
+
 def test_a_broken_must_pass_example_fails_the_review(folder: Path) -> None:
     Path("must_pass.yaml").write_text("- id0\n- id1\n")
     output = review(folder, "before", "broken", exit_code=1)
