@@ -7,7 +7,7 @@ scores the same answers again.
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,16 +84,20 @@ def predict(folder: Path, params: PredictParams, context: "DistributedContext") 
         UserError: the loss is far above that of a random guess, or not a number.
     """
     from stages.engine.loading import load_for_inference
+    from stages.engine.probe import choose_batches
 
     splits = {"test": read_split(TEST)}
     if len(retention := Split(RETENTION)):
         splits["retention"] = retention
     model, tokenizer = load_for_inference(folder, params.precision, context), load_tokenizer()
+    examples = chain.from_iterable(splits.values())
+    batches, messages, _ = choose_batches(model, examples, SCORED_TOKENS * params.tokens_per_batch, params.precision)
+    print(*messages, sep="\n", flush=True)
     # One split after the other, so that rows of the retention set have no effect on the rounding of the test losses.
     rows = [
         {"split": name} | row
-        for name, examples in splits.items()
-        for row in predict_split(model, tokenizer, examples, params, context)
+        for name, split in splits.items()
+        for row in predict_split(model, tokenizer, batches, split, params, context)
     ]
     loss = mean_loss(rows)
     if not loss < MAX_LOSS:
@@ -106,6 +110,7 @@ def predict(folder: Path, params: PredictParams, context: "DistributedContext") 
 def predict_split(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
+    batches: "Batches",
     examples: Split,
     params: PredictParams,
     context: "DistributedContext",
@@ -115,10 +120,7 @@ def predict_split(
 
     from stages.engine.decoding import generate_answers, generation_settings
     from stages.engine.models import autocast
-    from stages.engine.probe import choose_batches
 
-    batches, messages, _ = choose_batches(model, examples, SCORED_TOKENS * params.tokens_per_batch, params.precision)
-    print(*messages, sep="\n", flush=True)
     num_answers = params.answers_per_prompt
     prompts = [example.input_ids[: example.last_response].tolist() for example in examples for _ in range(num_answers)]
     eos_token_ids = load_template(params.template, tokenizer).eos_token_ids
