@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 from review.data_changes import TEST, DataChanges, without_template
 from review.revisions import Revision, hashes
 from review.runs import METRICS_FILE
-from review.verdicts import Results
+from review.verdicts import PREFIXES, Results
 
 SAMPLES = "metrics/samples/tuned.md"
 NUM_EXAMPLES = 10
@@ -72,8 +72,7 @@ def changed_metrics(before: Revision, after: Revision, results: Mapping[str, Res
     Args:
         results: those with a verdict, by split.
     """
-    prefixes = {"test": "", "retention": "retention."}
-    with_verdict = {prefixes[split] + each.metric.name for split, found in results.items() for each in found.metrics}
+    with_verdict = {PREFIXES[split] + each.metric.name for split, found in results.items() for each in found.metrics}
     changes = []
     for path in sorted({*before.metrics_files(), *after.metrics_files()}):
         values = [flatten(side.read_json(path)) for side in (before, after)]

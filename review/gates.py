@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from review.comparison import Comparison
 from review.must_pass import BAD, MUST_PASS, MustPass, counted
-from review.runs import METRICS_FILE
-from review.verdicts import describe_difference, metrics_of_files
+from review.runs import METRICS_FILE, metrics_of_split
+from review.verdicts import PREFIXES, describe_difference, metrics_of_files
 from stages.runtime.errors import UserError
 from stages.runtime.yaml12 import YAMLError, parse_yaml
 from stages.scoring.metrics import METRICS
@@ -69,7 +69,7 @@ def check_gates(gates: dict[str, Gate], comparison: Comparison) -> list[GateResu
         UserError: `not_worse_by` is set for a metric that has no direction, or that no revision has.
     """
     files = [side.read_json(METRICS_FILE) for side in (comparison.before, comparison.after)]
-    known = [*files, *(file.get("retention", {}) for file in files)]
+    known = [metrics_of_split(file, split) for split in PREFIXES for file in files]
     comparable = {metric.name for metric in metrics_of_files(*known) if metric.direction}
     for name, gate in gates.items():
         if gate.not_worse_by is not None and name.removeprefix("retention.") not in comparable:
@@ -88,7 +88,7 @@ def check_gates(gates: dict[str, Gate], comparison: Comparison) -> list[GateResu
 def value_of(metrics: Mapping[str, Any], name: str) -> tuple[bool, Any]:
     """Whether a metrics file has a metric, such as `loss` or `retention.loss`, and its value."""
     split, _, metric = name.rpartition(".")
-    own = metrics.get(split, {}) if split else metrics
+    own = metrics_of_split(metrics, split or "test")
     return metric in own, own.get(metric)
 
 

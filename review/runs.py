@@ -105,6 +105,11 @@ def read_runs(revision: Revision, runs: RevisionRuns) -> None:
             runs.tables[seed] = table
 
 
+def metrics_of_split(metrics: Mapping[str, Any], split: str) -> Mapping[str, Any]:
+    """The metrics of a split in a metrics file; those of the test split are not nested."""
+    return metrics if split == "test" else metrics.get(split, {})
+
+
 def read_answers(revision: Revision) -> dict[str, dict[str, Any]]:
     """The predictions of the run of `train` on the test split, by example id; empty if they are not available."""
     columns = ["split", "example_id", "checked", "passed", "num_answers", "answer"]

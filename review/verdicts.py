@@ -9,12 +9,13 @@ import numpy.typing as npt
 import pandas as pd
 
 from review.revisions import Revision
-from review.runs import METRICS_FILE, RevisionRuns, find_runs, read_runs
+from review.runs import METRICS_FILE, RevisionRuns, find_runs, metrics_of_split, read_runs
 from review.statistics import SIGNIFICANCE, Difference, Runs, compare, holm
 from stages.scoring.metrics import METRICS, Metric, all_metrics, column_metric
 
 MIN_EXAMPLES, MIN_SHARE = 30, 0.5  # of the test examples; with fewer in common, every verdict is "undecided"
 MEASURE_NOISE = "dvc exp run -S 'replicate_seeds=[1,2]'"  # with other numbers if one is the seed of train
+PREFIXES = {"test": "", "retention": "retention."}  # of the names of metrics, by split
 RUN_NOISE_UNKNOWN = "run noise is not known"
 
 
@@ -73,7 +74,7 @@ def compare_predictions(before: Revision, after: Revision, margins: Mapping[str,
     def without_difference(verdict: str, *notes: str) -> dict[str, Results]:
         results = {}
         for split in splits:
-            first, second = (metrics if split == "test" else metrics[split] for metrics in known)
+            first, second = (metrics_of_split(metrics, split) for metrics in known)
             metrics = [
                 MetricResult(each, first.get(each.name), second.get(each.name), verdict=verdict)
                 for each in metrics_of_files(first, second)
@@ -94,7 +95,7 @@ def compare_predictions(before: Revision, after: Revision, margins: Mapping[str,
     results = {}
     for split in splits:
         first, second = (side.of_split(split) for side in runs)
-        prefix = "" if split == "test" else f"{split}."
+        prefix = PREFIXES[split]
         own = {name.removeprefix(prefix): margin for name, margin in margins.items() if name.startswith(prefix)}
         results[split] = compare_runs(first, second, (before.name, after.name), own, split)
     results["test"].notes[:0] = [*runs[0].notes, *runs[1].notes]

@@ -191,7 +191,7 @@ def overall(votes: Sequence[Vote]) -> Tally:
 
 def count_votes(before: Revision, after: Revision) -> VoteResults | None:
     """The results of all votes on the answers of two revisions; None if there are none."""
-    found = find_pairs(before, after)
+    found = find_pairs(before, after) if VOTES.exists() else None
     if found is None or not (votes := read_votes(found[1], found[0])):
         return None
     by_voter: dict[str, dict[str, Vote]] = {}

@@ -22,7 +22,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.files import write_csv, write_json
 from stages.runtime.run import run
 from stages.runtime.terminal import progress, summary
-from stages.scoring.metrics import METRICS, all_metrics, compute_metrics, metrics_by_slice
+from stages.scoring.metrics import METRICS, all_metrics, metrics_by_slice
 from stages.scoring.scorers import PREFIX, SCORERS, Scorer, load_scorers, score
 
 if TYPE_CHECKING:
@@ -68,20 +68,18 @@ def main() -> None:
     rows = score_answers(Path(f"data/answers/{name}.parquet"), scorers)
     schema = pa.schema([*PREDICTIONS_SCHEMA, *((PREFIX + scorer, pa.float64()) for scorer in scorers)])
     parts = dict(iter(rows.groupby("split", sort=False)))
-    metrics = metrics_by_slice(parts["test"])
-    if "retention" in parts:
-        metrics["retention"] = metrics_by_slice(parts["retention"])
+    metrics = {split: metrics_by_slice(part) for split, part in parts.items()}
     write_parquet(predictions, rows.to_dict("records"), schema)
     wrote = [predictions]
     if "/" not in name:
         metrics_file, losses_file = (Path(f"metrics/evaluate/{name}.{suffix}") for suffix in ("json", "csv"))
-        write_json(metrics_file, metrics)
+        write_json(metrics_file, metrics["test"] | {split: metrics[split] for split in parts if split != "test"})
         # In the order of the test split, which is the same for base and tuned: `dvc plots` pairs the rows.
         losses = zip(parts["test"]["tokens"], parts["test"]["loss"], strict=True)
         write_csv(losses_file, f"tokens,{name}_loss", losses)
         wrote += [metrics_file, losses_file]
     summary(
-        {"model": name} | {split: describe(part, compute_metrics(part)) for split, part in parts.items()},
+        {"model": name} | {split: describe(part, metrics[split]) for split, part in parts.items()},
         wrote=wrote,
         then="make review BASE=main",
     )
@@ -101,7 +99,7 @@ def check_names(scorers: Iterable[str]) -> None:
 
 def describe(rows: "pd.DataFrame", metrics: Mapping[str, Any]) -> str:
     """The most important metrics of a split, for the terminal."""
-    shown = {name: "–" if value is None else f"{value:.3f}" for name, value in metrics.items()}
+    shown = {name: "–" if value is None else f"{value:.3f}" for name, value in metrics.items() if name != "slices"}
     parts = [
         f"{len(rows):,} examples, loss {shown['loss']} ± {shown['loss_se']}, token accuracy {shown['token_accuracy']}",
         f"ROUGE-L {shown['rouge_l']}, stop rate {shown['stop_rate']}, repetition {shown['repetition']}",

@@ -1,9 +1,11 @@
 """Upload the tuned model, its card and its metrics to the Hub in one commit. `make publish REPO=owner/name` runs it."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from review.runs import metrics_of_split
 from stages.runtime.errors import UserError
 from stages.runtime.files import read_json
 from stages.runtime.run import run
@@ -61,7 +63,7 @@ def card() -> str:
     base, tuned = (read_json(METRICS / f"evaluate/{name}.json") for name in ("base", "tuned"))
     rows = []
     for split in ("test", "retention"):
-        sides = [each if split == "test" else each.get(split, {}) for each in (base, tuned)]
+        sides = [metrics_of_split(each, split) for each in (base, tuned)]
         where = f"{split} set, {sides[1].get('examples', 0):,} examples"
         rows += [
             f"| {where} | {title} | {shown(sides[0], name)} | {shown(sides[1], name)} |"
@@ -73,7 +75,7 @@ def card() -> str:
     return f"{text}\n\n## Evaluation\n{header}" + "\n".join(rows) + "\n"
 
 
-def shown(metrics: dict[str, Any], name: str) -> str:
+def shown(metrics: Mapping[str, Any], name: str) -> str:
     """A metric with its standard error."""
     value, error = metrics.get(name), metrics.get(f"{name}_se")
     return "" if value is None else f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")

@@ -47,9 +47,6 @@ class Ballot:
     def votes(self) -> list[Vote]:
         return read_votes(self.path, [*self.pairs.values()])
 
-    def own_votes(self) -> list[Vote]:
-        return [vote for vote in self.votes() if vote.voter == self.voter]
-
     def in_order(self, pair: Pair) -> tuple[Choice, Choice]:
         """The sides in the order in which their answers are shown."""
         return ("before", "after") if int(content_hash(pair.example_id, self.voter), 16) % 2 else ("after", "before")
@@ -91,12 +88,13 @@ class Ballot:
     def state(self) -> dict[str, Any]:
         """What the page shows."""
         with self.lock:
-            own = self.own_votes()
+            votes = self.votes()
+            own = [vote for vote in votes if vote.voter == self.voter]
             state: dict[str, Any] = {
                 "voted": len(own),
                 "total": len(self.pairs),
                 "canUndo": bool(self.done) and not self.is_revealed,
-                "isEnough": overall(self.votes()).verdict != "undecided",
+                "isEnough": overall(votes).verdict != "undecided",
                 "pair": None,
                 "result": None,
             }
