@@ -13,7 +13,7 @@ from review.verdicts import MEASURE_NOISE, RUN_NOISE_UNKNOWN, MetricResult, desc
 from review.votes import Tally, VoteResults
 from stages.runtime.text import code
 
-SIGN = {"better": "✅ better", "worse": "❌ worse"}
+SIGN = {"better": "✓ better", "worse": "✗ worse"}
 RESULT_HEADER = ["before", "after", "difference (95% interval)", "p", "detectable", "needed", "verdict"]
 ABOUT_METRICS = (
     "The interval covers the choice of test prompts and, if run noise is known, of training seeds. p: the probability "
@@ -30,7 +30,7 @@ def markdown(comparison: Comparison, gates: Sequence[GateResult], curves: str) -
     before, after = (code(side.name) for side in (comparison.before, comparison.after))
     parts = [f"# Review: {before} → {after}", *summary_in_words(comparison, gates)]
     if gates:
-        rows = [[text(gate.rule), "✅ passed" if gate.passed else "❌ failed", text(gate.found)] for gate in gates]
+        rows = [[text(gate.rule), "✓ passed" if gate.passed else "✗ failed", text(gate.found)] for gate in gates]
         parts += ["## Gates", table(["gate", "", "found"], rows)]
     parts += ["## Metrics on the test split", metrics_table(comparison.test.metrics), ABOUT_METRICS]
     parts += map(text, comparison.test.notes)
@@ -72,9 +72,9 @@ def summary_in_words(comparison: Comparison, gates: Sequence[GateResult]) -> lis
     if retention := comparison.results.get("retention"):
         parts += verdicts_in_words(retention.metrics, " on the retention set")
     if failed := [gate.rule for gate in gates if not gate.passed]:
-        parts.append(f"❌ Gates that failed: {text('; '.join(failed))}.")
+        parts.append(f"✗ Gates that failed: {text('; '.join(failed))}.")
     elif gates:
-        parts.append(f"✅ All gates passed ({len(gates)}).")
+        parts.append(f"✓ All gates passed ({len(gates)}).")
     if any(result.verdict == "unknown" for result in comparison.test.metrics):
         parts.append(
             "Another training seed also gives another model, and how much that changes the metrics is not known here. "
@@ -151,7 +151,7 @@ def result_cells(result: MetricResult) -> list[str]:
 
 def must_pass_table(examples: Sequence[MustPass]) -> str:
     """The examples that do not pass in both revisions, and the number of all."""
-    marks = {"fixed": "✅ fixed"} | {state: f"❌ {state}" for state in BAD}
+    marks = {"fixed": "✓ fixed"} | {state: f"✗ {state}" for state in BAD}
     rows = [
         [
             marks.get(example.state, example.state),

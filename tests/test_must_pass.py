@@ -47,9 +47,9 @@ def test_examples_are_broken_still_failing_fixed_or_passing() -> None:
     gate = check_must_pass(found)
     assert (gate.passed, gate.found) == (False, "1 broken, 1 still failing, 1 fixed, 1 passing (broken: Say 1.)")
     assert must_pass_table(found).splitlines()[4:] == [
-        "| ❌ broken | Say 1. | answer 1 | answer 1 |",
+        "| ✗ broken | Say 1. | answer 1 | answer 1 |",
         "| still failing | Say 2. | answer 2 | answer 2 |",
-        "| ✅ fixed | Say 0. | answer 0 | answer 0 |",
+        "| ✓ fixed | Say 0. | answer 0 | answer 0 |",
     ]
 
 
@@ -93,7 +93,7 @@ def test_an_entry_that_is_not_a_test_row_with_a_check_fails_the_gate(entry: str,
     assert found == [MustPass(state, entry)]
     gate = check_must_pass(found)
     assert (gate.passed, gate.found) == (False, f"1 {state} ({state}: {entry}); correct must_pass.yaml")
-    assert f"| ❌ {state} | {entry} |" in must_pass_table(found)
+    assert f"| ✗ {state} | {entry} |" in must_pass_table(found)
 
 
 def test_rows_with_the_same_prompt_count_once_and_need_one_check() -> None:

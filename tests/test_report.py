@@ -184,4 +184,4 @@ def test_needed_examples_and_runs_are_shown_for_differences_that_are_not_signifi
     assert report.result_cells(undecided) == [
         *("1.0000", "0.9000", "−0.1000 (−0.3000 to +0.1000)", "0.400", "0.1275", "81 prompts", "undecided")
     ]
-    assert report.result_cells(result(-0.3, -0.1, "better", {}))[5:] == ["", "✅ better"]
+    assert report.result_cells(result(-0.3, -0.1, "better", {}))[5:] == ["", "✓ better"]

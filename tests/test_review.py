@@ -179,9 +179,9 @@ def test_significantly_worse_model_is_worse_and_fails_the_gates(folder: Path) ->
     assert f"failed: {rule}; found: +0.2000, 95% interval +0.2000 to +0.2000; 3 runs paired by seed" in output
     assert "failed: stop_rate at least 0.95; found: 0.9" in output
     report = Path("review.md").read_text()  # it is written even so
-    assert "**Test loss: ❌ worse. 2.0000 → 2.2000 nats/token, +0.2000, 95% interval" in report
-    assert "❌ worse: stop\\_rate." in report
-    assert f"❌ Gates that failed: {rule}; stop\\_rate at least 0.95." in report
+    assert "**Test loss: ✗ worse. 2.0000 → 2.2000 nats/token, +0.2000, 95% interval" in report
+    assert "✗ worse: stop\\_rate." in report
+    assert f"✗ Gates that failed: {rule}; stop\\_rate at least 0.95." in report
 
 
 def test_lost_abilities_are_reported_and_can_fail_a_gate(folder: Path) -> None:
@@ -192,12 +192,12 @@ def test_lost_abilities_are_reported_and_can_fail_a_gate(folder: Path) -> None:
     Path("gates.yaml").write_text("retention.pass_rate: {not_worse_by: 0.1, min: 0.6}\nretention.loss: {max: 2}\n")
     review(folder, "before", "worse", exit_code=1)
     report = Path("review.md").read_text()
-    assert "❌ worse: pass\\_rate on the retention set." in report
-    assert [line for line in report.splitlines() if "| ❌ failed |" in line or "| ✅ passed |" in line] == [
-        "| retention.pass\\_rate at least 0.6 | ❌ failed | 0.5 |",
-        "| retention.pass\\_rate not worse than in before by more than 0.1 | ❌ failed | −0.4000, 95% interval −0.5587 "
+    assert "✗ worse: pass\\_rate on the retention set." in report
+    assert [line for line in report.splitlines() if "| ✗ failed |" in line or "| ✓ passed |" in line] == [
+        "| retention.pass\\_rate at least 0.6 | ✗ failed | 0.5 |",
+        "| retention.pass\\_rate not worse than in before by more than 0.1 | ✗ failed | −0.4000, 95% interval −0.5587 "
         "to −0.2413; 3 runs paired by seed |",
-        "| retention.loss at most 2 | ✅ passed | 1 |",
+        "| retention.loss at most 2 | ✓ passed | 1 |",
     ]
 
 
@@ -316,9 +316,9 @@ def test_workspace_is_compared_by_default(folder: Path) -> None:
     assert "better" in output
     report = Path("review.md").read_text()
     assert report.startswith(
-        "# Review: `before` → `workspace`\n\n**Test loss: ✅ better. 2.0000 → 1.8000 nats/token, −0.2"
+        "# Review: `before` → `workspace`\n\n**Test loss: ✓ better. 2.0000 → 1.8000 nats/token, −0.2"
     )
-    assert "✅ All gates passed (3)." in report
+    assert "✓ All gates passed (3)." in report
     assert "| `learning_rate` | `0.0001` | `0.0009` |" in report
     assert [line for line in report.splitlines() if line.startswith("## ")] == [
         "## Gates",

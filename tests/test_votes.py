@@ -166,7 +166,7 @@ def test_the_review_shows_all_voters_and_their_agreement(tmp_path: Path, monkeyp
         path, 8, Tally(7, 0, 0), {"Ann": Tally(7, 0, 0), "B|b": Tally(1, 0, 1)}, {("Ann", "B|b"): (2, 1)}
     )
     assert votes_table(results).split("\n\n") == [
-        "**After was better on 7 prompts, worse on 0 and equal on 0, of 8 with different answers: ✅ better.** Share "
+        "**After was better on 7 prompts, worse on 0 and equal on 0, of 8 with different answers: ✓ better.** Share "
         "of after among the decided: 52% to 100%, a 95% confidence sequence, which is valid whenever voting ends. Each "
         "prompt counts once, by its first vote.",
         "| voter | after | before | equal | share of after |\n| --- | --- | --- | --- | --- |\n"
