@@ -7,6 +7,7 @@ import re
 import sys
 
 from dvc.repo import Repo
+from dvc.stage import PipelineStage
 
 from stages.runtime.text import printable, without_secrets
 
@@ -28,7 +29,8 @@ def fetch(repo: Repo, revision: str) -> bool:
     """Download the outputs of a revision; return whether all are in the cache."""
     try:
         with repo.switch(revision):
-            names = [stage.addressing for stage in repo.index.stages if STAGES.fullmatch(stage.addressing)]
+            stages = [stage.name for stage in repo.index.stages if isinstance(stage, PipelineStage)]
+            names = [name for name in stages if STAGES.fullmatch(name)]
             number = repo.fetch(targets=names) if names else 0
     except Exception as error:  # each kind of remote has errors of its own
         print(printable(without_secrets(f"{revision}: {error or type(error).__name__}")))
