@@ -1,6 +1,6 @@
 """Download what a review compares to DVC's cache: splits, answers and predictions of the workspace and of a revision.
 
-What can't be downloaded is not needed for a report: it says so. The exit code is 1 then.
+What can't be downloaded is missing in the review, which says so; DVC prints the reason.
 """
 
 import re
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def fetch(repo: Repo, revision: str) -> bool:
-    """Download the outputs of a revision; return whether all are in the cache."""
+    """Download the outputs of a revision; False if that failed, not if only the remote lacks a file."""
     try:
         with repo.switch(revision):
             stages = [stage.name for stage in repo.index.stages if isinstance(stage, PipelineStage)]

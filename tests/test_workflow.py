@@ -384,20 +384,22 @@ def test_what_the_remote_lacks_does_not_prevent_that_the_rest_is_pulled(origin: 
     lost = lock_hashes((clone / "dvc.lock").read_text())["data/predictions/tuned.parquet"]
     (tmp_path / "storage/files/md5" / lost[:2] / lost[2:]).unlink()
     result = run_step(PULL, clone)
-    assert (result.returncode, len(cached(clone))) == (1, 10)
-    assert result.stdout == "workspace: 1 files failed to download\norigin/main: 2 files downloaded\n"
+    assert (result.returncode, len(cached(clone))) == (0, 10)
+    assert f"Missing cache files:\nmd5: {lost}" in result.stderr
     run(clone, "git", "remote", "rename", "origin", "elsewhere")
     result = run_step(PULL, clone)
-    assert "origin/main: unknown Git revision 'origin/main'\n" in result.stdout
+    assert (result.returncode, result.stdout.splitlines()[1:]) == (
+        1,
+        ["origin/main: unknown Git revision 'origin/main'"],
+    )
 
 
-def test_remote_without_credentials_is_reported_on_one_line(clone: Path) -> None:
+def test_remote_without_credentials_is_reported_without_a_traceback(clone: Path, tmp_path: Path) -> None:
     run(clone, "dvc", "remote", "add", "--default", "storage", "s3://bucket/folder")
-    nowhere = dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), "/dev/null")
-    result = run_step(PULL, clone, AWS_EC2_METADATA_DISABLED="true", **nowhere)
-    assert result.returncode == 1
+    result = run_step(PULL, clone, HOME=str(tmp_path), AWS_EC2_METADATA_DISABLED="true")
+    assert (result.returncode, result.stdout.splitlines()[0]) == (1, "workspace: 7 files failed to download")
+    assert "failed to connect to s3 (bucket/folder/files/md5) - Unable to locate credentials" in result.stderr
     assert "Traceback" not in result.stderr
-    assert result.stdout == "workspace: Unable to locate credentials\norigin/main: Unable to locate credentials\n"
 
 
 # Summary and comment
