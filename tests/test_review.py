@@ -371,7 +371,6 @@ def test_damaged_file_is_named_with_its_revision(folder: Path) -> None:
         ("dvc.lock", False),
         ("params.yaml", False),
         ("dvc.yaml", False),
-        ("metrics/curve.csv", False),
         ("dvc.lock", True),
     ],
 )
@@ -407,3 +406,30 @@ def test_revision_without_results_is_reported(folder: Path) -> None:
     run(folder, "git", "checkout", "-q", "--force", "better")
     output = review(folder, "empty", "better")
     assert "found: nothing to compare with: empty has no metrics/evaluate/tuned.json" in output
+
+
+def test_a_damaged_curve_is_a_line_in_the_report(folder: Path) -> None:
+    path = Path("metrics/curve.csv")
+    path.write_text(f"<<<<<<< HEAD\n{path.read_text()}")
+    review(folder, "seed")
+    line = "The curves can't be drawn: metrics/curve.csv of workspace: can't be read: could not convert string to float"
+    assert line in Path("review.md").read_text()
+    assert "metrics/curve.csv of workspace: can't be plotted: " in Path("review.html").read_text()
+
+
+def test_the_page_shows_verdict_gates_and_metrics_then_the_figure_of_the_metrics(folder: Path) -> None:
+    slices = ["a", "b"] * (NUM // 2)
+    write_revision(folder, LOSSES - 0.2 + ALTERNATING, "9e-4", "Red.", slice=slices)
+    review(folder, "before")
+    page = Path("review.html").read_text()
+    parts = [
+        "Test loss: ✓ better",
+        "<h2>Gates</h2>",
+        "<h2>Metrics on the test split</h2>",
+        "<table>",
+        "<figcaption>Metrics:",
+    ]
+    parts += ["<h2>Slices of the test split</h2>", "<table>", "<figcaption>Loss (nats/token) by slice"]
+    position = 0
+    for part in parts:
+        position = page.index(part, position)
