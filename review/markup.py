@@ -11,7 +11,7 @@ from stages.runtime.text import heading
 
 MAX_CELL_LENGTH = 240  # characters of an example's text in a table
 # Text that begins a mention, a reference or a link on GitHub. An invisible word joiner after it prevents that.
-LINKS = re.compile(r"@(?=\w)|#(?=\d)|www(?=\.)|:(?=//)", re.IGNORECASE)
+LINKS = re.compile(r"@(?=\w)|#(?=\d)|\bGH-(?=\d)|www(?=\.)|:(?=//)", re.IGNORECASE)
 
 
 STYLE = """

@@ -54,6 +54,7 @@ def test_line_breaks_become_symbols_in_a_cell() -> None:
     [
         ("@octocat", "@\u2060octocat"),  # on GitHub a mention, which sends an email
         ("fixes #12", "fixes #\u206012"),  # on GitHub a reference, which closes an issue
+        ("fixes GH-12", "fixes GH-\u206012"),
         ("https://example.com", "https:\u2060//example.com"),
         ("www.example.com", "www\u2060.example.com"),
         ("| a | b |", "| a | b |"),

@@ -93,7 +93,7 @@ def test_steps_run_commands_that_a_developer_can_run() -> None:
         set_up,
         'python .ci/fetch.py "$BASE"',
         "make review",
-        'cat review.md >> "$GITHUB_STEP_SUMMARY"',
+        'head -c 1000000 review.md >> "$GITHUB_STEP_SUMMARY"',
         "python .ci/comment.py review.md",
     ]
     assert STEPS["Compare with the base branch"]["env"] == {"BASE": "origin/${{ github.base_ref }}"}
@@ -410,6 +410,9 @@ def test_review_is_appended_to_the_job_summary(tmp_path: Path) -> None:
     (tmp_path / "summary").write_text("earlier step\n")
     assert run_step(SUMMARY, tmp_path, GITHUB_STEP_SUMMARY=str(tmp_path / "summary")).returncode == 0
     assert (tmp_path / "summary").read_text() == "earlier step\n# Review\n"
+    (tmp_path / "review.md").write_text("x" * 2**21)
+    run_step(SUMMARY, tmp_path, GITHUB_STEP_SUMMARY=str(tmp_path / "summary"))
+    assert (tmp_path / "summary").stat().st_size < 2**20
 
 
 class FakeGitHub:
