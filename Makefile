@@ -23,6 +23,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 repro: $(INSTALLED)  ## run the stages that changed
+	python -m stages.runtime.preflight  # DVC deletes outputs before a stage checks its parameters
 	dvc repro
 	@echo "Disk used by results and checkpoints (how to free it: README, Disk):"
 	@du -sh .dvc/cache .scratch 2>/dev/null || true  # one of them may be missing
@@ -83,14 +84,17 @@ clean: $(INSTALLED)  ## delete checkpoints and leftovers of killed runs; results
 
 bench: $(INSTALLED)  ## measure speed against a textbook loop and TRL (20 min)
 	pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	python -m stages.runtime.preflight
 	dvc repro split
 	python -m benchmarks
 
 scaling: $(INSTALLED)  ## measure the data stages up to a million rows (20 min)
+	python -m stages.runtime.preflight
 	dvc repro split
 	python -m benchmarks.scaling
 
 verdicts: $(INSTALLED)  ## validate the verdicts of reviews by simulation and on real runs (75 min)
+	python -m stages.runtime.preflight
 	dvc repro
 	python -m benchmarks.verdicts
 

@@ -17,9 +17,12 @@ from dvc.repo import Repo
 
 from stages.download_model import folder_sha256
 from stages.runtime.files import read_json
+from stages.runtime.preflight import check_project
+from stages.runtime.run import run
 
 
 def main() -> None:
+    check_project()
     try:
         with Repo() as repo:
             num_stages = len(repo.index.stages)
@@ -80,4 +83,4 @@ def difference(file: Output, writer: Output | None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, exclusive=False)

@@ -295,11 +295,10 @@ def test_missing_lock_means_that_no_stage_ran(clone: Path) -> None:
     ("change", "message"),
     [
         (append("dvc.lock", "<<<<<<< HEAD\n"), "unable to read: 'dvc.lock', YAML file structure is corrupted"),
-        (delete("params.yaml"), "Could not find 'replicate_seeds'"),
         (delete("dvc.yaml"), "dvc.yaml is missing or has no stages; restore it with git"),
         (append("dvc.yaml", "unknown: 1\n"), "'./dvc.yaml' validation failed"),
     ],
-    ids=["merge conflict", "no parameters", "no pipeline", "invalid pipeline"],
+    ids=["merge conflict", "no pipeline", "invalid pipeline"],
 )
 def test_unreadable_pipeline_is_reported_on_one_line(clone: Path, change: Callable[[Path], None], message: str) -> None:
     change(clone)
@@ -308,6 +307,25 @@ def test_unreadable_pipeline_is_reported_on_one_line(clone: Path, change: Callab
     [line] = result.stderr.splitlines()
     assert line.startswith("dvc.lock: can't be checked: ")
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (delete("params.yaml"), "params.yaml: not found; run in the project's folder"),
+        (lambda folder: edit(folder, retention_file="null"), "  retention_file: found null; must be a valid string; "),
+        (lambda folder: edit(folder, replicate_seeds="3"), "  replicate_seeds: found 3; must be a valid list"),
+    ],
+    ids=["no parameters", "null", "number for a list"],
+)
+def test_parameters_that_dvc_can_not_insert_are_named(
+    clone: Path, change: Callable[[Path], None], message: str
+) -> None:
+    change(clone)
+    result = run_step(CHECK, clone)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_data_is_checked_if_it_is_there_and_may_be_only_in_the_cache(project: Path, tmp_path: Path) -> None:
