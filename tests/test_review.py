@@ -134,7 +134,7 @@ def folder(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def compared(before: str, after: str) -> Comparison:
-    return compare_revisions(Revision(before), Revision(after), {"loss": 0.05})
+    return compare_revisions(Revision(before), Revision(after))
 
 
 def review(folder: Path, *revisions: str, exit_code: int = 0) -> str:
@@ -143,6 +143,14 @@ def review(folder: Path, *revisions: str, exit_code: int = 0) -> str:
     assert "Traceback" not in result.stderr
     assert result.returncode == exit_code, result.stdout + result.stderr
     return result.stdout + result.stderr
+
+
+def at(folder: Path, name: str, **files: str) -> None:
+    """Put the workspace into the state of a revision, and write other conditions."""
+    run(folder, "git", "checkout", "-q", "--force", name)
+    run(folder, "dvc", "checkout", "--force", "--quiet")
+    for stem, content in files.items():
+        Path(f"{stem}.yaml").write_text(content)
 
 
 def test_significantly_better_model_is_better(folder: Path) -> None:
@@ -189,8 +197,8 @@ def test_lost_abilities_are_reported_and_can_fail_a_gate(folder: Path) -> None:
     results = {result.metric.name: result for result in comparison.results["retention"].metrics}
     assert (results["pass_rate"].before, results["pass_rate"].after) == (0.9, 0.5)
     assert (results["pass_rate"].verdict, results["loss"].verdict) == ("worse", "the same")
-    Path("gates.yaml").write_text("retention.pass_rate: {not_worse_by: 0.1, min: 0.6}\nretention.loss: {max: 2}\n")
-    review(folder, "before", "worse", exit_code=1)
+    at(folder, "worse", gates="retention.pass_rate: {not_worse_by: 0.1, min: 0.6}\nretention.loss: {max: 2}\n")
+    review(folder, "before", exit_code=1)
     report = Path("review.md").read_text()
     assert "✗ worse: pass\\_rate on the retention set." in report
     assert [line for line in report.splitlines() if "| ✗ failed |" in line or "| ✓ passed |" in line] == [
@@ -210,29 +218,34 @@ def test_must_pass_examples_of_equal_predictions_are_the_same_also_without_the_p
 
 
 def test_a_broken_must_pass_example_fails_the_review(folder: Path) -> None:
-    Path("must_pass.yaml").write_text("- id0\n- id1\n")
-    output = review(folder, "before", "broken", exit_code=1)
+    at(folder, "broken", must_pass="- id0\n- id1\n")
+    output = review(folder, "before", exit_code=1)
     assert "failed: no must-pass example is broken; found: 1 broken, 1 passing (broken: Say id1.)" in output
     report = Path("review.md").read_text()
     assert "## Must-pass examples\n\n1 broken, 1 passing.\n\n|" in report
-    Path("must_pass.yaml").write_text("- Say something else.\n")
-    output = review(folder, "before", "better", exit_code=1)
+    at(folder, "better", must_pass="- Say something else.\n")
+    output = review(folder, "before", exit_code=1)
     assert "found: 1 not in the test split (not in the test split: Say something else.); correct must_pass" in output
 
 
-def test_a_gate_on_a_metric_of_scorers_py_is_checked_also_without_predictions(folder: Path) -> None:
-    Path("gates.yaml").write_text("brief: {not_worse_by: 0.1}\n")
-    metrics = json.loads(Path("metrics/evaluate/tuned.json").read_text()) | {"brief": 0.5, "brief_se": 0.1}
-    Path("metrics/evaluate/tuned.json").write_text(json.dumps(metrics))
-    output = review(folder, "seed")  # with the same predictions
-    assert "passed: brief not worse than in seed by more than 0.1; found: the same" in output
-
-
-@pytest.mark.parametrize("name", ["mean_response_tokens", "accuracy", "retention.mean_response_tokens"])
-def test_a_gate_compares_only_metrics_that_can_be_better_or_worse(folder: Path, name: str) -> None:
-    Path("gates.yaml").write_text(f"{name}: {{not_worse_by: 1}}\n")
-    output = review(folder, "before", "worse", exit_code=1)
-    assert f"error: gates.yaml: {name}: found not_worse_by; only for loss, token_accuracy, pass_rate, exact_m" in output
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        (
+            "mean_response_tokens",
+            "neither a higher nor a lower mean_response_tokens is worse; only min",
+        ),
+        (
+            "accuracy",
+            "undecided, because workspace has no accuracy; it has loss, token_accuracy, pass_rate, ",
+        ),
+        ("retention.accuracy", "undecided, because workspace has no retention.accuracy; it has loss, token_accuracy, "),
+    ],
+)
+def test_a_gate_on_a_metric_that_can_not_be_worse_fails(folder: Path, name: str, found: str) -> None:
+    at(folder, "worse", gates=f"{name}: {{not_worse_by: 1}}\n")
+    output = review(folder, "before", exit_code=1)
+    assert f"failed: {name} not worse than in before by more than 1; found: {found}" in " ".join(output.split())
 
 
 def test_swapping_the_revisions_swaps_better_and_worse(folder: Path) -> None:
@@ -348,21 +361,22 @@ def test_without_predictions_everything_but_the_intervals_is_reported(folder: Pa
     output = review(folder, "before", "better", exit_code=1)
     assert (
         "failed: loss not worse than in before by more than 0.05; "
-        "found: undecided, because the verdict is 'not measured: no predictions; `dvc pull` gets them'"
+        "found: undecided, because the verdict is 'not measured: no predictions'"
     ) in output
     report = Path("review.md").read_text()
-    assert "| loss | 2.0000 | 1.8000 |  |  |  |  | not measured: no predictions; \\`dvc pull\\` gets them |" in report
-    assert "**Not available**: `data/predictions/replicates/1.parquet` of `before`" in report
-    assert "`data/predictions/tuned.parquet` of `better`" in report
-    assert "`dvc pull --all-commits data/predictions/replicates/1.parquet data/predictions/rep" in report
+    assert "| loss | 2.0000 | 1.8000 |  |  |  |  | not measured: no predictions |" in report
+    assert "| `data/predictions/replicates/1.parquet` | `before` | not in the cache, and there is no remote |" in report
+    assert "| `data/predictions/tuned.parquet` | `better` | not in the cache, and there is no remote |" in report
     assert "| `learning_rate` | `0.0001` | `0.0002` |" in report
     assert "```mermaid" in report
 
 
-def test_damaged_file_is_named_with_its_revision(folder: Path) -> None:
+def test_a_damaged_metrics_file_is_named_in_the_report(folder: Path) -> None:
     Path("metrics/evaluate/tuned.json").write_text("{")
     output = review(folder, "before", exit_code=1)
-    assert "error: metrics/evaluate/tuned.json of workspace: can't be read: Expecting property name" in output
+    assert "evaluate@tuned: metrics/evaluate/tuned.json changed since it was written" in output
+    report = Path("review.md").read_text()
+    assert "| `metrics/evaluate/tuned.json` | `workspace` | Expecting property name enclosed in double quotes" in report
 
 
 @pytest.mark.parametrize(
@@ -407,3 +421,6 @@ def test_revision_without_results_is_reported(folder: Path) -> None:
     run(folder, "git", "checkout", "-q", "--force", "better")
     output = review(folder, "empty", "better")
     assert "found: nothing to compare with: empty has no metrics/evaluate/tuned.json" in output
+    first, *_ = Path("review.md").read_text().split("**Test loss")
+    assert "**empty has no params.yaml and no dvc.lock, so there is nothing to compare with.**" in first
+    assert "**Passed without a comparison:** loss not worse than in empty by more than 0.05; token" in first
