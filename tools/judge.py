@@ -87,7 +87,7 @@ def ask_judge(pairs: Sequence[Pair], path: Path, url: str, model: str) -> None:
             vote = Vote(voter, JUDGE, pair.example_id, choice, *pair.hashes())
             update_votes(path, lambda votes, vote=vote: [*votes, vote])  # type: ignore[misc]
     if problems:
-        reasons = "; ".join(f"{number:,}: {reason}" for reason, number in problems.most_common(3))
+        reasons = "; ".join(f"{reason} ({number:,})" for reason, number in problems.most_common(3))
         raise UserError(
             f"JUDGE: {problems.total():,} of {len(left):,} prompts have no vote. The most frequent reasons: {reasons}. "
             "Run again to ask about them again, or use another model"
