@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -343,6 +344,29 @@ def test_a_port_in_use_is_reported() -> None:
     )
 
 
+def test_the_command_notes_votes_on_other_answers_and_identifies_the_voter_by_name_and_e_mail_address(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def vote_once(ballot: Ballot, port: int) -> None:
+        assert port == 8765
+        ballot.vote(ballot.left[0], "0")
+
+    monkeypatch.setattr("tools.vote.Revision", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr("tools.vote.find_pairs", lambda before, after: (PAIRS, FILE))
+    monkeypatch.setattr("tools.vote.git_config", {"user.name": "Ann", "user.email": "ann@example.com"}.get)
+    monkeypatch.setattr("tools.vote.serve", vote_once)
+    monkeypatch.setattr("sys.argv", ["vote", "main", "--voter", "A $(x)"])
+    Path("votes").mkdir()
+    Path("votes/c..d.jsonl").write_text("{}\n\n{}\n")
+    main()
+    printed = capsys.readouterr().out
+    assert printed.startswith(
+        "Votes in votes/ on other answers than those of these revisions, which do not count: 2.\n"
+    )
+    assert "1 of 4 prompts: more votes are needed" in printed
+    assert [vote.identity for vote in read_votes(FILE, PAIRS)] == [("A $(x)", "71d4f55f")]
+
+
 @pytest.mark.parametrize("option", ["--voter", "--judge-model"])
 def test_a_name_that_can_not_be_printed_is_reported(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
     monkeypatch.setattr("sys.argv", ["vote", "main", option, "A\udcff"])
@@ -425,7 +449,7 @@ def test_a_judge_that_can_not_be_used_is_reported(monkeypatch: pytest.MonkeyPatc
     assert judge_error(url) == "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY: must be a URL like http://host:port, or not set"
 
 
-TOO_LONG = (400, {}, json.dumps({"error": {"message": "Too long:\n\x1b[1m9 tokens", "type": "x"}}))
+TOO_LONG: Reply = (400, {}, json.dumps({"error": {"message": "Too long:\n\x1b[1m9 tokens", "type": "x"}}))
 
 
 def test_a_prompt_without_a_vote_does_not_block_the_others_and_the_message_has_the_reasons() -> None:

@@ -20,7 +20,7 @@ from stages.runtime.text import printable, without_secrets
 
 TIMEOUT = 60.0  # seconds for one comparison
 BUSY, NUM_ATTEMPTS, MAX_WAIT = (429, 503), 4, 60.0  # statuses after which a request is sent again; seconds
-UNUSABLE = (401, 402, 403, 404, 405, 407)  # statuses that every prompt would have
+UNUSABLE = (401, 402, 403, 404, 405, 407)  # statuses that concern all prompts
 MAX_MESSAGE = 300  # characters of a server's message or a reply that are shown
 TRY_AGAIN = (
     "must be an OpenAI-compatible API, such as http://127.0.0.1:8080/v1; check it, JUDGE_MODEL and OPENAI_API_KEY, and "
