@@ -202,11 +202,18 @@ def must_pass_table(examples: Sequence[MustPass]) -> str:
 
 
 def votes_table(votes: VoteResults | None) -> str:
-    """The votes of all and of each voter, and how often two voters agree."""
+    """The votes of all and of each voter, how often two voters agree, and which votes do not count."""
     if votes is None:
         return ""
+    notes = [text(note) for note in votes.notes]
+    if not votes.by_voter:
+        return "\n\n".join(notes)
+    names = [name for name, _ in votes.by_voter]
+    labels = {
+        voter: text(voter[0] if names.count(voter[0]) == 1 else f"{voter[0]} ({voter[1]})") for voter in votes.by_voter
+    }
     rows = [
-        [text(voter), *(f"{number:,}" for number in (tally.wins, tally.losses, tally.ties)), share(tally)]
+        [labels[voter], *(f"{number:,}" for number in (tally.wins, tally.losses, tally.ties)), share(tally)]
         for voter, tally in votes.by_voter.items()
     ]
     total = votes.overall
@@ -218,10 +225,10 @@ def votes_table(votes: VoteResults | None) -> str:
         table(["voter", "after", "before", "equal", "share of after"], rows),
     ]
     lines += [
-        f"{text(first)} and {text(second)} agree on {same:,} of {common:,} prompts."
+        f"{labels[first]} and {labels[second]} agree on {same:,} of {common:,} prompts."
         for (first, second), (common, same) in votes.agreement.items()
     ]
-    return "\n\n".join(lines)
+    return "\n\n".join([*lines, *notes])
 
 
 def share(tally: Tally) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from stages.runtime import params as params_module
 from stages.runtime.yaml12 import parse_yaml
-from tests.clone import ROOT
+from tests.clone import ROOT, USER_FILES
 
 PIPELINE: dict[str, Any] = parse_yaml((ROOT / "dvc.yaml").read_text())
 STAGES = PIPELINE["stages"]
@@ -112,7 +112,7 @@ def test_a_stage_reads_the_parameters_that_its_model_has(name: str) -> None:
 
 
 def test_every_parameter_is_read_and_has_a_comment() -> None:
-    lines = (ROOT / "params.yaml").read_text().splitlines()
+    lines = (USER_FILES / "params.yaml").read_text().splitlines()
     names = [line.split(":")[0] for line in lines if line and line[0] not in " #"]
     assert set(names) == {name for model in params_module.STAGES for name in model.model_fields}
     uncommented = [line for line in lines if line and line[0] not in " #" and " # " not in line]

@@ -19,7 +19,7 @@ from stages.data.alpaca import render_alpaca
 from stages.data.tables import write_parquet
 from stages.evaluate import PREDICTIONS_SCHEMA
 from stages.scoring.metrics import compute_metrics
-from tests.clone import ROOT, commit, run
+from tests.clone import ROOT, USER_FILES, commit, run
 from tests.conftest import predictions
 
 pytestmark = pytest.mark.subprocess
@@ -93,7 +93,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, fast_stages: None) -> P
     run(folder, "git", "init", "-q", "-b", "main")
     run(folder, "dvc", "init", "--quiet")
     (folder / "dvc.yaml").write_text(PIPELINE)
-    shutil.copy(ROOT / "gates.yaml", folder / "gates.yaml")
+    shutil.copy(USER_FILES / "gates.yaml", folder / "gates.yaml")
     (folder / ".gitignore").write_text("/data/\n/review.*\n.scratch/\n")
     (folder / "data").mkdir()
     (folder / "data/.gitignore").write_text("*\n")

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from stages.runtime.yaml12 import parse_yaml
-from tests.clone import EVERY_STAGE, ROOT, commit, copy_clone, edit, run
+from tests.clone import EVERY_STAGE, ROOT, commit, copy_clone, copy_tree, edit, run
 
 pytestmark = pytest.mark.subprocess
 TEXT = (ROOT / ".github/workflows/review.yml").read_text(encoding="utf-8")
@@ -133,7 +133,7 @@ def test_failing_remote_does_not_fail_the_job() -> None:
 def project(tmp_path_factory: pytest.TempPathFactory, ran: Path, fast_stages: None) -> Path:
     """A repository with committed results of the pipeline and the scripts of the workflow."""
     folder = copy_clone(ran, tmp_path_factory.mktemp("workflow") / "project")
-    shutil.copytree(ROOT / ".ci", folder / ".ci", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_tree(ROOT / ".ci", folder / ".ci")
     commit(folder, "workflow")
     return folder
 
