@@ -33,13 +33,14 @@ def main() -> None:
     comparison = compare_revisions(before, after)
     results = check_gates(comparison)
     write_text(MARKDOWN, report.markdown(comparison, results, plots.as_mermaid(before, after)))
-    images = plots.as_images(plots.draw(before, after))
+    images = plots.draw(before, after)
     loss_slices = [result for result in comparison.test.slices if result.metric.name == "loss"]
     about = "after − before, with 95% interval; small circles: runs with one seed; green: better, red: worse, "
     about += "blue: equivalent"
-    figures = plots.forest(comparison.test.metrics, f"Metrics: {about}") + plots.forest(
-        loss_slices, "Loss (nats/token) by slice"
-    )
+    figures = {
+        "Metrics on the test split": plots.forest(comparison.test.metrics, f"Metrics: {about}"),
+        "Slices of the test split": plots.forest(loss_slices, "Loss (nats/token) by slice"),
+    }
     title = f"{before.name} → {after.name}"
     write_text(PAGE, markup.page(report.markdown(comparison, results, images), title, figures))
 
