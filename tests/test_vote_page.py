@@ -212,6 +212,15 @@ def test_any_error_of_the_disk_is_a_message_and_neither_a_vote_nor_an_undo_is_lo
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_page_that_is_closed_before_it_has_the_reply_is_not_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+    with VoteServer(ballot(), 0) as server:
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            server.handle_error(None, None)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_voter_who_comes_back_goes_on_with_the_same_prompts_and_can_undo_earlier_votes() -> None:
     first = ballot()
     pair = first.state()["pair"]
