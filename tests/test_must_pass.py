@@ -62,6 +62,13 @@ def test_an_example_that_before_has_no_answer_to_is_passing_or_still_failing() -
         assert check_must_pass(found).passed
 
 
+@pytest.mark.parametrize("checked", [None, float("nan")])
+def test_older_predictions_without_a_value_do_not_count_as_passed(checked: float | None) -> None:
+    found = compared(Side([True] * 4, columns={"checked": checked}), Side([False] * 4), "id0")
+    assert found
+    assert [example.state for example in found] == ["still failing"]
+
+
 def test_all_answers_to_a_prompt_must_pass() -> None:
     found = compared(Side([True] * 4), Side([2, 3, 3, 3], columns={"num_answers": 3}), "id0", "id1")  # type: ignore[list-item]
     assert found
