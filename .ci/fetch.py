@@ -1,12 +1,13 @@
 """Download what a review compares to DVC's cache: splits, answers and predictions of the workspace and of a revision.
 
-What can't be downloaded is not needed for a report: it says so. The exit code is 1 then.
+What can't be downloaded is missing in the review, which says so; DVC prints the reason.
 """
 
 import re
 import sys
 
 from dvc.repo import Repo
+from dvc.stage import PipelineStage
 
 from stages.runtime.text import printable, without_secrets
 
@@ -25,10 +26,11 @@ def main() -> None:
 
 
 def fetch(repo: Repo, revision: str) -> bool:
-    """Download the outputs of a revision; return whether all are in the cache."""
+    """Download the outputs of a revision; False if that failed, not if only the remote lacks a file."""
     try:
         with repo.switch(revision):
-            names = [stage.addressing for stage in repo.index.stages if STAGES.fullmatch(stage.addressing)]
+            stages = [stage.name for stage in repo.index.stages if isinstance(stage, PipelineStage)]
+            names = [name for name in stages if STAGES.fullmatch(name)]
             number = repo.fetch(targets=names) if names else 0
     except Exception as error:  # each kind of remote has errors of its own
         print(printable(without_secrets(f"{revision}: {error or type(error).__name__}")))

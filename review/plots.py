@@ -102,7 +102,11 @@ def run_module(*command: str, stdin: bytes = b"") -> bytes:
     except subprocess.TimeoutExpired:
         raise PlotError(f"not finished after {MAX_SECONDS} s") from None
     if result.returncode:
-        message = re.search(r"^\w*error: (.+)", result.stderr.decode(errors="replace"), re.IGNORECASE | re.MULTILINE)
+        message = re.search(
+            r"^\w*error: (?:unexpected error - )?(.+)",
+            result.stderr.decode(errors="replace"),
+            re.IGNORECASE | re.MULTILINE,
+        )
         too_large = f"the program ended with exit code {result.returncode}; the plot may be too large"
         raise PlotError(reason(message[1]) if message else too_large)
     return result.stdout
@@ -119,7 +123,8 @@ def forest(results: Sequence[MetricResult], caption: str) -> str:
     """
     rows: list[dict[str, Any]] = []
     for result in results:
-        if difference := result.difference:
+        difference = result.difference
+        if difference and np.isfinite([difference.low, difference.high, *difference.by_seed.values()]).all():
             name, color = (
                 printable(result.slice or result.metric.name),
                 VERDICT_COLORS.get(result.verdict, "currentColor"),

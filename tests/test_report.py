@@ -1,7 +1,9 @@
 """The review as Markdown and as a page: untrusted text stays text, changed words are marked; also plots and gates."""
 
 import json
+import math
 import re
+import xml.dom.minidom
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,8 +74,8 @@ def test_no_text_escapes_from_its_cell(before: str, after: str) -> None:
 
 
 def test_page_has_no_scripts_and_no_external_resources() -> None:
-    image = plots.as_images([("Loss", b"\x89PNG")])
-    page = markup.page(f"# Review\n\n<script>alert(1)</script>\n\n{image}\n", "a </title><script>")
+    image = plots.as_image("Loss", b"\x89PNG")
+    page = markup.page(f"# Review\n\n<script>alert(1)</script>\n\n{image}\n", "a </title><script>", {})
     assert "<script" not in page
     assert "<title>a &lt;/title&gt;&lt;script&gt;</title>" in page
     assert re.findall('(?:src|href)="(.{10})', page) == ["data:image"]
@@ -159,12 +161,29 @@ def test_forest_plot_has_a_row_for_each_result_and_a_circle_for_each_seed() -> N
     assert "<script" not in svg
     assert re.findall('aria-label="seed: ([^"]*)"', svg) == ["−0.2", "−0.25", "−0.15"]
     assert plots.forest([replace(results[0], difference=None)], "") == ""
+    assert plots.forest([result(-math.inf, 0.1, "undecided", {})], "") == ""
 
 
-def test_page_has_the_figures_after_the_summary_and_no_script() -> None:
-    page = markup.page("# Review\n\n**Better.**\n\n## Gates\n\ntext\n\n## Metrics\n", "a → <b>", "<svg>plot</svg>")
-    assert page.index("Better.") < page.index("<svg>plot</svg>") < page.index("<h2>Gates</h2>")
-    assert page.count("<svg>") == 1
+@given(st.text(max_size=40))
+def test_no_name_of_a_slice_adds_markup_to_the_forest_plot(name: str) -> None:
+    svg = plots.forest([replace(result(-0.3, -0.1, "better", {}), slice=f"<script>&{name}")], "<b>")
+    assert re.findall("<script|<image|<a |<b>|href=", svg) == []
+    assert xml.dom.minidom.parseString(svg).documentElement.tagName == "figure"
+
+
+def test_page_has_a_figure_after_the_table_of_its_section_and_no_script() -> None:
+    table = markup.table(["name"], [["x"]])
+    content = f"# Review\n\n## Gates\n\n{table}\n\n## Metrics & more\n\n{table}\n\ntext\n\n{table}\n"
+    page = markup.page(content, "a → <b>", {"Metrics & more": "<svg>plot</svg>", "Slices": "<svg>none</svg>"})
+    assert [*re.findall("<h2>.*?</h2>|<table>|<svg>.*?</svg>|<p>text", page)] == [
+        "<h2>Gates</h2>",
+        "<table>",
+        "<h2>Metrics &amp; more</h2>",
+        "<table>",
+        "<svg>plot</svg>",
+        "<p>text",
+        "<table>",
+    ]
     assert "<title>a → &lt;b&gt;</title>" in page
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
     assert "color-scheme: light dark" in page
