@@ -16,7 +16,7 @@ from tests.fork_server import run_forked
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("stages/", "tools/", "templates/", "data/", "models/", ".dvc", "dvc.yaml", "params.yaml", ".gitignore")
-SHIPPED += ("scorers.py",)
+SHIPPED += ("scorers.py", ".gitattributes")
 NUM_ROWS = {"instructions": 120, "retention": 6}
 EVERY_STAGE = [
     "download_dataset",
