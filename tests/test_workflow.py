@@ -221,6 +221,19 @@ def test_matching_lock_passes_without_cache_and_data(clone: Path, change: Callab
     assert (result.returncode, result.stdout, result.stderr) == (0, UP_TO_DATE, "")
 
 
+def test_git_converts_no_line_ends_so_no_stage_is_outdated(project: Path, tmp_path: Path) -> None:
+    original = copy_clone(project, tmp_path / "original")
+    (original / "data/crlf.csv").write_bytes(b"prompt,completion\r\nA,b\r\n")
+    commit(original, "data from Windows")
+    run(tmp_path, "git", "clone", "-q", "-c", "core.autocrlf=true", str(original), "clone")
+    clone = tmp_path / "clone"
+    names = run(clone, "git", "ls-files").stdout.splitlines()
+    assert [name for name in names if (clone / name).read_bytes() != (original / name).read_bytes()] == []
+    assert run_step(CHECK, clone).stdout == UP_TO_DATE
+    append("data/crlf.csv", "C,d\n")(clone)
+    assert "+C,d\n" in run(clone, "git", "diff").stdout
+
+
 @pytest.mark.parametrize(
     ("change", "lines"),
     [
