@@ -14,7 +14,8 @@ PYTEST := OMP_NUM_THREADS=1 pytest --numprocesses $(shell $(PYTHON) -c 'import o
 	--dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help repro review vote chat export lm-eval publish test test-fast lint check-lock audit chaos architectures clean bench scaling verdicts
+export DATA MODEL
+.PHONY: help start update repro review vote chat export lm-eval publish test test-fast lint check-lock audit chaos architectures clean bench scaling verdicts
 # `make review` compares BASE with REV; each is a branch, a commit, an experiment or the workspace.
 BASE ?= main
 REV ?= workspace
@@ -25,6 +26,15 @@ $(foreach name,BASE REV REPO QUANT TASKS INCLUDE LIMIT VOTER PORT JUDGE JUDGE_MO
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+start: $(INSTALLED)  ## start a project of your own: DATA=path/to/mine.csv or a Hub dataset, MODEL=gpt2
+	python -m tools.start "$$DATA" "$$MODEL"
+
+# The drivers are set for this merge only: with them, a merge of two branches of a team would drop one side's results.
+update: $(INSTALLED)  ## merge a newer version of this pipeline from the git remote `upstream`, keeping your files
+	git fetch upstream
+	git -c merge.project.driver=true -c merge.params.driver='python -m tools.merge_params %O %A %B' \
+		merge --no-edit upstream/main
 
 repro: $(INSTALLED)  ## run the stages that changed
 	python -m stages.runtime.preflight  # DVC deletes outputs before a stage checks its parameters
