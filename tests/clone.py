@@ -41,12 +41,7 @@ CORPUS = [
 
 def environment(**changes: str) -> dict[str, str]:
     """Environment variables: `tests/bin/python` and this interpreter's `dvc` on the path, an identity for git."""
-    env = {
-        **os.environ,
-        "PATH": f"{ROOT}/tests/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "GIT_CONFIG_GLOBAL": "/dev/null",
-        "DVC_NO_ANALYTICS": "1",  # where no project says so; each would start a process
-    }
+    env = {**os.environ, "PATH": f"{ROOT}/tests/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"}
     env |= {f"GIT_{who}_{what}": "test@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     return env | changes
 

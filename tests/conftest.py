@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 from huggingface_hub import close_session
+from hypothesis import settings
 
 from stages.data.alpaca import AlpacaTemplate
 from stages.data.conversations import Conversation
@@ -35,6 +36,9 @@ from tests.clone import (
 )
 from tests.fork_server import start_server
 from tests.hub_server import Hub, serve
+
+settings.register_profile("reproducible", derandomize=True, deadline=None)
+settings.load_profile("reproducible")
 
 
 def shared(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], object]) -> Path:

@@ -462,7 +462,7 @@ texts = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(questions=texts, answers=texts)
 def test_any_conversation_has_the_token_ids_of_apply_chat_template(questions: list[str], answers: list[str]) -> None:
     tokenizer, template = CHATML

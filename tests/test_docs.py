@@ -15,7 +15,7 @@ from tests.clone import ROOT
 
 PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "LICENSES.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Of the user, so a project may lack them.
-USER_FILES = ("README.md", "data/", "docs/reviews/", "gates.yaml", "must_pass.yaml", "scorers.py")
+USER_FILES = ("README.md", "data/", "docs/reviews", "gates.yaml", "must_pass.yaml", "scorers.py")
 
 
 def read_page(name: str) -> str:
