@@ -45,7 +45,9 @@ class Revision:
             message = f"{name}: {error}; "
             if isinstance(error, SCMError):
                 message += "must be a commit, branch or tag (`git branch --all`), an experiment (`dvc exp list`) or "
-                message += WORKSPACE
+                branch = name.removeprefix("origin/")
+                message += f"{WORKSPACE}; if this clone lacks it, `git fetch origin {branch}:{name}` gets a branch, "
+                message += "and `git fetch --unshallow` the history"
             else:
                 message += "a revision with conflict markers or other errors in its pipeline can't be reviewed; fix it"
         # Not inside `except`: the error would keep DVC's repository open until Python exits, and dulwich would warn.

@@ -1,6 +1,7 @@
 """`make review` in a repository of eight commits with known differences."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from stages.data.alpaca import render_alpaca
 from stages.data.examples import SCORING_SCHEMA
 from stages.data.tables import write_parquet
 from stages.evaluate import PREDICTIONS_SCHEMA
+from stages.runtime.errors import UserError
 from stages.scoring.metrics import compute_metrics
 from tests.clone import ROOT, USER_FILES, commit, run
 from tests.conftest import predictions
@@ -611,3 +613,23 @@ def test_the_page_shows_verdict_gates_and_metrics_then_the_figure_of_the_metrics
     position = 0
     for part in parts:
         position = page.index(part, position)
+
+
+@pytest.mark.parametrize("name", ["main", "origin/main"])
+def test_the_advice_for_a_clone_without_the_base_branch_gets_it(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    run(repository, "git", "branch", "--force", "change", "better")
+    source = f"file://{repository}"
+    run(tmp_path, "git", "clone", "-q", "--depth=1", "--branch=change", source, "clone")
+    monkeypatch.chdir(tmp_path / "clone")
+    with pytest.raises(UserError) as error:
+        Revision(name)
+    advice = re.findall("`(git fetch .*?)`", str(error.value))
+    assert advice == [f"git fetch origin main:{name}", "git fetch --unshallow"]
+    run(tmp_path / "clone", *advice[0].split())
+    assert Revision(name).read("params.yaml") == (repository / "params.yaml").read_bytes()
+    with pytest.raises(UserError, match="unknown Git revision"):
+        Revision("HEAD~1")
+    run(tmp_path / "clone", *advice[1].split())
+    assert Revision("HEAD~1").read("params.yaml")
