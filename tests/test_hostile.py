@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
     return folder
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rows=rows)
 def test_any_text_reaches_the_splits_unchanged_or_its_row_is_rejected(folder: Path, rows: list[Any]) -> None:
     from transformers import AutoTokenizer

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from review import markup, plots, report
-from review.gates import Gate, read_gates
+from review.conditions import parse_gates
 from review.statistics import Difference, Variances
 from review.verdicts import MetricResult
 from stages.runtime.errors import UserError
@@ -121,14 +121,6 @@ def test_plot_template_is_drawn(template: Path) -> None:
     assert "nats/token" in svg
 
 
-def test_gates_of_this_project_are_read() -> None:
-    assert read_gates() == {
-        "loss": Gate(not_worse_by=0.05),
-        "token_accuracy": Gate(not_worse_by=0.02),
-        "stop_rate": Gate(min=0.95),
-    }
-
-
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -140,17 +132,16 @@ def test_gates_of_this_project_are_read() -> None:
         ("loss: {min: 1", "not valid YAML"),
         ("loss: {not_worse: true}", "loss.not_worse: Extra inputs are not permitted"),
         ("loss: {not_worse_by: -0.1}", "loss.not_worse_by: Input should be greater than or equal to 0"),
+        ("loss: {}", "loss: Value error, has no condition"),
     ],
 )
-def test_invalid_gates_are_reported(tmp_path: Path, content: str, expected: str) -> None:
-    path = tmp_path / "gates.yaml"
-    path.write_text(content)
+def test_invalid_gates_are_reported(content: str, expected: str) -> None:
     with pytest.raises(UserError, match=re.escape(expected)):
-        read_gates(path)
+        parse_gates(content.encode(), "gates.yaml of main")
 
 
-def test_missing_gates_file_means_no_gates(tmp_path: Path) -> None:
-    assert read_gates(tmp_path / "gates.yaml") == {}
+def test_an_empty_gates_file_means_no_gates() -> None:
+    assert parse_gates(b"# none", "gates.yaml of main") == {}
 
 
 def result(low: float, high: float, verdict: str, by_seed: dict[int, float], **changes: Any) -> MetricResult:

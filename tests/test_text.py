@@ -37,6 +37,7 @@ def test_code_stays_on_one_line_and_in_one_cell() -> None:
     assert code("data/a.jsonl") == "`data/a.jsonl`"
     assert code("a`b\n\n| <script> | ") == "`` a`b \\| <script> \\| ``"
     assert code("`") == "`` ` ``"
+    assert code("") == "` `"
     assert code("a\\\\|b") == "`a\\|b`"
 
 

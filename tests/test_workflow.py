@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from stages.runtime.yaml12 import parse_yaml
-from tests.clone import EVERY_STAGE, ROOT, commit, copy_clone, edit, lock_hashes, run
+from tests.clone import EVERY_STAGE, ROOT, commit, copy_clone, copy_tree, edit, lock_hashes, run
 
 pytestmark = pytest.mark.subprocess
 TEXT = (ROOT / ".github/workflows/review.yml").read_text(encoding="utf-8")
@@ -88,7 +88,8 @@ def test_shell_commands_contain_no_expressions() -> None:
 def test_steps_run_commands_that_a_developer_can_run() -> None:
     commands = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in JOBS.items()}
     set_up = 'make .venv/installed\necho "$PWD/.venv/bin" >> "$GITHUB_PATH"\n'
-    assert commands["checks"] == [set_up, "make lint", "make audit", "python .ci/check_lock.py", "make test"]
+    set_up_dev = set_up.replace("installed", "installed-dev")
+    assert commands["checks"] == [set_up_dev, "make lint", "make audit", "python .ci/check_lock.py", "make test"]
     assert commands["review"] == [
         set_up,
         'python .ci/fetch.py "$BASE"',
@@ -135,7 +136,7 @@ def test_failing_remote_does_not_fail_the_job() -> None:
 def project(tmp_path_factory: pytest.TempPathFactory, ran: Path, fast_stages: None) -> Path:
     """A repository with committed results of the pipeline and the scripts of the workflow."""
     folder = copy_clone(ran, tmp_path_factory.mktemp("workflow") / "project")
-    shutil.copytree(ROOT / ".ci", folder / ".ci", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_tree(ROOT / ".ci", folder / ".ci")
     commit(folder, "workflow")
     return folder
 
@@ -220,6 +221,19 @@ def test_matching_lock_passes_without_cache_and_data(clone: Path, change: Callab
     assert (result.returncode, result.stdout, result.stderr) == (0, UP_TO_DATE, "")
 
 
+def test_git_converts_no_line_ends_so_no_stage_is_outdated(project: Path, tmp_path: Path) -> None:
+    original = copy_clone(project, tmp_path / "original")
+    (original / "data/crlf.csv").write_bytes(b"prompt,completion\r\nA,b\r\n")
+    commit(original, "data from Windows")
+    run(tmp_path, "git", "clone", "-q", "-c", "core.autocrlf=true", str(original), "clone")
+    clone = tmp_path / "clone"
+    names = run(clone, "git", "ls-files").stdout.splitlines()
+    assert [name for name in names if (clone / name).read_bytes() != (original / name).read_bytes()] == []
+    assert run_step(CHECK, clone).stdout == UP_TO_DATE
+    append("data/crlf.csv", "C,d\n")(clone)
+    assert "+C,d\n" in run(clone, "git", "diff").stdout
+
+
 @pytest.mark.parametrize(
     ("change", "lines"),
     [
@@ -297,11 +311,10 @@ def test_missing_lock_means_that_no_stage_ran(clone: Path) -> None:
     ("change", "message"),
     [
         (append("dvc.lock", "<<<<<<< HEAD\n"), "unable to read: 'dvc.lock', YAML file structure is corrupted"),
-        (delete("params.yaml"), "Could not find 'replicate_seeds'"),
         (delete("dvc.yaml"), "dvc.yaml is missing or has no stages; restore it with git"),
         (append("dvc.yaml", "unknown: 1\n"), "'./dvc.yaml' validation failed"),
     ],
-    ids=["merge conflict", "no parameters", "no pipeline", "invalid pipeline"],
+    ids=["merge conflict", "no pipeline", "invalid pipeline"],
 )
 def test_unreadable_pipeline_is_reported_on_one_line(clone: Path, change: Callable[[Path], None], message: str) -> None:
     change(clone)
@@ -310,6 +323,25 @@ def test_unreadable_pipeline_is_reported_on_one_line(clone: Path, change: Callab
     [line] = result.stderr.splitlines()
     assert line.startswith("dvc.lock: can't be checked: ")
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (delete("params.yaml"), "params.yaml: not found; run in the project's folder"),
+        (lambda folder: edit(folder, retention_file="null"), "  retention_file: found null; must be a valid string; "),
+        (lambda folder: edit(folder, replicate_seeds="3"), "  replicate_seeds: found 3; must be a valid list"),
+    ],
+    ids=["no parameters", "null", "number for a list"],
+)
+def test_parameters_that_dvc_can_not_insert_are_named(
+    clone: Path, change: Callable[[Path], None], message: str
+) -> None:
+    change(clone)
+    result = run_step(CHECK, clone)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_data_is_checked_if_it_is_there_and_may_be_only_in_the_cache(project: Path, tmp_path: Path) -> None:

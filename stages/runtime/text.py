@@ -40,7 +40,8 @@ def without_secrets(text: str) -> str:
 
 def code(text: object) -> str:
     """The text as inline Markdown code on one line, safe inside a table cell."""
-    line = re.sub(r"\\*\|", r"\|", " ".join(printable(str(text)).split()))  # `\\|` would end the cell
+    line = " ".join(printable(str(text)).split()) or " "  # two backticks without text would begin a longer fence
+    line = re.sub(r"\\*\|", r"\|", line)  # `\\|` would end the cell
     fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
 
