@@ -31,6 +31,8 @@ COLORS = {"blue": "#4c78a8", "orange": "#f58518"}  # before, after
 COLOR = {"field": "color", "type": "nominal", "scale": None}
 VERDICT_COLORS = {"better": "#1a7f37", "worse": "#cf222e", "equivalent": "#4c78a8"}
 THEME = {"themeVariables": {"xyChart": {"plotColorPalette": ", ".join(COLORS.values())}}}
+MAX_ROWS = 100  # of a forest plot; Vega-Lite fails for thousands
+MAX_NAME = 60  # characters
 MAX_SECONDS = 120  # to read the plots, and to draw one
 PAGE = Path(".venv/plots.html")  # `make` sets it as DVC's plots.html_template, in .dvc/config.local
 
@@ -122,20 +124,26 @@ def forest(results: Sequence[MetricResult], caption: str) -> str:
     Metrics have different units, so each has its own scale; the slices of one metric share theirs.
     """
     rows: list[dict[str, Any]] = []
-    for result in results:
+    if len(results) > MAX_ROWS:
+        caption += f"; the first {MAX_ROWS} of {len(results):,}"
+    for result in results[:MAX_ROWS]:
         difference = result.difference
         if difference and np.isfinite([difference.low, difference.high, *difference.by_seed.values()]).all():
-            name, color = (
-                printable(result.slice or result.metric.name),
-                VERDICT_COLORS.get(result.verdict, "currentColor"),
-            )
+            color = VERDICT_COLORS.get(result.verdict, "currentColor")
+            name = printable(result.slice or result.metric.name)[:MAX_NAME]
+            while any(row["name"] == name for row in rows):  # rows with one name would be drawn as one
+                name += "…"
             bounds = {"low": difference.low, "high": difference.high, "value": difference.value}
             rows.append({"name": name, "color": color, **bounds})
             if len(difference.by_seed) > 1:
                 rows += [{"name": name, "seed": value} for value in difference.by_seed.values()]
     if not rows:
         return ""
-    ink = {"labelColor": "currentColor", "labelFontSize": 12, "labelLimit": 260}
+    ink = {
+        "labelColor": "currentColor",
+        "labelFontSize": 12,
+        "labelLimit": 0,
+    }  # where Vega cuts text, it cuts emoji in half and fails
     names = {"field": "name", "sort": list(dict.fromkeys(row["name"] for row in rows)), "title": None}
     spec = {
         "config": {

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -165,7 +165,23 @@ def test_forest_plot_has_a_row_for_each_result_and_a_circle_for_each_seed() -> N
     assert plots.forest([result(-math.inf, 0.1, "undecided", {})], "") == ""
 
 
+def test_a_forest_plot_has_the_first_hundred_of_many_slices() -> None:
+    slices = [replace(result(-0.3, -0.1, "better", {}), slice=f"slice {number}") for number in range(4000)]
+    svg = plots.forest(slices, "Loss")
+    assert ">slice 99</text>" in svg
+    assert ">slice 100</text>" not in svg
+    assert "<figcaption>Loss; the first 100 of 4,000</figcaption>" in svg
+
+
+def test_slices_with_long_names_keep_rows_of_their_own() -> None:
+    better = result(-0.3, -0.1, "better", {})
+    svg = plots.forest([replace(better, slice="x" * 70 + end) for end in "ab"], "")
+    assert [len(name) for name in re.findall(">(x+…?)</text>", svg)] == [60, 61]
+
+
 @given(st.text(max_size=40))
+@example("\ufffe\uffff")  # not allowed in XML; vl_convert aborts
+@example("x" * 30 + "\U0001f600" * 200)
 def test_no_name_of_a_slice_adds_markup_to_the_forest_plot(name: str) -> None:
     svg = plots.forest([replace(result(-0.3, -0.1, "better", {}), slice=f"<script>&{name}")], "<b>")
     assert re.findall("<script|<image|<a |<b>|href=", svg) == []

@@ -6,9 +6,9 @@ Also remove secrets from messages.
 import os
 import re
 
-# Control characters except tab and newline, line separators, text direction overrides (CVE-2021-42574) and lone
-# surrogates.
-UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters except tab and newline, line separators, text direction overrides (CVE-2021-42574), lone
+# surrogates, and what XML does not allow, so that text can be part of an SVG.
+UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 MARKUP = re.compile(r"([\\`*_\[\]<>#|~&$])")
 URL_LOGIN = re.compile(r"(?<=://)[^/\s]*@")
 SECRET_NAMES, MIN_SECRET_LENGTH = ("KEY", "TOKEN", "SECRET", "PASSWORD"), 8
