@@ -9,6 +9,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # Python writes bytecode when it first imports a module. pip (--no-compile) does not, because compiling all of torch
 # takes half a minute.
 unexport PYTHONDONTWRITEBYTECODE
+# A terminal without Unicode must not end a command.
+export PYTHONIOENCODING ?= :backslashreplace
 # One more worker than cores, because tests also wait for processes. One thread each, so that they don't compete.
 PYTEST := OMP_NUM_THREADS=1 pytest --numprocesses $(shell $(PYTHON) -c 'import os; print(1 + os.cpu_count())') \
 	--dist loadfile --no-loadscope-reorder

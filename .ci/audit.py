@@ -40,7 +40,7 @@ def audit_dependencies(service: str) -> bool:
     # To ignore an advisory that does not affect this project, add --ignore-vuln with a comment that gives the reason.
     command = [sys.executable, "-m", "pip_audit", "--requirement", "constraints.txt", "--no-deps", "--disable-pip"]
     command += ["--vulnerability-service", "osv", "--osv-url", service, "--strict", "--progress-spinner", "off"]
-    audit = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 (a list of constants and the service's URL)
+    audit = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")  # noqa: S603 (a list of constants and the service's URL)
     if audit.returncode == 0:
         print("dependency audit: no known vulnerabilities in the pins of constraints.txt")
     elif audit.stdout:  # the table of vulnerabilities
@@ -55,8 +55,8 @@ def scan_for_secrets() -> bool:
 
     A comment `kingfisher:ignore` on a line suppresses a false positive.
     """
-    git = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, check=True)  # noqa: S607 (git from the PATH)
-    files = [name for name in git.stdout.split("\0") if Path(name).is_file()]  # without deleted files
+    git = subprocess.run(["git", "ls-files", "-z"], capture_output=True, check=True)  # noqa: S607 (git from the PATH)
+    files = [name for name in os.fsdecode(git.stdout).split("\0") if Path(name).is_file()]  # without deleted files
     scanner = Scanner(policy=DetectionPolicy())
     secrets = [(name, finding) for name in files for finding in scanner.scan_file(name)]
     print(f"secret scan: {len(secrets)} found in {len(files)} tracked files")

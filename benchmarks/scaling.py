@@ -64,8 +64,8 @@ def curve() -> list[dict[str, Any]]:
                 point[stage] = run([sys.executable, "-m", f"stages.{stage}"], folder)
             point["read_train"] = run([sys.executable, "-c", READ_TRAIN], folder)
             point["bytes"] = {table: disk_usage(folder / f"data/{table}.parquet") for table in TABLES}
-            point["tokens"] = json.loads((folder / "metrics/format.json").read_text())["tokens"]
-            point["split"] |= json.loads((folder / "metrics/split.json").read_text())
+            point["tokens"] = json.loads((folder / "metrics/format.json").read_text(encoding="utf-8"))["tokens"]
+            point["split"] |= json.loads((folder / "metrics/split.json").read_text(encoding="utf-8"))
             points.append(point)
             print(json.dumps(point), flush=True)
     return points

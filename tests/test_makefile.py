@@ -73,6 +73,13 @@ def test_default_values_of_variables(folder: Path) -> None:
     )
 
 
+@pytest.mark.subprocess
+def test_characters_that_the_terminal_lacks_do_not_end_a_command(folder: Path) -> None:
+    code = f"--eval=print:;@{sys.executable} -c 'print(chr(0x2192))'"
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    assert run(folder, "make", "--silent", code, "print", **locale).stdout == "\\u2192\n"
+
+
 def imported(*paths: Path) -> set[str]:
     """The distributions that these modules import, at the top or inside functions."""
     names = set()

@@ -252,14 +252,6 @@ def test_git_converts_no_line_ends_so_no_stage_is_outdated(project: Path, tmp_pa
             ["split: its command changed since it ran"],
         ),
         (
-            append("metrics/evaluate/tuned.json", " "),
-            ["evaluate@tuned: metrics/evaluate/tuned.json changed since it was written"],
-        ),
-        (
-            delete("metrics/evaluate/tuned.json", "metrics/train.json"),
-            ["train: metrics/train.json is missing", "evaluate@tuned: metrics/evaluate/tuned.json is missing"],
-        ),
-        (
             rerun_train_alone,
             [
                 "predict@tuned: models/tuned was rewritten by train since it ran",
@@ -281,8 +273,6 @@ def test_git_converts_no_line_ends_so_no_stage_is_outdated(project: Path, tmp_pa
         "parameters",
         "data",
         "command",
-        "edited metrics",
-        "deleted metrics",
         "single stage that ran again",
         "data of dvc add",
         "new output",
@@ -295,6 +285,76 @@ def test_outdated_lock_fails_and_lists_the_differences(
     result = run_step(CHECK, clone)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "".join(f"{line}\n" for line in lines) + ADVICE
+
+
+def reformat(folder: Path) -> None:
+    """Edit metrics as a formatter of a pre-commit hook does."""
+    for name in ("evaluate/tuned", "train"):
+        path = folder / f"metrics/{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()), indent=4))
+
+
+def reformat_and_commit(folder: Path) -> None:
+    reformat(folder)
+    commit(folder, "format")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [reformat, reformat_and_commit, delete("metrics/evaluate/tuned.json", "metrics/train.json")],
+    ids=["reformatted metrics", "committed", "deleted metrics"],
+)
+def test_metrics_that_did_not_come_from_the_pipeline_are_restored_from_git(
+    clone: Path, change: Callable[[Path], None]
+) -> None:
+    change(clone)
+    result = run_step(CHECK, clone)
+    assert result.returncode == 1
+    advice = (
+        r"dvc.lock is out of date: run `(git checkout \S+ -- metrics/train.json metrics/evaluate/tuned.json)`, then c"
+    )
+    [command] = re.findall(advice, result.stderr)
+    run(clone, *command.split())
+    assert run_step(CHECK, clone).stdout == UP_TO_DATE
+
+
+def test_changed_code_and_metrics_need_both_remedies(clone: Path) -> None:
+    append("stages/split.py", "# more\n")(clone)
+    append("metrics/train.json", " ")(clone)
+    advice = "dvc.lock is out of date: run `git checkout HEAD -- metrics/train.json`, then `dvc repro`, then commit "
+    assert advice in run_step(CHECK, clone).stderr
+
+
+def test_conflict_in_the_lock_is_resolved_by_the_advice(clone: Path) -> None:
+    for side, rate in (("one", "1e-4"), ("two", "2e-4")):
+        run(clone, "git", "checkout", "-q", "-b", side, "origin/main")
+        edit(clone, learning_rate=rate)
+        lock = (clone / "dvc.lock").read_text()
+        (clone / "dvc.lock").write_text(lock.replace("learning_rate: 0.001", f"learning_rate: {rate}"))
+        commit(clone, side)
+    assert run(clone, "git", "merge", "one", check=False).returncode == 1
+    run(clone, "git", "checkout", "--ours", "params.yaml")
+    result = run_step(CHECK, clone)
+    assert result.stderr.startswith(
+        "error: dvc.lock: has conflict markers; run `git checkout HEAD -- dvc.lock metrics`, "
+    )
+    run(clone, "git", "checkout", "HEAD", "--", "dvc.lock", "metrics")
+    assert run_step(CHECK, clone).stdout == UP_TO_DATE
+
+
+def test_line_ends_of_an_older_clone_are_restored_by_the_advice(project: Path, tmp_path: Path) -> None:
+    original = copy_clone(project, tmp_path / "original")
+    (original / ".gitattributes").unlink()
+    commit(original, "as before")
+    run(tmp_path, "git", "clone", "-q", "-c", "core.autocrlf=true", str(original), "clone")
+    clone = tmp_path / "clone"
+    shutil.copy(ROOT / ".gitattributes", clone)
+    run(clone, "git", "add", ".gitattributes")
+    run(clone, "git", "commit", "-q", "-m", "update")
+    result = run_step(CHECK, clone)
+    assert "out of date: files here have other line ends than in git: commit or stash your edits, run" in result.stderr
+    run(clone, "bash", "-c", "git rm -rq --cached . && git reset -q --hard")
+    assert run_step(CHECK, clone).stdout == UP_TO_DATE
 
 
 def test_missing_lock_means_that_no_stage_ran(clone: Path) -> None:
@@ -310,18 +370,18 @@ def test_missing_lock_means_that_no_stage_ran(clone: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (append("dvc.lock", "<<<<<<< HEAD\n"), "unable to read: 'dvc.lock', YAML file structure is corrupted"),
+        (append("dvc.lock", "["), "unable to read: 'dvc.lock', YAML file structure is corrupted"),
         (delete("dvc.yaml"), "dvc.yaml is missing or has no stages; restore it with git"),
         (append("dvc.yaml", "unknown: 1\n"), "'./dvc.yaml' validation failed"),
     ],
-    ids=["merge conflict", "no pipeline", "invalid pipeline"],
+    ids=["truncated", "no pipeline", "invalid pipeline"],
 )
 def test_unreadable_pipeline_is_reported_on_one_line(clone: Path, change: Callable[[Path], None], message: str) -> None:
     change(clone)
     result = run_step(CHECK, clone)
     assert (result.returncode, result.stdout) == (1, "")
     [line] = result.stderr.splitlines()
-    assert line.startswith("dvc.lock: can't be checked: ")
+    assert line.startswith("error: dvc.lock: can't be checked: ")
     assert message in line
 
 

@@ -55,7 +55,9 @@ def convert(script: Path, dtype: str, path: Path) -> None:
             (folder / entry.name).symlink_to(entry.resolve())
         command = [sys.executable, str(script), str(folder), "--outfile", str(path), "--outtype", outtype]
         offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        result = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=offline)  # noqa: S603 (a list)
+        result = subprocess.run(  # noqa: S603 (a list)
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", env=offline
+        )
     if result.returncode < 0:
         raise UserError(
             f"{TUNED}: the converter was killed by {signal.Signals(-result.returncode).name}; "
@@ -100,7 +102,7 @@ def quantizer() -> str:
 
 def quantizations(program: str) -> list[str]:
     """The names that the program lists for ways to quantize, such as Q4_K_M."""
-    usage = subprocess.run([program, "--help"], capture_output=True, text=True)  # noqa: S603 (a list)
+    usage = subprocess.run([program, "--help"], capture_output=True, encoding="utf-8", errors="replace")  # noqa: S603 (a list)
     return re.findall(r"^ +\d+ +or +(\w+) +:", usage.stdout + usage.stderr, re.MULTILINE)
 
 
@@ -110,7 +112,9 @@ def quantize(program: str, source: Path, target: Path, quantization: str) -> Non
     Raises:
         UserError: llama.cpp can't quantize it.
     """
-    result = subprocess.run([program, source, target, quantization], capture_output=True, text=True)  # noqa: S603 (a list)
+    result = subprocess.run(  # noqa: S603 (a list)
+        [program, source, target, quantization], capture_output=True, encoding="utf-8", errors="replace"
+    )
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["it reports no reason"])[-1]
         raise UserError(f"{source}: llama-quantize failed: {reason}; choose another QUANT")
