@@ -15,10 +15,12 @@ from stages.runtime.yaml12 import parse_yaml
 from tests.fork_server import run_forked
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = ("stages/", "tools/", "templates/", "data/", "models/", ".dvc", "dvc.yaml", "params.yaml", ".gitignore")
-SHIPPED += ("scorers.py",)
-NUM_ROWS = {"instructions": 120, "retention": 6}
+CODE = ("stages/", "tools/", "data/.gitignore", "models/.gitignore", "dvc.yaml", ".gitignore", ".gitattributes")
+CODE += (".dvcignore", ".dvc/.gitignore", ".dvc/plots/")
+DVC_CONFIG = "[core]\n    analytics = false\n    check_update = false\n    autostage = true\n"
+USER_FILES = ROOT / "tests/project"  # instead of those of the workspace, which may be a project with other ones
 EVERY_STAGE = [
+    "check_params",
     "download_dataset",
     "download_model",
     "format",
@@ -40,12 +42,7 @@ CORPUS = [
 
 def environment(**changes: str) -> dict[str, str]:
     """Environment variables: `tests/bin/python` and this interpreter's `dvc` on the path, an identity for git."""
-    env = {
-        **os.environ,
-        "PATH": f"{ROOT}/tests/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "GIT_CONFIG_GLOBAL": "/dev/null",
-        "DVC_NO_ANALYTICS": "1",  # where no project says so; each would start a process
-    }
+    env = {**os.environ, "PATH": f"{ROOT}/tests/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"}
     env |= {f"GIT_{who}_{what}": "test@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     return env | changes
 
@@ -87,15 +84,24 @@ def run_pipeline(folder: Path, *stages: str) -> None:
             importlib.import_module(f"stages.{stage}").main()
 
 
+def tracked_files() -> list[str]:
+    """The files of the workspace that git tracks or would add; the repository may belong to another user."""
+    command = ("git", "-c", "safe.directory=*", "ls-files", "--cached", "--others", "--exclude-standard")
+    return [name for name in run(ROOT, *command).stdout.splitlines() if (ROOT / name).exists()]
+
+
+def copy_tree(source: Path, folder: Path) -> None:
+    shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+
+
 def make_clone(folder: Path, tiny_model: Path, **params: str) -> Path:
-    """The project's files in the state of the workspace, committed in a new repository; tiny model, little data."""
-    for name in run(ROOT, "git", "ls-files", "--cached", "--others", "--exclude-standard").stdout.splitlines():
-        if name.startswith(SHIPPED):
+    """The workspace's code and the files of tests/project, committed in a new repository; tiny model."""
+    for name in tracked_files():
+        if name.startswith(CODE):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-    for name, num_rows in NUM_ROWS.items():
-        data = folder / f"data/{name}.jsonl"
-        data.write_text("".join(data.read_text(encoding="utf-8").splitlines(True)[:num_rows]), encoding="utf-8")
+    copy_tree(USER_FILES, folder)
+    (folder / ".dvc/config").write_text(DVC_CONFIG)
     tiny = {
         "model_name": str(tiny_model),
         "max_length": "512",

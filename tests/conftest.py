@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 from huggingface_hub import close_session
+from hypothesis import settings
 
 from stages.data.alpaca import AlpacaTemplate
 from stages.data.conversations import Conversation
@@ -21,9 +22,23 @@ from stages.data.masking import load_tokenizer
 from stages.data.tables import parquet_writer
 from stages.runtime.files import write_json
 from tests import HUB_PORT
-from tests.clone import ROOT, commit, copy_clone, edit, make_clone, make_tiny_model, run, run_pipeline
+from tests.clone import (
+    ROOT,
+    USER_FILES,
+    commit,
+    copy_clone,
+    copy_tree,
+    edit,
+    make_clone,
+    make_tiny_model,
+    run,
+    run_pipeline,
+)
 from tests.fork_server import start_server
 from tests.hub_server import Hub, serve
+
+settings.register_profile("reproducible", derandomize=True, deadline=None)
+settings.load_profile("reproducible")
 
 
 def shared(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], object]) -> Path:
@@ -71,8 +86,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with params.yaml, dvc.yaml and an empty retention set as the working directory."""
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copy(USER_FILES / "params.yaml", tmp_path)
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/retention.jsonl").touch()
     (tmp_path / "data/template.jinja").write_text("{# alpaca #}\n")
@@ -84,13 +99,12 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """A project in which every stage up to split has run, for tests to copy."""
     folder = tmp_path_factory.mktemp("prepared")
-    for name in ("params.yaml", "dvc.yaml", "scorers.py", "stages", "templates"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, folder / name)
-    (folder / "data").mkdir()
+    copy_tree(USER_FILES, folder)
+    copy_tree(ROOT / "stages", folder / "stages")
+    shutil.copy(ROOT / "dvc.yaml", folder)
     for name, num_rows in (("instructions", 60), ("retention", 5)):
-        rows = (ROOT / f"data/{name}.jsonl").read_text(encoding="utf-8").splitlines(True)[:num_rows]
-        (folder / f"data/{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+        file = folder / f"data/{name}.jsonl"
+        file.write_text("".join(file.read_text(encoding="utf-8").splitlines(True)[:num_rows]), encoding="utf-8")
     edit(folder, model_name=str(tiny_model), max_length="512")
     run_pipeline(folder, "download_dataset", "download_model", "format", "split")
     return folder
@@ -102,8 +116,7 @@ def training_inputs(project: Path, tiny_model: Path) -> Path:
 
     There are 5 examples for validation and 3 for test, which have no check, and no retention set.
     """
-    for name in ("stages", "templates"):
-        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_tree(ROOT / "stages", project / "stages")
     for name in ("base", "tokenizer"):
         shutil.copytree(tiny_model, project / "models" / name)
     write_json(project / "models/base/source.json", {"model_name": "tiny", "revision": None})

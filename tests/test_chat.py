@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from stages.data.chat_template import ChatTemplate
 from stages.data.masking import load_tokenizer
 from stages.data.templates import load_template, select_template
-from tests.clone import ROOT, edit
+from tests.clone import USER_FILES, edit
 from tools import chat
 
 
@@ -63,7 +63,7 @@ def test_with_a_chat_template_a_question_follows_the_history(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "templates").mkdir()
-    shutil.copy(ROOT / "templates/plain.jinja", folder / "templates")
+    shutil.copy(USER_FILES / "templates/plain.jinja", folder / "templates")
     select_template("templates/plain.jinja")
     edit(folder, template="templates/plain.jinja")
     prompts: list[list[str]] = []

@@ -16,7 +16,7 @@ from stages.data.chat_template import FIXED_DATE, ChatTemplate
 from stages.data.conversations import Conversation, content_ids
 from stages.data.templates import load_template, select_template
 from stages.runtime.errors import UserError
-from tests.clone import ROOT, make_tokenizer
+from tests.clone import USER_FILES, make_tokenizer
 
 # For each family, the special tokens of its template, and the EOS token of a response.
 FAMILIES = {
@@ -396,7 +396,7 @@ def test_the_bundled_template_works_with_a_tokenizer_that_has_none(project: Path
     with pytest.raises(UserError, match="the tokenizer of this model has no chat template"):
         load_template("chat", tokenizer)
     (project / "templates").mkdir()
-    shutil.copy(ROOT / "templates/plain.jinja", project / "templates")
+    shutil.copy(USER_FILES / "templates/plain.jinja", project / "templates")
     select_template("templates/plain.jinja")
     template = load_template("templates/plain.jinja", tokenizer)
     assert isinstance(template, ChatTemplate)
@@ -413,7 +413,7 @@ def test_the_bundled_template_renders_tools_and_reasoning_and_begins_with_bos_if
     from tokenizers.processors import TemplateProcessing
 
     (project / "templates").mkdir()
-    shutil.copy(ROOT / "templates/plain.jinja", project / "templates")
+    shutil.copy(USER_FILES / "templates/plain.jinja", project / "templates")
     select_template("templates/plain.jinja")
     tokenizer = make_tokenizer(["<s>", "</s>"], bos_token="<s>", eos_token="</s>")
     call = {**USE[1], "reasoning_content": "I must look."}
@@ -441,7 +441,7 @@ def test_one_of_several_chat_templates_is_selected_by_name(tiny_model: Path) -> 
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    plain = (ROOT / "templates/plain.jinja").read_text()
+    plain = (USER_FILES / "templates/plain.jinja").read_text()
     tokenizer.chat_template = {"rag": "Read!" + plain, "tool_use": plain}
     assert load_template("chat:rag", tokenizer).encode_prompts(["A"]) == [
         tokenizer.encode("Read!User: A\n\nAssistant:", add_special_tokens=False)
@@ -462,7 +462,7 @@ texts = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(questions=texts, answers=texts)
 def test_any_conversation_has_the_token_ids_of_apply_chat_template(questions: list[str], answers: list[str]) -> None:
     tokenizer, template = CHATML

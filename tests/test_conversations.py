@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages.data.examples import read_split
-from tests.clone import ROOT, edit, run_pipeline
+from tests.clone import ROOT, copy_tree, edit, run_pipeline
 from tests.test_chat_templates import jinja, with_bos
 
 NAMES = [f"{first}{second}" for first in ("Ann", "Bob", "Cid", "Dan", "Eva", "Flo") for second in "abcdefgh"]
@@ -33,8 +33,7 @@ def conversation(name: str) -> dict[str, Any]:
 
 def run_all(project: Path, model: Path) -> None:
     """Run every stage on a mixture of conversations with two responses and Alpaca rows."""
-    for name in ("stages", "templates"):
-        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_tree(ROOT / "stages", project / "stages")
     (project / "data/mine").mkdir()
     chat = "".join(json.dumps(conversation(name)) + "\n" for name in NAMES)
     (project / "data/mine/chat.jsonl").write_text(chat)

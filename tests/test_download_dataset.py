@@ -188,7 +188,7 @@ def test_a_line_that_is_nested_too_deeply_is_unreadable(project: Path) -> None:
 NUMBERS = st.integers(-(10**17), 10**17)  # integers of 20 and more characters are read as floats
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.lists(
         st.dictionaries(

@@ -1,6 +1,7 @@
 """Formatting: rows in = rows kept + rows rejected."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from stages import download_dataset, download_model
 from stages import format as format_stage
 from stages.data.conversations import content_hash, normalize
 from stages.runtime.errors import UserError
-from tests.clone import edit
+from tests.clone import USER_FILES, edit
 
 
 def run_format(tiny_model: Path, rows: list[dict[str, Any]], max_length: int = 256) -> list[dict[str, Any]]:
@@ -279,8 +280,7 @@ def test_conversations_and_completions_are_formatted_like_alpaca_rows(project: P
 
 def test_a_chat_template_takes_conversations_and_alpaca_rows(project: Path, tiny_model: Path) -> None:
     (project / "templates").mkdir()
-    root = Path(__file__).parent.parent
-    (project / "templates/mine.jinja").write_text((root / "templates/plain.jinja").read_text())
+    shutil.copy(USER_FILES / "templates/plain.jinja", project / "templates/mine.jinja")
     edit(project, template="templates/mine.jinja")
     system = {"role": "system", "content": "Be short."}
     rows = run_format(

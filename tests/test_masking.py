@@ -151,7 +151,7 @@ def test_token_ids_equal_those_of_calling_the_tokenizer(tokenizer: Any) -> None:
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(prompt=unicode_text, response=unicode_text, max_length=st.integers(2, 80))
 def test_any_text_has_an_exact_boundary_between_prompt_and_response(
     tokenizer: Any, prompt: str, response: str, max_length: int

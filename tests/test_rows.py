@@ -433,7 +433,7 @@ KEYS = {
 }
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     answers=st.lists(st.fixed_dictionaries(KEYS), min_size=1, max_size=3),
     system=st.none() | st.text("uvw", min_size=3),

@@ -210,7 +210,7 @@ TEXTS = st.tuples(
 ).map("".join)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompts=st.lists(TEXTS, min_size=20, max_size=40, unique=True), data=st.data())
 def test_dropping_affects_only_train_and_does_not_depend_on_the_order_of_rows(
     project: Path, prompts: list[str], data: st.DataObject
@@ -231,7 +231,7 @@ def test_dropping_affects_only_train_and_does_not_depend_on_the_order_of_rows(
     }
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=st.lists(st.integers(0, 6), min_size=1, max_size=4), data=st.data())
 def test_a_row_that_repeats_an_earlier_one_is_found_in_any_shard(
     project: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], data: st.DataObject

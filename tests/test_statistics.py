@@ -156,7 +156,7 @@ def test_holm_multiplies_the_smallest_by_their_number_and_keeps_the_order() -> N
     assert holm([]) == []
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.tuples(st.floats(0, 10), st.floats(0, 10)), min_size=2, max_size=40),
     st.lists(st.tuples(st.floats(-1, 1), st.floats(-1, 1)), min_size=1, max_size=3),

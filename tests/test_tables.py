@@ -73,7 +73,7 @@ def test_a_failure_leaves_no_parquet_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=20))
 def test_any_unicode_text_is_read_back_unchanged(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     path = tmp_path_factory.mktemp("parquet") / "a.parquet"

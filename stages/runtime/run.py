@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from stages.runtime.errors import LESS_MEMORY, UserError, is_out_of_memory
 from stages.runtime.locks import file_lock
-from stages.runtime.text import printable
+from stages.runtime.text import printable, without_secrets
 
 LOCK = Path(".scratch/lock")
 
@@ -60,6 +60,8 @@ def run(main: Callable[[], None], exclusive: bool = True) -> NoReturn:
     if rank or not (sys.stderr and sys.stderr.isatty()):
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for terminals
     try:
+        if not Path("params.yaml").exists():
+            raise UserError("params.yaml: not found; run in the project's folder")
         purpose = f"runs {' '.join([Path(sys.argv[0]).stem, *sys.argv[1:]])} in this folder"
         with file_lock(LOCK, purpose) if exclusive else nullcontext():
             main()
@@ -70,7 +72,7 @@ def run(main: Callable[[], None], exclusive: bool = True) -> NoReturn:
             raise
         if errno_of(error) in DISK_FULL:
             delete_truncated_bytecode(started - 60)  # also what was imported before `run` started
-        sys.exit("error: " + f"process {rank}: " * (rank > 0) + printable(message))
+        sys.exit("error: " + f"process {rank}: " * (rank > 0) + printable(without_secrets(message)))
     sys.exit(0)
 
 

@@ -3,14 +3,13 @@
 import collections
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stages.data.checks import passes, validate_check
+from tests.clone import ROOT
 
-ROOT = Path(__file__).parent.parent
 ROWS: list[dict[str, Any]] = [
     json.loads(line) for line in (ROOT / "data/instructions.jsonl").read_text(encoding="utf-8").splitlines()
 ]

@@ -1,0 +1,119 @@
+"""The pages of the documentation agree with the code and the published measurements. The README: tests/demo."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import report
+from tests import architectures, chaos
+from tests.clone import ROOT
+
+PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "LICENSES.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Of the user, so a project may lack them.
+USER_FILES = ("README.md", "data/", "docs/reviews", "gates.yaml", "must_pass.yaml", "scorers.py")
+
+
+def read_page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def block(name: str, page: str) -> str:
+    """The text between the markers of a generated block."""
+    match = re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", page, re.DOTALL)
+    assert match
+    return match[1]
+
+
+def test_the_benchmark_tables_match_the_results() -> None:
+    page = read_page("docs/benchmarks.md")
+    for name, device in (("bench", "cpu"), ("bench-cuda", "cuda")):
+        path = report.results_file(torch.device(device))
+        assert block(name, page) == report.table(json.loads(path.read_text(encoding="utf-8")))
+    picture = report.results_file(torch.device("cpu")).with_suffix(".png").relative_to(ROOT)
+    assert f"](../{picture})" in page
+
+
+def test_the_chaos_table_matches_the_results() -> None:
+    results = json.loads(chaos.RESULTS.read_text(encoding="utf-8"))
+    assert block("chaos", read_page("docs/reliability.md")) == chaos.table(results)
+
+
+def test_the_table_of_architectures_matches_the_results() -> None:
+    assert block("architectures", read_page("docs/models.md")) == architectures.table(architectures.read_results())
+
+
+def test_the_code_layout_lists_every_module() -> None:
+    tree = read_page("CONTRIBUTING.md").split("## Code layout\n```\n")[1].split("\n```")[0]
+    listed, folder = set(), ""
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if line.startswith(" "):
+            listed.add(folder + name)
+        else:
+            folder = name
+    modules = {
+        str(path.relative_to(ROOT))
+        for package in ("stages", "tools", "review")
+        for path in (ROOT / package).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert listed == modules
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = read_page("docs/README.md")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert set(re.findall(r"^\| \[[^]]+\]\((.+?)\) \|", index, re.MULTILINE)) == pages
+
+
+def dead_links(page: Path) -> list[str]:
+    """The relative links that name no file, or no heading of it; as paths in the project."""
+    text = page.read_text(encoding="utf-8")
+    links = [*re.findall(r"\]\(([^):]+)\)", text), *re.findall(r'<img src="([^":]+)"', text)]
+    dead = [link for link in links if not leads_somewhere(page, link)]
+    return [os.path.relpath(page.parent / link, ROOT) for link in dead]
+
+
+def leads_somewhere(page: Path, link: str) -> bool:
+    name, _, anchor = link.partition("#")
+    target = page.parent / name if name else page
+    if not target.exists() or not anchor:
+        return target.exists()
+    headings = re.findall(r"^#+ (.+)", target.read_text(encoding="utf-8"), re.MULTILINE)
+    return anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_to_files_and_headings(page: Path) -> None:
+    assert [link for link in dead_links(page) if not link.startswith(USER_FILES)] == []
+
+
+@pytest.mark.subprocess
+def test_make_help_lists_every_target() -> None:
+    makefile = read_page("Makefile")
+    targets = re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert [line.split()[0] for line in shown.splitlines()] == targets
+    phony = re.findall(r"^\.PHONY: (.*)", makefile, re.MULTILINE)
+    assert sorted(phony[0].split()) == sorted(targets)
+
+
+def test_the_documentation_names_only_existing_make_targets() -> None:
+    named = {name for page in PAGES for name in named_targets(page)}
+    assert named <= make_targets()
+    assert {"repro", "review", "test"} <= named
+
+
+def make_targets() -> set[str]:
+    return {*re.findall(r"^([a-z-]+):", read_page("Makefile"), re.MULTILINE), ".venv/installed"}
+
+
+def named_targets(page: Path) -> set[str]:
+    return set(re.findall(r"(?:^|`)make ([a-z./-]+)", page.read_text(encoding="utf-8"), re.MULTILINE))
