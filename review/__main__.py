@@ -9,12 +9,13 @@ from pathlib import Path
 
 from review import markup, plots, report
 from review.comparison import compare_revisions
-from review.gates import GATES, check_gates, read_gates
-from review.must_pass import read_must_pass
+from review.conditions import GATES
+from review.gates import check_gates
 from review.revisions import WORKSPACE, Revision
 from review.verdicts import MEASURE_NOISE
 from stages.runtime.errors import UserError
 from stages.runtime.files import write_text
+from stages.runtime.preflight import check_owner
 from stages.runtime.run import run
 from stages.runtime.terminal import summary
 
@@ -27,27 +28,36 @@ def main() -> None:
     parser.add_argument("revision", nargs="?", default=WORKSPACE, help="the other revision; the workspace by default")
     options = parser.parse_args()
 
-    gates = read_gates()
+    check_owner()
     before, after = Revision(options.base), Revision(options.revision)
-    margins = {name: gate.not_worse_by for name, gate in gates.items() if gate.not_worse_by is not None}
-    comparison = compare_revisions(before, after, margins, read_must_pass())
-    results = check_gates(gates, comparison)
+    comparison = compare_revisions(before, after)
+    results = check_gates(comparison)
     write_text(MARKDOWN, report.markdown(comparison, results, plots.as_mermaid(before, after)))
-    images = plots.as_images(plots.draw(before, after))
+    images = plots.draw(before, after)
     loss_slices = [result for result in comparison.test.slices if result.metric.name == "loss"]
     about = "after − before, with 95% interval; small circles: runs with one seed; green: better, red: worse, "
     about += "blue: equivalent"
-    figures = plots.forest(comparison.test.metrics, f"Metrics: {about}") + plots.forest(
-        loss_slices, "Loss (nats/token) by slice"
-    )
+    figures = {
+        "Metrics on the test split": plots.forest(comparison.test.metrics, f"Metrics: {about}"),
+        "Slices of the test split": plots.forest(loss_slices, "Loss (nats/token) by slice"),
+    }
     title = f"{before.name} → {after.name}"
     write_text(PAGE, markup.page(report.markdown(comparison, results, images), title, figures))
 
-    lines = {"verdict": report.headline(comparison)}
+    lines = {f"outdated {name}": "; ".join(stages) for name, stages in comparison.outdated.items()}
+    lines |= {"not compared" + " " * number: warning for number, warning in enumerate(comparison.warnings())}
+    lines["verdict"] = report.headline(comparison)
     if any(result.verdict == "unknown" for result in comparison.test.metrics):
         lines["run noise"] = f"not known; to measure it: {MEASURE_NOISE}"
+    if changed := report.changed_kinds(comparison):
+        lines["changed conditions"] = ", ".join(changed)
     lines |= {f"gate {number}": result.sentence for number, result in enumerate(results, 1)}
     summary(lines, wrote=[MARKDOWN, PAGE], then=f"open {PAGE} in a browser")
+    if comparison.outdated:
+        raise UserError(
+            f"no gate is decided, because {' and '.join(comparison.outdated)} is outdated; run `dvc repro` there, "
+            "commit the results and review again"
+        )
     if failed := sum(not result.passed for result in results):
         raise UserError(f"{failed} of {len(results)} gates failed; details are in {MARKDOWN}, the gates in {GATES}")
 

@@ -11,6 +11,7 @@ from stages.data.near_duplicates import jaccard, shingles
 
 TEST = "data/test.parquet"
 SPLITS = {"train": "data/train.parquet", "validation": "data/validation.parquet", "test": TEST}
+SPLITS["retention"] = "data/retention.parquet"
 COLUMNS = ["example_id", "prompt_id", "prompt", "response", "source", "slice"]
 CHANGES = ["added", "removed", "edited", "moved"]
 NUM_EXAMPLES = 5  # of each kind of change
@@ -62,8 +63,10 @@ def changed_data(before: Revision, after: Revision, hashes: Sequence[Mapping[str
     if all(hashes[0].get(path) == hashes[1].get(path) for path in SPLITS.values()):
         return DataChanges()
     sides = []
-    for revision in (before, after):
-        tables = {split: revision.read_table(path, COLUMNS) for split, path in SPLITS.items()}
+    for revision, side_hashes in zip((before, after), hashes, strict=True):
+        # A revision that is older than the retention set does not have it.
+        paths = {split: path for split, path in SPLITS.items() if split != "retention" or path in side_hashes}
+        tables = {split: revision.read_table(path, COLUMNS) for split, path in paths.items()}
         if any(table is None for table in tables.values()):
             return DataChanges(is_known=False)
         rows = pd.concat([table.assign(split=split) for split, table in tables.items() if table is not None])

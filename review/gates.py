@@ -1,32 +1,16 @@
-"""Check the conditions that a change must meet to be merged, from `gates.yaml`."""
+"""Check the conditions that a change must meet to be merged, from `gates.yaml` and `must_pass.yaml`."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from dataclasses import dataclass, replace
+from typing import Any
 
 from review.comparison import Comparison
-from review.must_pass import BAD, MUST_PASS, MustPass, counted
+from review.conditions import MUST_PASS, Gate
+from review.must_pass import BAD, MustPass, counted
 from review.runs import METRICS_FILE, metrics_of_split
 from review.verdicts import PREFIXES, describe_difference, metrics_of_files
-from stages.runtime.errors import UserError
-from stages.runtime.yaml12 import YAMLError, parse_yaml
-from stages.scoring.metrics import METRICS
 
-GATES = Path("gates.yaml")
-Bound = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Gate(BaseModel):
-    """The conditions on one metric: bounds of its value, and how much worse than in the base revision it may be."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-    min: Bound | None = None
-    max: Bound | None = None
-    not_worse_by: Annotated[Bound, Field(ge=0)] | None = None
+NOTHING_TO_COMPARE = "nothing to compare with"
 
 
 @dataclass(frozen=True)
@@ -42,47 +26,23 @@ class GateResult:
         return f"{'passed' if self.passed else 'failed'}: {self.rule}; found: {self.found}"
 
 
-def read_gates(path: Path = GATES) -> dict[str, Gate]:
-    """The gates by metric; none if there is no file.
-
-    Raises:
-        UserError: the file is not valid YAML or does not describe gates.
-    """
-    if not path.exists():
-        return {}
-    try:
-        gates = TypeAdapter(dict[str, Gate]).validate_python(parse_yaml(path.read_text(encoding="utf-8")) or {})
-    except ValidationError as errors:
-        listed = "\n".join(f"  {'.'.join(map(str, error['loc']))}: {error['msg']}" for error in errors.errors())
-        raise UserError(
-            f"{path}:\n{listed}\n  a metric may have the numbers min, max and not_worse_by (0 or more)"
-        ) from None
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    return gates
-
-
-def check_gates(gates: dict[str, Gate], comparison: Comparison) -> list[GateResult]:
+def check_gates(comparison: Comparison) -> list[GateResult]:
     """Check all gates, and that no must-pass example is broken if there are some.
 
-    Raises:
-        UserError: `not_worse_by` is set for a metric that has no direction, or that no revision has.
+    No gate is decided, so all fail, if a side is outdated. An invalid file with gates is a gate that failed.
     """
-    files = [side.read_json(METRICS_FILE) for side in (comparison.before, comparison.after)]
-    known = [metrics_of_split(file, split) for split in PREFIXES for file in files]
-    comparable = {metric.name for metric in metrics_of_files(*known) if metric.direction}
-    for name, gate in gates.items():
-        if gate.not_worse_by is not None and name.removeprefix("retention.") not in comparable:
-            names = ", ".join(metric.name for metric in METRICS if metric.direction)
-            raise UserError(
-                f"{GATES}: {name}: found not_worse_by; only for {names}, functions of scorers.py, and these on the "
-                "retention set, such as retention.loss"
-            )
-    results = [result for name, gate in gates.items() for result in check_gate(name, gate, comparison)]
+    conditions = comparison.conditions
+    results = [result for name, gate in conditions.gates.items() for result in check_gate(name, gate, comparison)]
     if comparison.must_pass != []:
         is_same = all(result.verdict == "the same" for result in comparison.test.metrics)
         results.append(check_must_pass(comparison.must_pass, is_same))
-    return results
+    if comparison.outdated:
+        found = f"undecided, because {' and '.join(comparison.outdated)} is outdated"
+        results = [replace(result, passed=False, found=found) for result in results]
+    return [
+        *results,
+        *(GateResult("gates and must-pass entries are valid", False, problem) for problem in conditions.problems),
+    ]
 
 
 def value_of(metrics: Mapping[str, Any], name: str) -> tuple[bool, Any]:
@@ -94,15 +54,18 @@ def value_of(metrics: Mapping[str, Any], name: str) -> tuple[bool, Any]:
 
 def check_gate(name: str, gate: Gate, comparison: Comparison) -> Iterator[GateResult]:
     """Check the conditions on one metric; a bound fails if the metric was not measured."""
-    is_known, value = value_of(comparison.after.read_json(METRICS_FILE), name)
+    metrics = comparison.after.read_json(METRICS_FILE)
+    is_known, value = value_of(metrics, name)
     number = value if isinstance(value, int | float) else None
     applies_to_none = is_known and value is None  # such as stop_rate if no reference fits into max_new_tokens
     if number is not None:
         found = f"{number:.4g}"
     elif applies_to_none:
         found = "applies to no test example"
+    elif metrics:
+        found = f"{METRICS_FILE} of {comparison.after.name} has no {name}; it has {', '.join(names_of(metrics))}"
     else:
-        found = f"{METRICS_FILE} of {comparison.after.name} has no value; `dvc repro` writes it"
+        found = f"{comparison.after.name} has no {METRICS_FILE}; `dvc repro` writes it"
     if gate.min is not None:
         yield GateResult(
             f"{name} at least {gate.min:g}", applies_to_none or (number is not None and number >= gate.min), found
@@ -115,30 +78,45 @@ def check_gate(name: str, gate: Gate, comparison: Comparison) -> Iterator[GateRe
         yield check_not_worse_by(name, gate.not_worse_by, comparison)
 
 
+def names_of(metrics: Mapping[str, Any]) -> list[str]:
+    """The metrics in a metrics file that have a standard error, by which they can be compared."""
+    splits = {prefix: metrics_of_split(metrics, split) for split, prefix in PREFIXES.items()}
+    return [
+        prefix + metric.name for prefix, own in splits.items() for metric in metrics_of_files(own) if metric.name in own
+    ]
+
+
 def check_not_worse_by(name: str, margin: float, comparison: Comparison) -> GateResult:
     """Test that a metric is not worse by more than a margin: the whole interval must be on the right side of it.
 
-    So a small test set makes it harder to pass, not easier. The gate passes if the base revision has no such metric.
+    So a small test set makes it harder to pass, not easier. The gate passes if the base revision has no such metric,
+    which the first lines of the report say.
     """
-    before = comparison.before.name
-    rule = f"{name} not worse than in {before} by more than {margin:g}"
-    found_metric = comparison.find_metric(name)
-    if found_metric and found_metric[1].verdict == "the same":
+    before, after = comparison.before, comparison.after
+    rule = f"{name} not worse than in {before.name} by more than {margin:g}"
+    result = comparison.find_metric(name)
+    if result and not result.metric.direction:
+        return GateResult(rule, False, f"neither a higher nor a lower {name} is worse; only min and max are possible")
+    if result and result.verdict == "the same":
         return GateResult(rule, True, "the same")
-    metrics = comparison.before.read_json(METRICS_FILE)
-    if not value_of(metrics, name)[0]:
-        missing = f"has no {name}" if metrics else f"has no {METRICS_FILE}"
-        return GateResult(rule, True, f"nothing to compare with: {before} {missing}")
-    if not found_metric:
-        return GateResult(rule, False, f"undecided, because {comparison.after.name} has no {name}")
-    results, result = found_metric
-    if result.difference is None:
-        return GateResult(rule, False, f"undecided, because the verdict is {result.verdict!r}")
-    found = describe_difference(result.difference)
-    if results.is_small:
-        return GateResult(rule, False, f"undecided, because too few examples are common: {found}")
-    worst = min(bound * result.metric.direction for bound in (result.difference.low, result.difference.high))
-    return GateResult(rule, worst >= -margin, found)
+    if result and (difference := result.difference):
+        found = describe_difference(difference)
+        if result.is_small:
+            return GateResult(rule, False, f"undecided, because too few examples are common: {found}")
+        worst = min(bound * result.metric.direction for bound in (difference.low, difference.high))
+        return GateResult(rule, worst >= -margin, found)
+    old, new = (side.read_json(METRICS_FILE) for side in (before, after))
+    if METRICS_FILE in before.missing:
+        return GateResult(rule, False, f"undecided, because {METRICS_FILE} of {before.name} can't be read")
+    if not value_of(new, name)[0]:
+        return GateResult(
+            rule, False, f"undecided, because {after.name} has no {name}; it has {', '.join(names_of(new))}"
+        )
+    if not value_of(old, name)[0]:
+        missing = f"has no {name}" if old else f"has no {METRICS_FILE}"
+        return GateResult(rule, True, f"{NOTHING_TO_COMPARE}: {before.name} {missing}")
+    verdict = result.verdict if result else "can't be compared"
+    return GateResult(rule, False, f"undecided, because the verdict is {verdict!r}")
 
 
 def check_must_pass(examples: Sequence[MustPass] | None, is_same: bool = False) -> GateResult:
@@ -152,7 +130,7 @@ def check_must_pass(examples: Sequence[MustPass] | None, is_same: bool = False) 
     if examples is None and is_same:
         return GateResult(rule, True, "the same")
     if examples is None:
-        return GateResult(rule, False, "undecided, because the predictions are not available; `dvc pull` gets them")
+        return GateResult(rule, False, "undecided, because the predictions are not available")
     bad = [f"{example.state}: {' '.join(example.prompt.split())}" for example in examples if example.state in BAD]
     advice = f"; correct {MUST_PASS}" if any(example.state in BAD[:2] for example in examples) else ""
     return GateResult(rule, not bad, counted(examples) + (f" ({'; '.join(bad):.300}){advice}" if bad else ""))

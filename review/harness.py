@@ -1,15 +1,20 @@
-"""Results of lm-evaluation-harness (`make lm-eval`): one value per task, metric and example, compared in pairs."""
+"""Results of lm-evaluation-harness (`make lm-eval`): one value per task, metric and example, compared in pairs.
+
+Each task is judged on its own examples. p-values are corrected for the number of all tasks and metrics.
+"""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import pandas as pd
 
 from review.revisions import Revision, output_hashes
 from review.runs import RevisionRuns
-from review.verdicts import Results, compare_runs
+from review.verdicts import Results, compare_runs, judge
+from stages.runtime.errors import user_errors
 from stages.scoring.metrics import column_metric
 
 SAMPLES = "metrics/lm_eval/{model}.jsonl"
@@ -44,7 +49,7 @@ def read_samples(revision: Revision, model: str = "tuned") -> Samples | None:
     path = SAMPLES.format(model=model)
     if (content := revision.read(path)) is None:
         return None
-    with revision.user_errors(path):
+    with user_errors(f"{path} of {revision.name}", "run `make lm-eval` again"):
         header, *rows = map(json.loads, content.decode().splitlines())
         table = pd.DataFrame(rows).set_index("example_id")
         return Samples(header["model"], header["directions"], table)
@@ -70,6 +75,25 @@ def compare_samples(before: Samples, after: Samples, names: tuple[str, str]) -> 
     common = [name for name in after.directions if name in before.directions]
     if not common:
         return Results([], [f"{names[0]} and {names[1]} have run no common task of lm-evaluation-harness."], [])
-    metrics = [column_metric(name, name, after.directions[name]) for name in common]
-    sides = [RevisionRuns(tables={0: side.table}) for side in (before, after)]
-    return compare_runs(sides[0], sides[1], names, {}, "lm-evaluation-harness", metrics)
+    notes = [
+        f"Only {name} has run {', '.join(only)}."
+        for name, own, other in zip(names, (before, after), (after, before), strict=True)
+        if (only := sorted({task_of(each) for each in own.directions} - {task_of(each) for each in other.directions}))
+    ]
+    metrics = []
+    for task, group in groupby(common, task_of):
+        columns = [column_metric(name, name, after.directions[name]) for name in group]
+        names_of_task = [column.name for column in columns]
+        sides = [
+            RevisionRuns(tables={0: side.table.reindex(columns=names_of_task).dropna(how="all")})
+            for side in (before, after)
+        ]
+        results = compare_runs(sides[0], sides[1], names, {}, task, columns)
+        metrics += results.metrics
+        notes += results.notes
+    return Results(judge(metrics, {}), notes, [])
+
+
+def task_of(name: str) -> str:
+    """The task in the name of a task and metric, such as `arc_easy: acc`."""
+    return name.partition(":")[0]

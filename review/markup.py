@@ -1,7 +1,7 @@
 """Tables, marked changes and pages from untrusted text, which can't become markup, mentions or links."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from html import escape
 
@@ -63,14 +63,21 @@ def highlight_diff(before: str | None, after: str | None) -> tuple[str, str]:
     return " ".join(sides[0]), " ".join(sides[1])
 
 
-def page(content: str, title: str, figures: str = "") -> str:
-    """Markdown as an HTML page without scripts and external resources. `figures` is SVG, placed after the summary."""
+def page(content: str, title: str, figures: Mapping[str, str]) -> str:
+    """Markdown as an HTML page without scripts and external resources.
+
+    Args:
+        figures: SVG by the title of a section; it is placed after the section's first table.
+    """
     body = str(MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"]).render(content))
+    for section, figure in figures.items():
+        before, heading, after = body.partition(f"<h2>{escape(section)}</h2>")
+        body = before + heading + after.replace("</table>\n", f"</table>\n{figure}", 1)
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
-        f"{body.replace('<h2>', f'{figures}<h2>', 1)}</body></html>\n"
+        f"{body}</body></html>\n"
     )

@@ -3,19 +3,14 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from review.data_changes import TEST, without_template
+from review.rescoring import Rescoring
 from review.revisions import Revision
 from review.runs import METRICS_FILE, read_answers
 from stages.data.conversations import content_hash, normalize
-from stages.runtime.errors import UserError
-from stages.runtime.yaml12 import YAMLError, parse_yaml
 
-MUST_PASS = Path("must_pass.yaml")
 STATES = ("not in the test split", "without a check", "broken", "still failing", "fixed", "passing")
 BAD = STATES[:3]  # with these, the gate fails
 
@@ -33,39 +28,24 @@ class MustPass:
     answer_after: str = ""
 
 
-def read_must_pass(path: Path = MUST_PASS) -> list[str]:
-    """The entries, which are prompts or ids of test rows; none if there is no file.
-
-    Raises:
-        UserError: the file is not a YAML list of texts.
-    """
-    if not path.exists():
-        return []
-    try:
-        return TypeAdapter(list[str]).validate_python(parse_yaml(path.read_text(encoding="utf-8")) or [])
-    except ValidationError as errors:
-        found = "; ".join(f"{error['input']!r:.100}: {error['msg']}" for error in errors.errors())
-        raise UserError(f"{path}: found {found}; must be a list of prompts or ids of test rows, as text") from None
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-
-
-def compare_must_pass(entries: Sequence[str], before: Revision, after: Revision) -> list[MustPass] | None:
+def compare_must_pass(
+    entries: Sequence[str], before: Revision, after: Revision, rescoring: Rescoring | None = None
+) -> list[MustPass] | None:
     """The must-pass examples, those that need attention first; None if the predictions of a side are not available."""
     test = after.read_table(TEST, ["example_id", "prompt_id", "prompt"])
-    answers, old_answers = read_answers(after), read_answers(before)
+    old_answers, answers = (read_answers(side, rescoring) for side in (before, after))
     if test is None or not answers or (before.read_json(METRICS_FILE) and not old_answers):
         return None
     found: dict[str, MustPass] = {}
     for entry in entries:
         ids = {entry, *prompt_ids(entry)}
         rows = test[(test["example_id"].isin(ids) | test["prompt_id"].isin(ids)) & test["example_id"].isin(answers)]
-        checked = [row for row in rows.itertuples() if answers[row.example_id]["checked"]]
+        checked = [row for row in rows.itertuples() if is_checked(answers[row.example_id])]
         if not checked:
             found[entry] = MustPass("not in the test split" if rows.empty else "without a check", entry)
         for row in checked:
             own, old = answers[row.example_id], old_answers.get(row.example_id, {})
-            passed_before = all_passed(old) if old.get("checked") else None
+            passed_before = all_passed(old) if is_checked(old) else None
             if all_passed(own):
                 state = "fixed" if passed_before is False else "passing"
             else:
@@ -73,6 +53,11 @@ def compare_must_pass(entries: Sequence[str], before: Revision, after: Revision)
             prompt = without_template(row.prompt) or row.example_id
             found[row.example_id] = MustPass(state, prompt, old.get("answer", ""), own["answer"])
     return sorted(found.values(), key=lambda example: STATES.index(example.state))
+
+
+def is_checked(row: Mapping[str, Any]) -> bool:
+    """Whether a check judged an answer; predictions of older revisions and missing values do not say so."""
+    return row.get("checked") == True and row["passed"] == row["passed"]  # noqa: E712 (it can be NaN or missing)
 
 
 def all_passed(row: Mapping[str, Any]) -> bool:

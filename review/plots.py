@@ -2,43 +2,118 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
+import textwrap
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import vl_convert
 
+from review.markup import text, truncate
 from review.revisions import Revision
 from review.verdicts import MetricResult
 from stages.runtime.errors import UserError
 from stages.runtime.files import write_text
-from stages.runtime.text import printable
+from stages.runtime.text import printable, without_secrets
 
 CURVE = "metrics/curve.csv"
+LOSSES = {"loss": "Training loss", "validation_loss": "Validation loss"}
 POINTS = 40  # per curve in Mermaid text
 COLORS = {"blue": "#4c78a8", "orange": "#f58518"}  # before, after
 COLOR = {"field": "color", "type": "nominal", "scale": None}
 VERDICT_COLORS = {"better": "#1a7f37", "worse": "#cf222e", "equivalent": "#4c78a8"}
 THEME = {"themeVariables": {"xyChart": {"plotColorPalette": ", ".join(COLORS.values())}}}
+MAX_SECONDS = 120  # to read the plots, and to draw one
 PAGE = Path(".venv/plots.html")  # `make` sets it as DVC's plots.html_template, in .dvc/config.local
 
 
-def draw(before: Revision, after: Revision) -> list[tuple[str, bytes]]:
-    """For each plot in `dvc.yaml`, its title and a PNG with the curves of both revisions."""
-    names = [side.name for side in (before, after)]
-    command = [sys.executable, "-m", "dvc", "plots", "diff", "--json", *names]
-    result = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 (a list; DVC knows both names)
+class PlotError(Exception):
+    """A plot can't be drawn. The text is the reason."""
+
+
+def draw(before: Revision, after: Revision) -> str:
+    """Markdown with an image of each plot in `dvc.yaml`, with the curves of both revisions, or why there is none."""
+    try:
+        parts, errors = read_plots(before.name, after.name)
+    except PlotError as error:
+        return text(f"The plots can't be drawn: `dvc plots diff` failed: {error}")
+    images = []
+    for name, part in parts:
+        try:
+            images.append(as_image(title_of(part) or name, png_of(part)))
+        except PlotError as error:
+            errors.append(f"{title_of(part) or name}: this plot can't be drawn: {error}")
+    return "\n\n".join([" ".join(images), *map(text, errors)]).strip()
+
+
+def read_plots(*names: str) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
+    """The plots of two revisions with their names in `dvc.yaml`, and a sentence for each file that DVC can't read.
+
+    Raises:
+        PlotError: DVC can't read any plot, for example because of an unknown template.
+    """
+    with TemporaryDirectory() as folder:  # DVC writes image files there
+        command = ["dvc", "plots", "diff", "--json", "--out", folder, *names]
+        found = json.loads(run_module(*command))
+    errors = []
+    for error in found.get("errors", []):
+        where = error.get("source") or error.get("name") or "dvc.yaml"
+        errors.append(f"{where} of {error['rev']}: can't be plotted: {reason(error['msg'] or error['type'])}")
+    parts = [(name, part) for name, parts in found.get("data", {}).items() for part in parts]
+    return parts, list(dict.fromkeys(errors))  # several plots may need the same file
+
+
+def title_of(plot: dict[str, Any]) -> str:
+    """The title of a plot, which may be text, lines of text or an object with such a text."""
+    title = plot.get("content", {}).get("title")
+    lines = title.get("text") if isinstance(title, dict) else title
+    return truncate(" ".join(map(str, lines)) if isinstance(lines, list) else str(lines or ""))
+
+
+def png_of(plot: dict[str, Any]) -> bytes:
+    """The plot as an image.
+
+    Raises:
+        PlotError: it is an image file, or Vega-Lite refuses it.
+    """
+    if plot["type"] != "vega":
+        raise PlotError("it is an image file")
+    return run_module("review.draw", stdin=json.dumps(plot["content"]).encode())
+
+
+def run_module(*command: str, stdin: bytes = b"") -> bytes:
+    """The standard output of a Python program.
+
+    Raises:
+        PlotError: it failed or took too long.
+    """
+    try:
+        result = subprocess.run(  # noqa: S603 (a list; git or DVC knows the revisions)
+            [sys.executable, "-m", *command], input=stdin, capture_output=True, timeout=MAX_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise PlotError(f"not finished after {MAX_SECONDS} s") from None
     if result.returncode:
-        raise UserError(f"`dvc plots diff {' '.join(names)}` failed; fix the error and review again:\n{result.stderr}")
-    plots = json.loads(result.stdout)["data"].values()
-    specs: list[dict[str, Any]] = [plot["content"] for parts in plots for plot in parts if plot["type"] == "vega"]
-    return [(spec["title"]["text"], vl_convert.vegalite_to_png(json.dumps(spec), scale=1.5)) for spec in specs]
+        message = re.search(
+            r"^\w*error: (?:unexpected error - )?(.+)",
+            result.stderr.decode(errors="replace"),
+            re.IGNORECASE | re.MULTILINE,
+        )
+        too_large = f"the program ended with exit code {result.returncode}; the plot may be too large"
+        raise PlotError(reason(message[1]) if message else too_large)
+    return result.stdout
+
+
+def reason(message: str) -> str:
+    return textwrap.shorten(without_secrets(message), 300, placeholder=" ...")
 
 
 def forest(results: Sequence[MetricResult], caption: str) -> str:
@@ -48,7 +123,8 @@ def forest(results: Sequence[MetricResult], caption: str) -> str:
     """
     rows: list[dict[str, Any]] = []
     for result in results:
-        if difference := result.difference:
+        difference = result.difference
+        if difference and np.isfinite([difference.low, difference.high, *difference.by_seed.values()]).all():
             name, color = (
                 printable(result.slice or result.metric.name),
                 VERDICT_COLORS.get(result.verdict, "currentColor"),
@@ -98,16 +174,19 @@ def value_of(field: str) -> dict[str, Any]:
     return {"field": field, "type": "quantitative", "title": None}
 
 
-def as_images(drawn: list[tuple[str, bytes]]) -> str:
-    """Markdown with embedded images, for a self-contained page."""
-    return " ".join(f"![{title}](data:image/png;base64,{b64encode(png).decode()})" for title, png in drawn)
+def as_image(title: str, png: bytes) -> str:
+    """Markdown with an embedded image, for a self-contained page."""
+    return f"![{text(title)}](data:image/png;base64,{b64encode(png).decode()})"
 
 
 def as_mermaid(before: Revision, after: Revision) -> str:
     """The loss curves as Mermaid text, which GitHub draws, because a workflow can't attach images to a comment."""
-    curves = [read_curve(side) for side in (before, after)]
+    try:
+        curves = [read_curve(side) for side in (before, after)]
+    except UserError as error:
+        return text(f"The curves can't be drawn: {error}")
     charts = []
-    for field, title in (("loss", "Training loss"), ("validation_loss", "Validation loss")):
+    for field, title in LOSSES.items():
         lines = [curve[field].dropna() for curve in curves]
         if min(map(len, lines)) < 2:
             continue
@@ -128,10 +207,15 @@ def as_mermaid(before: Revision, after: Revision) -> str:
 
 
 def read_curve(revision: Revision) -> pd.DataFrame:
-    """The training curve, indexed by step; NaN for values that were not measured at a step."""
-    content = revision.read(CURVE) or b"step,loss,validation_loss"
+    """The training curve, indexed by step; NaN for values that were not measured at a step or are not finite.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    content = revision.read(CURVE) or ",".join(["step", *LOSSES]).encode()
     with revision.user_errors(CURVE):
-        return pd.read_csv(io.BytesIO(content), index_col="step", dtype=float)
+        curve = pd.read_csv(io.BytesIO(content), index_col="step", dtype=float)[[*LOSSES]]
+        return curve.where(np.isfinite(curve))[np.isfinite(curve.index)]
 
 
 def resample(curve: "pd.Series[float]", num: int) -> list[float]:

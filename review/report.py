@@ -1,19 +1,23 @@
 """Render a comparison as Markdown."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from review.changes import Change, ExampleChange
 from review.comparison import Comparison
 from review.data_changes import CHANGES, DataChanges, without_template
-from review.gates import GateResult
+from review.gates import NOTHING_TO_COMPARE, GateResult
 from review.markup import highlight_diff, table, text, truncate
 from review.must_pass import BAD, MustPass, counted
 from review.verdicts import MEASURE_NOISE, RUN_NOISE_UNKNOWN, MetricResult, describe_difference, signed
 from review.votes import Tally, VoteResults
-from stages.runtime.text import code
+from stages.runtime.text import block, code
+from stages.scoring.scorers import SCORERS
 
-SIGN = {"better": "✅ better", "worse": "❌ worse"}
+MAX_OUTDATED = 8  # differences that are listed for each revision
+YES, NO = "✓", "✗"
+SIGN = {"better": "✓ better", "worse": "✗ worse"}
 RESULT_HEADER = ["before", "after", "difference (95% interval)", "p", "detectable", "needed", "verdict"]
 ABOUT_METRICS = (
     "The interval covers the choice of test prompts and, if run noise is known, of training seeds. p: the probability "
@@ -28,9 +32,13 @@ ABOUT_RETENTION = "General questions that are never trained on; a lower pass rat
 def markdown(comparison: Comparison, gates: Sequence[GateResult], curves: str) -> str:
     """The report. `curves` is Markdown: Mermaid text for GitHub, images for the page."""
     before, after = (code(side.name) for side in (comparison.before, comparison.after))
-    parts = [f"# Review: {before} → {after}", *summary_in_words(comparison, gates)]
+    parts = [
+        f"# Review: {before} → {after}",
+        *evidence_in_words(comparison, gates),
+        *summary_in_words(comparison, gates),
+    ]
     if gates:
-        rows = [[text(gate.rule), "✅ passed" if gate.passed else "❌ failed", text(gate.found)] for gate in gates]
+        rows = [[text(gate.rule), "✓ passed" if gate.passed else "✗ failed", text(gate.found)] for gate in gates]
         parts += ["## Gates", table(["gate", "", "found"], rows)]
     parts += ["## Metrics on the test split", metrics_table(comparison.test.metrics), ABOUT_METRICS]
     parts += map(text, comparison.test.notes)
@@ -42,9 +50,11 @@ def markdown(comparison: Comparison, gates: Sequence[GateResult], curves: str) -
         parts += ["## Tasks of lm-evaluation-harness", *content, *map(text, comparison.harness.notes)]
     parts += section("## Must-pass examples", must_pass_table(comparison.must_pass or []))
     parts += section("## Votes", votes_table(comparison.votes))
-    missing = [(side.name, path) for side in (comparison.before, comparison.after) for path in sorted({*side.missing})]
-    if missing:
-        parts.append(missing_files(missing))
+    parts += section("## Changed conditions", changed_table(comparison.changed_conditions))
+    if comparison.changed_scorers:
+        parts += [] if comparison.changed_conditions else ["## Changed conditions"]
+        parts += [f"Changed lines of {code(SCORERS)}:", block("\n".join(comparison.changed_scorers))]
+    parts += section("## Not available", missing_table(comparison))
     losses = [result for result in comparison.test.slices if result.metric.name == "loss" or result.is_significant]
     parts += section("## Slices of the test split", slices_table(losses))
     parts += section("## Changed parameters", changed_table(comparison.params))
@@ -64,6 +74,32 @@ def section(title: str, content: str) -> list[str]:
     return [title, content] if content else []
 
 
+def evidence_in_words(comparison: Comparison, gates: Sequence[GateResult]) -> list[str]:
+    """What limits the evidence: outdated stages, revisions without results, and changed conditions."""
+    parts = []
+    for name, stages in comparison.outdated.items():
+        more = [f"and {len(stages) - MAX_OUTDATED:,} more"] if len(stages) > MAX_OUTDATED else []
+        parts.append(
+            f"**{NO} The results of {code(name)} are outdated, so no gate is decided:** they do not belong to its "
+            f"code, parameters and data. {text('; '.join([*stages[:MAX_OUTDATED], *more]))}. Run {code('dvc repro')} "
+            "there, commit the results and review again."
+        )
+    parts += [f"**{text(warning)}**" for warning in comparison.warnings()]
+    if uncompared := [gate.rule for gate in gates if gate.passed and gate.found.startswith(NOTHING_TO_COMPARE)]:
+        parts.append(f"**Passed without a comparison:** {text('; '.join(uncompared))}.")
+    if changed := changed_kinds(comparison):
+        parts.append(f"**Changed conditions:** {text(', '.join(changed))}. The section of that name lists them.")
+    return parts
+
+
+def changed_kinds(comparison: Comparison) -> list[str]:
+    """What decides a review and differs between the revisions, with the number of changes."""
+    counts = Counter(change.name.partition(":")[0] for change in comparison.changed_conditions)
+    if comparison.changed_scorers:
+        counts[str(SCORERS)] = sum(line.startswith(("+", "-")) for line in comparison.changed_scorers[2:])
+    return [f"{name} ({number:,})" for name, number in counts.items()]
+
+
 def summary_in_words(comparison: Comparison, gates: Sequence[GateResult]) -> list[str]:
     """The verdict in words: on the test loss, on the other metrics and slices, on the gates, and how to learn more."""
     parts = [f"**{headline(comparison)}**"]
@@ -72,9 +108,9 @@ def summary_in_words(comparison: Comparison, gates: Sequence[GateResult]) -> lis
     if retention := comparison.results.get("retention"):
         parts += verdicts_in_words(retention.metrics, " on the retention set")
     if failed := [gate.rule for gate in gates if not gate.passed]:
-        parts.append(f"❌ Gates that failed: {text('; '.join(failed))}.")
+        parts.append(f"✗ Gates that failed: {text('; '.join(failed))}.")
     elif gates:
-        parts.append(f"✅ All gates passed ({len(gates)}).")
+        parts.append(f"✓ All gates passed ({len(gates)}).")
     if any(result.verdict == "unknown" for result in comparison.test.metrics):
         parts.append(
             "Another training seed also gives another model, and how much that changes the metrics is not known here. "
@@ -151,7 +187,7 @@ def result_cells(result: MetricResult) -> list[str]:
 
 def must_pass_table(examples: Sequence[MustPass]) -> str:
     """The examples that do not pass in both revisions, and the number of all."""
-    marks = {"fixed": "✅ fixed"} | {state: f"❌ {state}" for state in BAD}
+    marks = {"fixed": "✓ fixed"} | {state: f"✗ {state}" for state in BAD}
     rows = [
         [
             marks.get(example.state, example.state),
@@ -166,11 +202,18 @@ def must_pass_table(examples: Sequence[MustPass]) -> str:
 
 
 def votes_table(votes: VoteResults | None) -> str:
-    """The votes of all and of each voter, and how often two voters agree."""
+    """The votes of all and of each voter, how often two voters agree, and which votes do not count."""
     if votes is None:
         return ""
+    notes = [text(note) for note in votes.notes]
+    if not votes.by_voter:
+        return "\n\n".join(notes)
+    names = [name for name, _ in votes.by_voter]
+    labels = {
+        voter: text(voter[0] if names.count(voter[0]) == 1 else f"{voter[0]} ({voter[1]})") for voter in votes.by_voter
+    }
     rows = [
-        [text(voter), *(f"{number:,}" for number in (tally.wins, tally.losses, tally.ties)), share(tally)]
+        [labels[voter], *(f"{number:,}" for number in (tally.wins, tally.losses, tally.ties)), share(tally)]
         for voter, tally in votes.by_voter.items()
     ]
     total = votes.overall
@@ -182,10 +225,10 @@ def votes_table(votes: VoteResults | None) -> str:
         table(["voter", "after", "before", "equal", "share of after"], rows),
     ]
     lines += [
-        f"{text(first)} and {text(second)} agree on {same:,} of {common:,} prompts."
+        f"{labels[first]} and {labels[second]} agree on {same:,} of {common:,} prompts."
         for (first, second), (common, same) in votes.agreement.items()
     ]
-    return "\n\n".join(lines)
+    return "\n\n".join([*lines, *notes])
 
 
 def share(tally: Tally) -> str:
@@ -214,14 +257,20 @@ def data_tables(data: DataChanges) -> list[str]:
     return [*parts, table(["change", "split", "prompt", "response"], rows)]
 
 
-def missing_files(missing: Sequence[tuple[str, str]]) -> str:
-    listed = ", ".join(f"{code(path)} of {code(revision)}" for revision, path in missing)
-    paths = " ".join(sorted({path for _, path in missing}))
-    return (
-        f"**Not available**: {listed}. They are neither in git nor in the local DVC cache. If a remote has them, get "
-        f"them with {code(f'dvc pull --all-commits {paths}')}, or {code('dvc exp pull')} for an experiment; otherwise "
-        f"{code('dvc repro')} in a checkout of that revision writes them again."
+def missing_table(comparison: Comparison) -> str:
+    """The files that could not be read, why, and what helps."""
+    rows = [
+        [code(path), code(side.name), text(reason)]
+        for side in (comparison.before, comparison.after)
+        for path, reason in sorted(side.missing.items())
+    ]
+    if not rows:
+        return ""
+    help_ = (
+        f"{code('dvc repro')} in a checkout of that revision writes them again. If they were written on another "
+        f"machine and both can use the same DVC remote, {code('dvc push')} there makes them available here."
     )
+    return f"{table(['file', 'revision', 'reason'], rows)}\n\n{help_}"
 
 
 def changed_table(changes: Sequence[Change]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from review.rescoring import Rescoring
 from review.revisions import Revision, hashes, output_hashes
 
 PREDICTIONS, METRICS_FILE = "data/predictions/tuned.parquet", "metrics/evaluate/tuned.json"
@@ -91,18 +92,18 @@ def train_seed(train: Mapping[str, Any], params: Mapping[str, Any]) -> int:
     return seed if isinstance(seed, int) else 0
 
 
-def read_runs(revision: Revision, runs: RevisionRuns) -> None:
-    """Read the tables. Those whose examples differ from the examples of the first are left out."""
+def read_runs(revision: Revision, runs: RevisionRuns, rescoring: Rescoring | None = None) -> None:
+    """Read the tables, and score them again if necessary. Those with other examples than the first are left out."""
     for seed, path in runs.paths.items():
         table = revision.read_table(path)
         if table is None:  # the report lists missing files
             continue
-        table = table.assign(**{name: value for name, value in OLDER_PREDICTIONS.items() if name not in table})
+        table = with_older_columns(table)
         first = next(iter(runs.tables.values()), table)
         if problem := find_problem(table) or find_difference(table, first):
             runs.notes.append(f"{revision.name}: {path} is not used, because {problem}; `dvc repro` writes it again.")
         else:
-            runs.tables[seed] = table
+            runs.tables[seed] = rescoring.apply(revision, path, table) if rescoring else table
 
 
 def metrics_of_split(metrics: Mapping[str, Any], split: str) -> Mapping[str, Any]:
@@ -110,14 +111,18 @@ def metrics_of_split(metrics: Mapping[str, Any], split: str) -> Mapping[str, Any
     return metrics if split == "test" else metrics.get(split, {})
 
 
-def read_answers(revision: Revision) -> dict[str, dict[str, Any]]:
+def read_answers(revision: Revision, rescoring: Rescoring | None = None) -> dict[str, dict[str, Any]]:
     """The predictions of the run of `train` on the test split, by example id; empty if they are not available."""
-    columns = ["split", "example_id", "checked", "passed", "num_answers", "answer"]
-    table = revision.read_table(PREDICTIONS, columns)
-    if table is None:
+    table = revision.read_table(PREDICTIONS)
+    if table is None or find_problem(table := with_older_columns(table)):
         return {}
-    rows = table.fillna(OLDER_PREDICTIONS).to_dict("records")
+    rows = (rescoring.apply(revision, PREDICTIONS, table) if rescoring else table).to_dict("records")
     return {row["example_id"]: row for row in rows if row["split"] == "test"}
+
+
+def with_older_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """Predictions with the columns that those of older revisions lack. They have no checks, so none is passed."""
+    return table.assign(**{name: value for name, value in OLDER_PREDICTIONS.items() if name not in table})
 
 
 def find_difference(table: pd.DataFrame, first: pd.DataFrame) -> str | None:

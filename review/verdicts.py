@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from review.rescoring import Rescoring
 from review.revisions import Revision
 from review.runs import METRICS_FILE, RevisionRuns, find_runs, metrics_of_split, read_runs
 from review.statistics import SIGNIFICANCE, Difference, Runs, compare, holm
@@ -27,6 +28,7 @@ class MetricResult:
     difference: None if it can't be computed; then `verdict` gives the reason.
     p_value: adjusted for the number of metrics (or slices and metrics) that were tested.
     verdict: better, worse, higher, lower, equivalent, undecided, the same, unknown, or why there is no difference.
+    is_small: whether too few examples are common for a verdict.
     """
 
     metric: Metric
@@ -36,6 +38,7 @@ class MetricResult:
     p_value: float = 1.0
     verdict: str = "undecided"
     slice: str | None = None
+    is_small: bool = False
 
     @property
     def is_significant(self) -> bool:
@@ -47,25 +50,26 @@ class Results:
     """The result of each metric and of each slice, on one split.
 
     notes: sentences about the limits of the comparison.
-    is_small: whether too few examples are common for a verdict.
     joined: `example_id`, and loss and answer of both sides, for one run of each, with the same seed if possible.
     """
 
     metrics: list[MetricResult]
     notes: list[str]
     slices: list[MetricResult]
-    is_small: bool = False
     joined: pd.DataFrame | None = None
 
     def metric(self, name: str) -> MetricResult | None:
         return next((result for result in self.metrics if result.metric.name == name), None)
 
 
-def compare_predictions(before: Revision, after: Revision, margins: Mapping[str, float]) -> dict[str, Results]:
+def compare_predictions(
+    before: Revision, after: Revision, margins: Mapping[str, float], rescoring: Rescoring | None = None
+) -> dict[str, Results]:
     """Compare all metrics on the test split, and on the retention set if both revisions have one.
 
     Args:
         margins: the difference that a gate tolerates, by metric; those on the retention set as `retention.loss`.
+        rescoring: how answers are scored again before they are compared.
     """
     known = [side.read_json(METRICS_FILE) for side in (before, after)]
     runs = [find_runs(side) for side in (before, after)]
@@ -89,16 +93,16 @@ def compare_predictions(before: Revision, after: Revision, margins: Mapping[str,
     if common_seeds and all(runs[0].hashes[seed] == runs[1].hashes[seed] != "" for seed in common_seeds):
         return without_difference("the same", "Both revisions have bit-identical predictions.")
     for revision, side in zip((before, after), runs, strict=True):
-        read_runs(revision, side)
+        read_runs(revision, side, rescoring)
     if not all(side.tables for side in runs):
-        return without_difference("not measured: no predictions; `dvc pull` gets them")
+        return without_difference("not measured: no predictions")
     results = {}
     for split in splits:
         first, second = (side.of_split(split) for side in runs)
         prefix = PREFIXES[split]
         own = {name.removeprefix(prefix): margin for name, margin in margins.items() if name.startswith(prefix)}
         results[split] = compare_runs(first, second, (before.name, after.name), own, split)
-    results["test"].notes[:0] = [*runs[0].notes, *runs[1].notes]
+    results["test"].notes[:0] = [*runs[0].notes, *runs[1].notes, *(rescoring.notes if rescoring else [])]
     return results
 
 
@@ -156,7 +160,7 @@ def compare_runs(
             for value in sorted(columns["slice"].dropna().unique()):
                 found = compare_metric(metric, cells, prompts, (columns["slice"] == value).to_numpy())
                 slices.append(replace(found, slice=value))
-    results, slices = judge(results, margins, is_small), judge(slices, {}, is_small)
+    results, slices = ([replace(each, is_small=is_small) for each in found] for found in (results, slices))
     seed = next((seed for seed in sides[0] if seed in sides[1]), None)
     pair = [side[seed] if seed in side else next(iter(side.values())) for side in sides]
     answers = [
@@ -164,7 +168,7 @@ def compare_runs(
         for table, name in zip(pair, ("_before", "_after"), strict=True)
     ]
     joined = pd.concat(answers, axis=1).reset_index()
-    return Results(results, notes, slices, is_small, joined)
+    return Results(judge(results, margins), notes, judge(slices, {}), joined)
 
 
 def metric_runs(
@@ -208,23 +212,23 @@ def compare_metric(
     return MetricResult(metric, difference.before, difference.after, difference, difference.p_value)
 
 
-def judge(results: list[MetricResult], margins: Mapping[str, float], is_small: bool) -> list[MetricResult]:
+def judge(results: Sequence[MetricResult], margins: Mapping[str, float]) -> list[MetricResult]:
     """Give each result with a difference its verdict; p-values of metrics with a direction are adjusted (Holm)."""
-    tested = [result for result in results if result.difference and result.metric.direction]
-    adjusted = iter(holm([result.p_value for result in tested]))
+    p_values = [each.difference.p_value for each in results if each.difference and each.metric.direction]
+    adjusted = iter(holm(p_values))
     judged = []
     for result in results:
         if result.difference and result.metric.direction:
             result = replace(result, p_value=next(adjusted))
         if result.difference:
-            verdict = verdict_of(result, result.difference, margins.get(result.metric.name), is_small)
+            verdict = verdict_of(result, result.difference, margins.get(result.metric.name))
             result = replace(result, verdict=verdict)
         judged.append(result)
     return judged
 
 
-def verdict_of(result: MetricResult, difference: Difference, margin: float | None, is_small: bool) -> str:
-    if is_small:
+def verdict_of(result: MetricResult, difference: Difference, margin: float | None) -> str:
+    if result.is_small:
         return "undecided"
     if difference.value == difference.low == difference.high == 0:
         return "the same"

@@ -27,6 +27,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.files import write_text
 
 VOTES, VOTES_LOCK = Path("votes"), Path(".scratch/votes.lock")
+LOCK_TIMEOUT = 10.0  # seconds
 ALPHA = 0.05  # the probability that the interval ever excludes the true share
 PRIOR = 0.5  # both parameters of the Beta distribution that the martingale is mixed over
 JUDGE = "judge"  # the id of voters that are models
@@ -60,6 +61,10 @@ class Vote:
     choice: Choice
     before: str
     after: str
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        return self.voter, self.voter_id
 
     @property
     def is_judge(self) -> bool:
@@ -113,15 +118,17 @@ class VoteResults:
 
     num_pairs: prompts with different answers.
     overall: by people, the first vote on each prompt; by judges if no person has voted.
-    by_voter: the votes of each voter.
+    by_voter: the votes of each voter, by name and id.
     agreement: for each two voters, the number of prompts that both voted on, and of those with the same choice.
+    notes: votes that do not count, and why.
     """
 
     path: Path
     num_pairs: int
     overall: Tally
-    by_voter: dict[str, Tally]
-    agreement: dict[tuple[str, str], tuple[int, int]]
+    by_voter: dict[tuple[str, str], Tally]
+    agreement: dict[tuple[tuple[str, str], tuple[str, str]], tuple[int, int]]
+    notes: list[str]
 
 
 def find_pairs(before: Revision, after: Revision) -> tuple[list[Pair], Path] | None:
@@ -141,39 +148,75 @@ def find_pairs(before: Revision, after: Revision) -> tuple[list[Pair], Path] | N
 
 
 def read_votes(path: Path, pairs: Sequence[Pair]) -> list[Vote]:
-    """The votes in a file, in the order in which they were cast; none if there is no file.
+    """The votes in a file on these pairs of answers, in the order in which they were cast.
+
+    A voter's first vote on a prompt counts. There may be a second one after a merge of two clones.
+    """
+    hashes = {pair.example_id: pair.hashes() for pair in pairs}
+    votes: dict[tuple[str, str, str], Vote] = {}
+    for vote in read_file(path):
+        if hashes.get(vote.example_id) == (vote.before, vote.after):
+            votes.setdefault((*vote.identity, vote.example_id), vote)
+    return [*votes.values()]
+
+
+def read_file(path: Path) -> list[Vote]:
+    """All votes in a file; none if there is no file.
 
     Raises:
-        UserError: a line is not a vote on one of these pairs of answers, or a voter has two votes on one.
+        UserError: a line is not a vote.
     """
-    if not path.exists():
-        return []
-    known = {pair.example_id: pair for pair in pairs}
-    votes: dict[tuple[str, str], Vote] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    votes = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
-            vote = VOTE.validate_json(line)
+            if line.strip():
+                votes.append(VOTE.validate_json(line))
         except ValidationError as errors:
             problem = errors.errors()[0]
             name = ".".join(map(str, problem["loc"]))
             raise UserError(
-                f"{path}:{number}: not a vote: {name}: {problem['msg']}; restore the file with git"
+                f"{path}:{number}: not a vote: {name}: {problem['msg']}; correct or delete this line"
             ) from None
-        pair = known.get(vote.example_id)
-        if pair is None or pair.hashes() != (vote.before, vote.after):
-            raise UserError(f"{path}:{number}: a vote on other answers than those of these revisions; delete this line")
-        if (vote.voter, vote.example_id) in votes:
-            raise UserError(f"{path}:{number}: the second vote of {vote.voter!r} on the same prompt; delete this line")
-        votes[vote.voter, vote.example_id] = vote
-    return [*votes.values()]
+    return votes
 
 
-def update_votes(path: Path, pairs: Sequence[Pair], change: Callable[[list[Vote]], list[Vote]]) -> None:
-    """Read the votes, change them and write them, while no other process does so."""
-    VOTES_LOCK.parent.mkdir(exist_ok=True)
-    with FileLock(VOTES_LOCK):
-        votes = change(read_votes(path, pairs))
-        write_text(path, "".join(json.dumps(asdict(vote), ensure_ascii=False) + "\n" for vote in votes))
+def find_notes(path: Path, pairs: Sequence[Pair]) -> list[str]:
+    """The numbers of votes that do not count; of those in other files only if no vote counts."""
+    hashes = {(pair.example_id, *pair.hashes()) for pair in pairs}
+    votes = read_file(path)
+    num_valid = sum((vote.example_id, vote.before, vote.after) in hashes for vote in votes)
+    num_other = len(votes) - num_valid
+    if not num_valid:
+        others = {*VOTES.glob("*.jsonl")} - {path}
+        num_other += sum(bool(line.strip()) for other in others for line in other.read_bytes().splitlines())
+    notes = []
+    if num_other:
+        notes.append(
+            f"Votes in {VOTES}/ on other answers than those of these revisions, which do not count: {num_other:,}."
+        )
+    if num_repeated := num_valid - len(read_votes(path, pairs)):
+        notes.append(f"Second votes of a voter on a prompt in {path}, which do not count: {num_repeated:,}.")
+    return notes
+
+
+def update_votes(path: Path, change: Callable[[list[Vote]], list[Vote]]) -> None:
+    """Read all votes of a file, change them and write them, while no other process does so.
+
+    Raises:
+        UserError: the change can't be saved. The file is as it was.
+    """
+    try:
+        VOTES_LOCK.parent.mkdir(exist_ok=True)
+        with FileLock(VOTES_LOCK, timeout=LOCK_TIMEOUT):
+            votes = change(read_file(path))
+            write_text(path, "".join(json.dumps(asdict(vote), ensure_ascii=False) + "\n" for vote in votes))
+    except UserError as error:
+        raise UserError(f"not saved: {error}, then try again") from None
+    except OSError as error:
+        raise UserError(
+            f"not saved: {error.filename or path}: {error.strerror or error}; free some space or make {VOTES}/ and "
+            f"{VOTES_LOCK.parent}/ writable, then try again"
+        ) from None
 
 
 def count(votes: Sequence[Vote]) -> Tally:
@@ -190,13 +233,20 @@ def overall(votes: Sequence[Vote]) -> Tally:
 
 
 def count_votes(before: Revision, after: Revision) -> VoteResults | None:
-    """The results of all votes on the answers of two revisions; None if there are none."""
+    """The results of all votes on the answers of two revisions; None if there are none to count or to note."""
     found = find_pairs(before, after) if VOTES.exists() else None
-    if found is None or not (votes := read_votes(found[1], found[0])):
+    if found is None:
         return None
-    by_voter: dict[str, dict[str, Vote]] = {}
+    pairs, path = found
+    try:
+        votes, notes = read_votes(path, pairs), find_notes(path, pairs)
+    except (UserError, OSError) as error:
+        votes, notes = [], [f"No vote counts, because the votes can't be read: {error}."]
+    if not votes and not notes:
+        return None
+    by_voter: dict[tuple[str, str], dict[str, Vote]] = {}
     for vote in votes:
-        by_voter.setdefault(vote.voter, {})[vote.example_id] = vote
+        by_voter.setdefault(vote.identity, {})[vote.example_id] = vote
     agreement = {}
     for first, second in combinations(by_voter, 2):
         common = by_voter[first].keys() & by_voter[second].keys()
@@ -204,4 +254,4 @@ def count_votes(before: Revision, after: Revision) -> VoteResults | None:
         if common:
             agreement[first, second] = len(common), same
     tallies = {voter: count([*own.values()]) for voter, own in by_voter.items()}
-    return VoteResults(found[1], len(found[0]), overall(votes), tallies, agreement)
+    return VoteResults(path, len(pairs), overall(votes), tallies, agreement, notes)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SPLITS, SCORING = ("test", "retention"), Path("data/scoring.parquet")
-EXAMPLE_COLUMNS = ["example_id", "prompt_id", "source", "source_row", "slice", "prompt", "response"]
+EXAMPLE_COLUMNS = ["example_id", "prompt_id", "source", "source_row", "slice", "prompt", "response", "truncated"]
 ANSWER_COLUMNS = ["split", "example_id", "loss", "tokens", "correct_tokens", "reference_fits"]
 ANSWER_COLUMNS += ["answers", "answer_tokens", "stopped"]
 NGRAM = 4  # words of the sequences that `repetition` counts
@@ -47,7 +47,7 @@ PREDICTIONS_SCHEMA = pa.schema(
         ("num_answers", pa.int64()),
         ("answer_tokens", pa.float64()),  # without the EOS token
         ("stopped", pa.float64()),
-        ("reference_fits", pa.bool_()),  # whether the reference with its EOS token fits into max_new_tokens
+        ("reference_fits", pa.bool_()),  # whether the whole reference with its EOS token fits into max_new_tokens
         ("checked", pa.bool_()),  # whether the row has a check
         ("passed", pa.int64()),  # the number of answers that pass it
         ("exact_match", pa.float64()),
@@ -147,6 +147,7 @@ def score_row(row: dict[str, Any], scorers: Mapping[str, Scorer]) -> dict[str, A
     scores = row | {
         "answer": answers[0],
         "num_answers": len(answers),
+        "reference_fits": row["reference_fits"] and not row["truncated"],
         "checked": check is not None,
         "passed": sum(is_right(where, check, answer) for answer in answers) if check is not None else 0,
         **{name: fmean(known) if known else None for name, known in values.items()},

@@ -20,6 +20,7 @@ CODE += (".dvcignore", ".dvc/.gitignore", ".dvc/plots/")
 DVC_CONFIG = "[core]\n    analytics = false\n    check_update = false\n    autostage = true\n"
 USER_FILES = ROOT / "tests/project"  # instead of those of the workspace, which may be a project with other ones
 EVERY_STAGE = [
+    "check_params",
     "download_dataset",
     "download_model",
     "format",

@@ -1,5 +1,7 @@
 """Checkpoints: a run resumes from its own, never from those of another run."""
 
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +13,6 @@ import torch
 
 from stages.engine import checkpoints as checkpoints_module
 from stages.engine.checkpoints import Checkpoints, fingerprint, load
-from stages.runtime.errors import UserError
 from stages.runtime.locks import file_lock
 
 DVC_YAML = "stages:\n  train:\n    deps: [data/train.parquet, models/base]\n"
@@ -166,24 +167,61 @@ def test_checkpoints_are_in_the_folder_that_dvc_root_names(
         assert checkpoints.folder.parent == root / ".scratch/train"
 
 
+HOLD_THE_LOCK = (
+    "import sys; from stages.engine.checkpoints import Checkpoints\n"
+    "with Checkpoints.open_run('train', {}, {}): print('locked', flush=True); sys.stdin.read()"
+)
+
+
 @pytest.mark.subprocess
-def test_a_second_process_is_rejected_with_the_id_of_the_first(inputs: Path) -> None:
-    code = (
-        "import sys; from stages.engine.checkpoints import Checkpoints\n"
-        "with Checkpoints.open_run('train', {}, {}): print('locked', flush=True); sys.stdin.read()"
-    )
-    root = str(Path(__file__).parent.parent)
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": root}
-    ) as holder:
+def test_a_second_process_waits_for_the_first_and_can_be_interrupted(inputs: Path) -> None:
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", HOLD_THE_LOCK]
+        env = {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+    with start() as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "locked\n"
-        with pytest.raises(UserError) as error, Checkpoints.open_run("train", {}, {}):
-            pass
         (lock,) = Path(".scratch/train").glob("*.lock")
-        assert str(error.value) == (
-            f"{lock}: held by process {holder.pid}, which runs the same training; wait for it, or end it with `kill`"
-        )
-        holder.communicate("")
-    with Checkpoints.open_run("train", {}, {}):
+        waits = f"{lock}: held by process {holder.pid}, which runs the same training; waiting for it\n"
+        with start() as interrupted:
+            assert interrupted.stdout is not None
+            assert interrupted.stdout.readline() == waits
+            interrupted.send_signal(signal.SIGINT)
+            assert interrupted.wait(timeout=20) != 0
+        with start() as second:
+            assert second.stdout is not None
+            assert second.stdout.readline() == waits
+            holder.communicate("")
+            assert second.stdout.readline() == "locked\n"
+            second.communicate("")
+
+
+@pytest.mark.subprocess
+def test_two_queue_workers_with_the_same_training_write_the_same_model(training_inputs: Path, tmp_path: Path) -> None:
+    copies = [Path(shutil.copytree(training_inputs, tmp_path / name)) for name in ("temp1", "temp2")]
+    env = {"PYTHONPATH": str(Path(__file__).parent.parent), "DVC_ROOT": str(training_inputs), "OMP_NUM_THREADS": "1"}
+
+    def start(folder: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-u", "-m", "stages.train"]
+        return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
+
+    with start(copies[0]) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline().startswith("22 examples, 24 steps")  # it holds the lock
+        first.send_signal(signal.SIGSTOP)
+        with start(copies[1]) as second:
+            assert second.stdout is not None
+            assert second.stdout.readline().endswith("which runs the same training; waiting for it\n")
+            first.send_signal(signal.SIGCONT)
+            first.communicate()
+            assert "Resuming from the checkpoint at step 20\n" in second.communicate()[0]
+    assert (first.returncode, second.returncode) == (0, 0)
+    for name in ("models/tuned/model.safetensors", "metrics/train.json", "metrics/curve.csv"):
+        assert (copies[0] / name).read_bytes() == (copies[1] / name).read_bytes()
+
+
+def test_a_process_never_waits_for_itself(inputs: Path) -> None:
+    with open_run(), pytest.raises(RuntimeError, match="Deadlock"), open_run():
         pass

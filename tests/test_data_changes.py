@@ -54,6 +54,12 @@ def test_row_that_moves_to_another_split_is_moved() -> None:
     assert found.rows[["example_id", "split", "change"]].to_numpy().tolist() == [["2", "test", "moved"]]
 
 
+def test_rows_of_the_retention_set_count_also_if_a_revision_is_older_than_it() -> None:
+    older = {path: "old" for path in SPLITS.values() if "retention" not in path}
+    found = changed_data(Splits(), Splits({"retention": [SUM]}), [older, HASHES[1]])  # type: ignore[arg-type]
+    assert found.rows[["example_id", "split", "change"]].to_numpy().tolist() == [["4", "retention", "added"]]
+
+
 def test_tables_show_five_examples_of_each_change() -> None:
     rows = [(str(n), f"Say {n}.", f"{n}.", "numbers") for n in range(7)]
     by_split, by_origin, examples = data_tables(changes(Splits(), Splits({"train": rows})))

@@ -12,6 +12,7 @@ from tests.clone import ROOT, USER_FILES
 PIPELINE: dict[str, Any] = parse_yaml((ROOT / "dvc.yaml").read_text())
 STAGES = PIPELINE["stages"]
 NAMES = list(STAGES)
+ALL = {name for model in params_module.STAGES for name in model.model_fields}
 PROPERTIES = {
     "effective_batch_size": {"batch_size", "gradient_accumulation_steps"},
     "tokens_per_batch": {"batch_size", "max_length"},
@@ -35,12 +36,13 @@ def imports(script: str) -> set[str]:
 def parameters(name: str) -> set[str]:
     """The parameters of a stage. Some are in a list with an anchor, so that another stage can use the same list."""
     entries = STAGES[name].get("params", [])
-    lists = [entry["params.yaml"] if isinstance(entry, dict) else [entry] for entry in entries]
+    lists = [entry["params.yaml"] or ALL if isinstance(entry, dict) else [entry] for entry in entries]
     return {parameter for names in lists for parameter in names}
 
 
 def test_the_pipeline_has_these_stages() -> None:
     assert NAMES == [
+        "check_params",
         "download_dataset",
         "download_model",
         "format",
@@ -83,6 +85,8 @@ def test_modules_of_packages_import_nothing_that_their_stages_do_not_depend_on()
 def parameters_of_model(name: str) -> set[str]:
     if module(name) == "evaluate":  # it has none
         return set()
+    if name == "check_params":
+        return ALL
     return set(getattr(params_module, f"{name.title().replace('_', '')}Params").model_fields)
 
 
@@ -91,8 +95,8 @@ def test_a_stage_declares_the_parameters_that_its_model_has(name: str) -> None:
     assert parameters(name) == parameters_of_model(name)
 
 
-# replicate reads none of its parameters itself; it passes them to the functions of train and predict.
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "replicate"])
+# replicate passes its parameters to the functions of train and predict, and check_params only validates them.
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("replicate", "check_params")])
 def test_a_stage_reads_the_parameters_that_its_model_has(name: str) -> None:
     sources = [ROOT / f"stages/{module(name)}.py"]
     if name == "train":
@@ -114,7 +118,7 @@ def test_a_stage_reads_the_parameters_that_its_model_has(name: str) -> None:
 def test_every_parameter_is_read_and_has_a_comment() -> None:
     lines = (USER_FILES / "params.yaml").read_text().splitlines()
     names = [line.split(":")[0] for line in lines if line and line[0] not in " #"]
-    assert set(names) == {name for model in params_module.STAGES for name in model.model_fields}
+    assert set(names) == ALL
     uncommented = [line for line in lines if line and line[0] not in " #" and " # " not in line]
     assert [line.split(":")[0] for line in uncommented] == ["model_name"]  # its comment is the line above
 

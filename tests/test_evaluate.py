@@ -125,7 +125,7 @@ def answered(project: Path) -> Path:
     for split, examples in splits.items():
         table = [
             {"example_id": name, "prompt_id": name, "source": "a.jsonl", "source_row": number, "slice": name}
-            | {"prompt": f"Q: {name}", "response": response}
+            | {"prompt": f"Q: {name}", "response": response, "truncated": name == "color"}
             for number, (name, response) in enumerate(examples, 1)
         ]
         write_parquet(Path(f"data/{split}.parquet"), table, SPLIT_SCHEMA)
@@ -157,6 +157,7 @@ def test_answers_are_scored_by_checks_and_references(answered: Path, monkeypatch
     assert rows["sum"][names].tolist() == ["test", "It is 7.", 2, True, 1, 0.0, 4.0, 0.5]
     assert rows["color"][names].tolist() == ["test", "Red.", 2, False, 0, 0.5, 4.0, 0.5]
     assert rows["capital"][names].tolist() == ["retention", "Paris.", 2, True, 2, 1.0, 4.0, 0.5]
+    assert [row["reference_fits"] for row in rows.values()] == [True, False, True]  # a truncated reference does not
 
 
 def test_metrics_are_those_of_the_test_split_its_slices_and_the_retention_set(
@@ -213,9 +214,10 @@ def test_scorers_may_use_dataclasses_and_caches_and_change_their_row(
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return 'good'", "found 'good'; must return a finite number, or None if it does not apply"),
-        ("return float('nan')", "found nan; must return a finite number, or None if it does not apply"),
-        ("return [1]", "found [1]; must return a finite number, or None if it does not apply"),
+        ("return 'good'", "found 'good'; must return a number from -1e+09 to 1e+09, or None if it does not apply"),
+        ("return float('nan')", "found nan; must return a number from -1e+09 to 1e+09, or None if it does not apply"),
+        ("return 1e200", "found 1e+200; must return a number from -1e+09 to 1e+09, or None if it does not apply"),
+        ("return [1]", "found [1]; must return a number from -1e+09 to 1e+09, or None if it does not apply"),
         ("raise SystemExit(0)", "SystemExit in line 1: 0; fix it and run `dvc repro`"),
         ("return 1 / 0", "ZeroDivisionError in line 1: division by zero; fix it and run `dvc repro`"),
     ],

@@ -105,7 +105,18 @@ def test_tasks_are_compared_in_pairs(direction: int, significant: bool) -> None:
     (result, other) = results.metrics
     assert (result.metric.name, result.before, result.after) == ("task: acc", 0.5, 0.75)
     assert (result.verdict, result.is_significant, result.metric.direction) == ("unknown", significant, direction)
-    assert other.verdict == "can't be compared"
+    assert other.verdict == "not measured: applies to no example"
+
+
+def test_each_task_is_judged_on_its_own_examples_and_tasks_of_one_side_are_named() -> None:
+    before, after = side([0.0, 0.0] * 50), side([1.0, 1.0] * 50)
+    index = pd.Index([f"big/{n}" for n in range(900)], name="example_id")
+    big = pd.DataFrame({"big: acc": [1.0] * 900}, index)
+    after = Samples("md5", after.directions | {"big: acc": 1}, pd.concat([after.table, big]))
+    results = compare_samples(before, after, ("main", "new"))
+    assert results.metrics[0].verdict == "unknown"  # two single runs that differ; undecided if it were too small
+    assert results.metrics[0].is_significant
+    assert results.notes[0] == "Only new has run big."
 
 
 @pytest.mark.parametrize(

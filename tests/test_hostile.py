@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from review import markup, plots
 from stages import download_dataset, download_model, evaluate, format, generate, predict, split, train  # noqa: A004
 from stages.engine.model_card import model_card
 from stages.runtime.files import write_json
@@ -127,6 +129,15 @@ def test_text_from_the_hub_or_a_path_cannot_add_markup_to_the_model_card(
     assert len([token for token in tokens if token.type == "table_open"]) == 2
     assert [token.info for token in tokens if token.type == "fence"] == ["python"]
     assert all(len(row) == 2 for row in cells(tokens))
+
+
+@pytest.mark.parametrize(
+    "text", ["![x](http://example.com)", "LR](data:image/png;base64,AA==)\n\n## Gates\n\n![x", '"><b>']
+)
+def test_the_title_of_a_plot_is_only_the_text_of_its_image(text: str) -> None:
+    page = markup.page(f"{plots.as_image(text, b'PNG')}\n", "", {})
+    body = page.partition("<body>")[2]
+    assert re.fullmatch(r'\n<p><img src="data:image/png;base64,UE5H" alt="[^"<>]*" /></p>\n</body></html>\n', body)
 
 
 def cells(tokens: list[Any]) -> list[list[str]]:

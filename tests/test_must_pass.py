@@ -1,14 +1,14 @@
 """Must-pass examples: which are fixed, broken and still failing, and entries that name no test row with a check."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
+from review.conditions import parse_must_pass
 from review.gates import check_must_pass
-from review.must_pass import MustPass, compare_must_pass, prompt_ids, read_must_pass
+from review.must_pass import MustPass, compare_must_pass, prompt_ids
 from review.report import must_pass_table
 from stages.data.alpaca import render_alpaca
 from stages.data.conversations import Conversation, content_ids
@@ -28,11 +28,12 @@ class Side:
     def read_json(self, path: str) -> dict[str, Any]:
         return {"loss": 1.0} if self.is_measured else {}
 
-    def read_table(self, path: str, columns: list[str]) -> pd.DataFrame | None:
+    def read_table(self, path: str, columns: list[str] | None = None) -> pd.DataFrame | None:
         if self.passed is None:
             return None
         rows = predictions([1.0] * 4, passed=self.passed, **self.columns)
-        return rows.assign(prompt=[render_alpaca(f"Say {n}.") for n in range(4)]).reindex(columns=columns)
+        rows = rows.assign(prompt=[render_alpaca(f"Say {n}.") for n in range(4)])
+        return rows.reindex(columns=columns) if columns else rows
 
 
 def compared(before: Side, after: Side, *entries: str) -> list[MustPass] | None:
@@ -47,9 +48,9 @@ def test_examples_are_broken_still_failing_fixed_or_passing() -> None:
     gate = check_must_pass(found)
     assert (gate.passed, gate.found) == (False, "1 broken, 1 still failing, 1 fixed, 1 passing (broken: Say 1.)")
     assert must_pass_table(found).splitlines()[4:] == [
-        "| ❌ broken | Say 1. | answer 1 | answer 1 |",
+        "| ✗ broken | Say 1. | answer 1 | answer 1 |",
         "| still failing | Say 2. | answer 2 | answer 2 |",
-        "| ✅ fixed | Say 0. | answer 0 | answer 0 |",
+        "| ✓ fixed | Say 0. | answer 0 | answer 0 |",
     ]
 
 
@@ -61,6 +62,13 @@ def test_an_example_that_before_has_no_answer_to_is_passing_or_still_failing() -
         assert check_must_pass(found).passed
 
 
+@pytest.mark.parametrize("checked", [None, float("nan")])
+def test_older_predictions_without_a_value_do_not_count_as_passed(checked: float | None) -> None:
+    found = compared(Side([True] * 4, columns={"checked": checked}), Side([False] * 4), "id0")
+    assert found
+    assert [example.state for example in found] == ["still failing"]
+
+
 def test_all_answers_to_a_prompt_must_pass() -> None:
     found = compared(Side([True] * 4), Side([2, 3, 3, 3], columns={"num_answers": 3}), "id0", "id1")  # type: ignore[list-item]
     assert found
@@ -70,7 +78,7 @@ def test_all_answers_to_a_prompt_must_pass() -> None:
 def test_the_gate_fails_if_the_predictions_are_not_available() -> None:
     for before, after in ((Side([True] * 4), Side(None)), (Side(None), Side([True] * 4))):
         gate = check_must_pass(compared(before, after))
-        found = "undecided, because the predictions are not available; `dvc pull` gets them"
+        found = "undecided, because the predictions are not available"
         assert (gate.passed, gate.found) == (False, found)
 
 
@@ -93,7 +101,7 @@ def test_an_entry_that_is_not_a_test_row_with_a_check_fails_the_gate(entry: str,
     assert found == [MustPass(state, entry)]
     gate = check_must_pass(found)
     assert (gate.passed, gate.found) == (False, f"1 {state} ({state}: {entry}); correct must_pass.yaml")
-    assert f"| ❌ {state} | {entry} |" in must_pass_table(found)
+    assert f"| ✗ {state} | {entry} |" in must_pass_table(found)
 
 
 def test_rows_with_the_same_prompt_count_once_and_need_one_check() -> None:
@@ -118,12 +126,7 @@ def test_rows_with_the_same_prompt_count_once_and_need_one_check() -> None:
         ("- [", "must_pass.yaml: not valid YAML: "),
     ],
 )
-def test_an_invalid_file_is_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert read_must_pass() == []
-    Path("must_pass.yaml").write_text(content)
+def test_an_invalid_file_is_reported(content: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        read_must_pass()
+        parse_must_pass(content.encode(), "must_pass.yaml")
     assert str(error.value).startswith(message)

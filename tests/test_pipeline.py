@@ -177,7 +177,7 @@ def test_a_template_that_is_not_selected_does_not_train(clone: Path) -> None:
 def test_an_experiment_runs_only_affected_stages_and_going_back_trains_nothing(clone: Path) -> None:
     before = results(clone)
     result = run(clone, "dvc", "exp", "run", "-S", "learning_rate=1e-05")
-    assert stages_run(result) == ["evaluate@tuned", "generate@tuned", "predict@tuned", "train"]
+    assert stages_run(result) == ["check_params", "evaluate@tuned", "generate@tuned", "predict@tuned", "train"]
     assert results(clone)["models/tuned"] != before["models/tuned"]
 
     shown = json.loads(run(clone, "dvc", "metrics", "diff", "HEAD", "--json").stdout)
@@ -198,11 +198,25 @@ def test_an_experiment_runs_only_affected_stages_and_going_back_trains_nothing(c
     assert run(clone, "git", "status", "--porcelain").stdout == ""
 
 
+def test_a_mistake_in_a_parameter_is_found_before_an_output_is_deleted(clone: Path) -> None:
+    before = results(clone)
+    for value in ("fast", "-1"):
+        result = run(clone, "dvc", "exp", "run", "-S", f"learning_rate={value}", check=False)
+        assert stages_run(result) == ["check_params"]
+        assert f"learning_rate: found {value!r}" in result.stderr.replace("found -1", "found '-1'")
+        restore(clone)
+    edit(clone, lr_scheduler="quadratic")
+    assert stages_run(run(clone, "dvc", "repro", check=False)) == ["check_params"]
+    assert (clone / "models/tuned/config.json").exists()
+    restore(clone)
+    assert results(clone) == before
+
+
 def test_a_new_replicate_seed_trains_only_that_run(clone: Path) -> None:
     result = run(clone, "dvc", "exp", "run", "-S", "replicate_seeds=[1]")
-    assert stages_run(result) == ["evaluate_replicate@1", "replicate@1"]
+    assert stages_run(result) == ["check_params", "evaluate_replicate@1", "replicate@1"]
     result = run(clone, "dvc", "exp", "run", "-S", "replicate_seeds=[1,2]")
-    assert stages_run(result) == ["evaluate_replicate@2", "replicate@2"]
+    assert stages_run(result) == ["check_params", "evaluate_replicate@2", "replicate@2"]
     found = results(clone)
     assert len({found[f"data/predictions/{name}.parquet"] for name in ("tuned", "replicates/1", "replicates/2")}) == 3
     edit(clone, seed="7")

@@ -1,7 +1,9 @@
 """The review as Markdown and as a page: untrusted text stays text, changed words are marked; also plots and gates."""
 
 import json
+import math
 import re
+import xml.dom.minidom
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from review import markup, plots, report
-from review.gates import Gate, read_gates
+from review.conditions import parse_gates
 from review.statistics import Difference, Variances
 from review.verdicts import MetricResult
 from stages.runtime.errors import UserError
@@ -72,8 +74,8 @@ def test_no_text_escapes_from_its_cell(before: str, after: str) -> None:
 
 
 def test_page_has_no_scripts_and_no_external_resources() -> None:
-    image = plots.as_images([("Loss", b"\x89PNG")])
-    page = markup.page(f"# Review\n\n<script>alert(1)</script>\n\n{image}\n", "a </title><script>")
+    image = plots.as_image("Loss", b"\x89PNG")
+    page = markup.page(f"# Review\n\n<script>alert(1)</script>\n\n{image}\n", "a </title><script>", {})
     assert "<script" not in page
     assert "<title>a &lt;/title&gt;&lt;script&gt;</title>" in page
     assert re.findall('(?:src|href)="(.{10})', page) == ["data:image"]
@@ -118,14 +120,6 @@ def test_plot_template_is_drawn(template: Path) -> None:
     assert "nats/token" in svg
 
 
-def test_gates_of_this_project_are_read() -> None:
-    assert read_gates() == {
-        "loss": Gate(not_worse_by=0.05),
-        "token_accuracy": Gate(not_worse_by=0.02),
-        "stop_rate": Gate(min=0.95),
-    }
-
-
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -137,17 +131,16 @@ def test_gates_of_this_project_are_read() -> None:
         ("loss: {min: 1", "not valid YAML"),
         ("loss: {not_worse: true}", "loss.not_worse: Extra inputs are not permitted"),
         ("loss: {not_worse_by: -0.1}", "loss.not_worse_by: Input should be greater than or equal to 0"),
+        ("loss: {}", "loss: Value error, has no condition"),
     ],
 )
-def test_invalid_gates_are_reported(tmp_path: Path, content: str, expected: str) -> None:
-    path = tmp_path / "gates.yaml"
-    path.write_text(content)
+def test_invalid_gates_are_reported(content: str, expected: str) -> None:
     with pytest.raises(UserError, match=re.escape(expected)):
-        read_gates(path)
+        parse_gates(content.encode(), "gates.yaml of main")
 
 
-def test_missing_gates_file_means_no_gates(tmp_path: Path) -> None:
-    assert read_gates(tmp_path / "gates.yaml") == {}
+def test_an_empty_gates_file_means_no_gates() -> None:
+    assert parse_gates(b"# none", "gates.yaml of main") == {}
 
 
 def result(low: float, high: float, verdict: str, by_seed: dict[int, float], **changes: Any) -> MetricResult:
@@ -168,12 +161,29 @@ def test_forest_plot_has_a_row_for_each_result_and_a_circle_for_each_seed() -> N
     assert "<script" not in svg
     assert re.findall('aria-label="seed: ([^"]*)"', svg) == ["−0.2", "−0.25", "−0.15"]
     assert plots.forest([replace(results[0], difference=None)], "") == ""
+    assert plots.forest([result(-math.inf, 0.1, "undecided", {})], "") == ""
 
 
-def test_page_has_the_figures_after_the_summary_and_no_script() -> None:
-    page = markup.page("# Review\n\n**Better.**\n\n## Gates\n\ntext\n\n## Metrics\n", "a → <b>", "<svg>plot</svg>")
-    assert page.index("Better.") < page.index("<svg>plot</svg>") < page.index("<h2>Gates</h2>")
-    assert page.count("<svg>") == 1
+@given(st.text(max_size=40))
+def test_no_name_of_a_slice_adds_markup_to_the_forest_plot(name: str) -> None:
+    svg = plots.forest([replace(result(-0.3, -0.1, "better", {}), slice=f"<script>&{name}")], "<b>")
+    assert re.findall("<script|<image|<a |<b>|href=", svg) == []
+    assert xml.dom.minidom.parseString(svg).documentElement.tagName == "figure"
+
+
+def test_page_has_a_figure_after_the_table_of_its_section_and_no_script() -> None:
+    table = markup.table(["name"], [["x"]])
+    content = f"# Review\n\n## Gates\n\n{table}\n\n## Metrics & more\n\n{table}\n\ntext\n\n{table}\n"
+    page = markup.page(content, "a → <b>", {"Metrics & more": "<svg>plot</svg>", "Slices": "<svg>none</svg>"})
+    assert [*re.findall("<h2>.*?</h2>|<table>|<svg>.*?</svg>|<p>text", page)] == [
+        "<h2>Gates</h2>",
+        "<table>",
+        "<h2>Metrics &amp; more</h2>",
+        "<table>",
+        "<svg>plot</svg>",
+        "<p>text",
+        "<table>",
+    ]
     assert "<title>a → &lt;b&gt;</title>" in page
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
     assert "color-scheme: light dark" in page
@@ -184,4 +194,4 @@ def test_needed_examples_and_runs_are_shown_for_differences_that_are_not_signifi
     assert report.result_cells(undecided) == [
         *("1.0000", "0.9000", "−0.1000 (−0.3000 to +0.1000)", "0.400", "0.1275", "81 prompts", "undecided")
     ]
-    assert report.result_cells(result(-0.3, -0.1, "better", {}))[5:] == ["", "✅ better"]
+    assert report.result_cells(result(-0.3, -0.1, "better", {}))[5:] == ["", "✓ better"]

@@ -1,6 +1,7 @@
 """`make review` in a repository of eight commits with known differences."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,8 +17,10 @@ from review.comparison import Comparison, compare_revisions
 from review.revisions import Revision
 from review.runs import PREDICTIONS, REPLICATE
 from stages.data.alpaca import render_alpaca
+from stages.data.examples import SCORING_SCHEMA
 from stages.data.tables import write_parquet
 from stages.evaluate import PREDICTIONS_SCHEMA
+from stages.runtime.errors import UserError
 from stages.scoring.metrics import compute_metrics
 from tests.clone import ROOT, USER_FILES, commit, run
 from tests.conftest import predictions
@@ -32,7 +35,9 @@ stages:
     matrix: {model: [tuned]}
     cmd: "true"
     params: [learning_rate]
-    outs: [data/predictions/tuned.parquet, data/test.parquet, data/train.parquet, data/validation.parquet]
+    deps: [scorers.py]
+    outs: [data/predictions/tuned.parquet, data/test.parquet, data/train.parquet, data/validation.parquet,
+      data/retention.parquet, data/scoring.parquet]
     metrics:
       - metrics/evaluate/tuned.json: {cache: false}
     plots:
@@ -74,7 +79,10 @@ def write_revision(
     for seed in seeds:
         replicate = both.assign(loss=both["loss"] + NOISE[seed])
         write_parquet(folder / REPLICATE.format(seed=seed), replicate.to_dict("records"), PREDICTIONS_SCHEMA)
-    for split, part in (("test", texts), ("train", texts.head(0)), ("validation", texts.head(0))):
+    texts = texts.assign(source_row=1, truncated=False)
+    write_scoring(folder, texts)
+    none = texts.head(0)
+    for split, part in (("test", texts), ("train", none), ("validation", none), ("retention", none)):
         pq.write_table(pa.Table.from_pandas(part, preserve_index=False), folder / f"data/{split}.parquet")
     metrics = compute_metrics(rows) | {"retention": compute_metrics(retained)}
     (folder / "metrics/evaluate/tuned.json").write_text(json.dumps(metrics))
@@ -87,6 +95,11 @@ def write_revision(
     run(folder, "dvc", "commit", "--force", "--quiet")
 
 
+def write_scoring(folder: Path, texts: pd.DataFrame, check: str = '{"contains": "answer"}') -> None:
+    rows = texts[["example_id"]].assign(split="test", check=check, other_columns="{}")
+    write_parquet(folder / "data/scoring.parquet", rows.to_dict("records"), SCORING_SCHEMA)
+
+
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory, fast_stages: None) -> Path:
     folder = tmp_path_factory.mktemp("review")
@@ -94,7 +107,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory, fast_stages: None) -> P
     run(folder, "dvc", "init", "--quiet")
     (folder / "dvc.yaml").write_text(PIPELINE)
     shutil.copy(USER_FILES / "gates.yaml", folder / "gates.yaml")
-    (folder / ".gitignore").write_text("/data/\n/review.*\n.scratch/\n")
+    (folder / "scorers.py").write_text("")
+    (folder / ".gitignore").write_text("/data/\n/review.*\n.scratch/\n__pycache__/\n")
     (folder / "data").mkdir()
     (folder / "data/.gitignore").write_text("*\n")
     revisions: dict[str, dict[str, Any]] = {
@@ -134,7 +148,7 @@ def folder(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def compared(before: str, after: str) -> Comparison:
-    return compare_revisions(Revision(before), Revision(after), {"loss": 0.05})
+    return compare_revisions(Revision(before), Revision(after))
 
 
 def review(folder: Path, *revisions: str, exit_code: int = 0) -> str:
@@ -143,6 +157,14 @@ def review(folder: Path, *revisions: str, exit_code: int = 0) -> str:
     assert "Traceback" not in result.stderr
     assert result.returncode == exit_code, result.stdout + result.stderr
     return result.stdout + result.stderr
+
+
+def at(folder: Path, name: str, **files: str) -> None:
+    """Put the workspace into the state of a revision, and write other conditions."""
+    run(folder, "git", "checkout", "-q", "--force", name)
+    run(folder, "dvc", "checkout", "--force", "--quiet")
+    for stem, content in files.items():
+        Path(f"{stem}.yaml").write_text(content)
 
 
 def test_significantly_better_model_is_better(folder: Path) -> None:
@@ -179,9 +201,9 @@ def test_significantly_worse_model_is_worse_and_fails_the_gates(folder: Path) ->
     assert f"failed: {rule}; found: +0.2000, 95% interval +0.2000 to +0.2000; 3 runs paired by seed" in output
     assert "failed: stop_rate at least 0.95; found: 0.9" in output
     report = Path("review.md").read_text()  # it is written even so
-    assert "**Test loss: ❌ worse. 2.0000 → 2.2000 nats/token, +0.2000, 95% interval" in report
-    assert "❌ worse: stop\\_rate." in report
-    assert f"❌ Gates that failed: {rule}; stop\\_rate at least 0.95." in report
+    assert "**Test loss: ✗ worse. 2.0000 → 2.2000 nats/token, +0.2000, 95% interval" in report
+    assert "✗ worse: stop\\_rate." in report
+    assert f"✗ Gates that failed: {rule}; stop\\_rate at least 0.95." in report
 
 
 def test_lost_abilities_are_reported_and_can_fail_a_gate(folder: Path) -> None:
@@ -189,15 +211,15 @@ def test_lost_abilities_are_reported_and_can_fail_a_gate(folder: Path) -> None:
     results = {result.metric.name: result for result in comparison.results["retention"].metrics}
     assert (results["pass_rate"].before, results["pass_rate"].after) == (0.9, 0.5)
     assert (results["pass_rate"].verdict, results["loss"].verdict) == ("worse", "the same")
-    Path("gates.yaml").write_text("retention.pass_rate: {not_worse_by: 0.1, min: 0.6}\nretention.loss: {max: 2}\n")
-    review(folder, "before", "worse", exit_code=1)
+    at(folder, "worse", gates="retention.pass_rate: {not_worse_by: 0.1, min: 0.6}\nretention.loss: {max: 2}\n")
+    review(folder, "before", exit_code=1)
     report = Path("review.md").read_text()
-    assert "❌ worse: pass\\_rate on the retention set." in report
-    assert [line for line in report.splitlines() if "| ❌ failed |" in line or "| ✅ passed |" in line] == [
-        "| retention.pass\\_rate at least 0.6 | ❌ failed | 0.5 |",
-        "| retention.pass\\_rate not worse than in before by more than 0.1 | ❌ failed | −0.4000, 95% interval −0.5587 "
+    assert "✗ worse: pass\\_rate on the retention set." in report
+    assert [line for line in report.splitlines() if "| ✗ failed |" in line or "| ✓ passed |" in line] == [
+        "| retention.pass\\_rate at least 0.6 | ✗ failed | 0.5 |",
+        "| retention.pass\\_rate not worse than in before by more than 0.1 | ✗ failed | −0.4000, 95% interval −0.5587 "
         "to −0.2413; 3 runs paired by seed |",
-        "| retention.loss at most 2 | ✅ passed | 1 |",
+        "| retention.loss at most 2 | ✓ passed | 1 |",
     ]
 
 
@@ -210,29 +232,34 @@ def test_must_pass_examples_of_equal_predictions_are_the_same_also_without_the_p
 
 
 def test_a_broken_must_pass_example_fails_the_review(folder: Path) -> None:
-    Path("must_pass.yaml").write_text("- id0\n- id1\n")
-    output = review(folder, "before", "broken", exit_code=1)
+    at(folder, "broken", must_pass="- id0\n- id1\n")
+    output = review(folder, "before", exit_code=1)
     assert "failed: no must-pass example is broken; found: 1 broken, 1 passing (broken: Say id1.)" in output
     report = Path("review.md").read_text()
     assert "## Must-pass examples\n\n1 broken, 1 passing.\n\n|" in report
-    Path("must_pass.yaml").write_text("- Say something else.\n")
-    output = review(folder, "before", "better", exit_code=1)
+    at(folder, "better", must_pass="- Say something else.\n")
+    output = review(folder, "before", exit_code=1)
     assert "found: 1 not in the test split (not in the test split: Say something else.); correct must_pass" in output
 
 
-def test_a_gate_on_a_metric_of_scorers_py_is_checked_also_without_predictions(folder: Path) -> None:
-    Path("gates.yaml").write_text("brief: {not_worse_by: 0.1}\n")
-    metrics = json.loads(Path("metrics/evaluate/tuned.json").read_text()) | {"brief": 0.5, "brief_se": 0.1}
-    Path("metrics/evaluate/tuned.json").write_text(json.dumps(metrics))
-    output = review(folder, "seed")  # with the same predictions
-    assert "passed: brief not worse than in seed by more than 0.1; found: the same" in output
-
-
-@pytest.mark.parametrize("name", ["mean_response_tokens", "accuracy", "retention.mean_response_tokens"])
-def test_a_gate_compares_only_metrics_that_can_be_better_or_worse(folder: Path, name: str) -> None:
-    Path("gates.yaml").write_text(f"{name}: {{not_worse_by: 1}}\n")
-    output = review(folder, "before", "worse", exit_code=1)
-    assert f"error: gates.yaml: {name}: found not_worse_by; only for loss, token_accuracy, pass_rate, exact_m" in output
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        (
+            "mean_response_tokens",
+            "neither a higher nor a lower mean_response_tokens is worse; only min",
+        ),
+        (
+            "accuracy",
+            "undecided, because workspace has no accuracy; it has loss, token_accuracy, pass_rate, ",
+        ),
+        ("retention.accuracy", "undecided, because workspace has no retention.accuracy; it has loss, token_accuracy, "),
+    ],
+)
+def test_a_gate_on_a_metric_that_can_not_be_worse_fails(folder: Path, name: str, found: str) -> None:
+    at(folder, "worse", gates=f"{name}: {{not_worse_by: 1}}\n")
+    output = review(folder, "before", exit_code=1)
+    assert f"failed: {name} not worse than in before by more than 1; found: {found}" in " ".join(output.split())
 
 
 def test_swapping_the_revisions_swaps_better_and_worse(folder: Path) -> None:
@@ -316,9 +343,9 @@ def test_workspace_is_compared_by_default(folder: Path) -> None:
     assert "better" in output
     report = Path("review.md").read_text()
     assert report.startswith(
-        "# Review: `before` → `workspace`\n\n**Test loss: ✅ better. 2.0000 → 1.8000 nats/token, −0.2"
+        "# Review: `before` → `workspace`\n\n**Test loss: ✓ better. 2.0000 → 1.8000 nats/token, −0.2"
     )
-    assert "✅ All gates passed (3)." in report
+    assert "✓ All gates passed (3)." in report
     assert "| `learning_rate` | `0.0001` | `0.0009` |" in report
     assert [line for line in report.splitlines() if line.startswith("## ")] == [
         "## Gates",
@@ -348,21 +375,22 @@ def test_without_predictions_everything_but_the_intervals_is_reported(folder: Pa
     output = review(folder, "before", "better", exit_code=1)
     assert (
         "failed: loss not worse than in before by more than 0.05; "
-        "found: undecided, because the verdict is 'not measured: no predictions; `dvc pull` gets them'"
+        "found: undecided, because the verdict is 'not measured: no predictions'"
     ) in output
     report = Path("review.md").read_text()
-    assert "| loss | 2.0000 | 1.8000 |  |  |  |  | not measured: no predictions; \\`dvc pull\\` gets them |" in report
-    assert "**Not available**: `data/predictions/replicates/1.parquet` of `before`" in report
-    assert "`data/predictions/tuned.parquet` of `better`" in report
-    assert "`dvc pull --all-commits data/predictions/replicates/1.parquet data/predictions/rep" in report
+    assert "| loss | 2.0000 | 1.8000 |  |  |  |  | not measured: no predictions |" in report
+    assert "| `data/predictions/replicates/1.parquet` | `before` | not in the cache, and there is no remote |" in report
+    assert "| `data/predictions/tuned.parquet` | `better` | not in the cache, and there is no remote |" in report
     assert "| `learning_rate` | `0.0001` | `0.0002` |" in report
     assert "```mermaid" in report
 
 
-def test_damaged_file_is_named_with_its_revision(folder: Path) -> None:
+def test_a_damaged_metrics_file_is_named_in_the_report(folder: Path) -> None:
     Path("metrics/evaluate/tuned.json").write_text("{")
     output = review(folder, "before", exit_code=1)
-    assert "error: metrics/evaluate/tuned.json of workspace: can't be read: Expecting property name" in output
+    assert "evaluate@tuned: metrics/evaluate/tuned.json changed since it was written" in output
+    report = Path("review.md").read_text()
+    assert "| `metrics/evaluate/tuned.json` | `workspace` | Expecting property name enclosed in double quotes" in report
 
 
 @pytest.mark.parametrize(
@@ -371,7 +399,6 @@ def test_damaged_file_is_named_with_its_revision(folder: Path) -> None:
         ("dvc.lock", False),
         ("params.yaml", False),
         ("dvc.yaml", False),
-        ("metrics/curve.csv", False),
         ("dvc.lock", True),
     ],
 )
@@ -407,3 +434,202 @@ def test_revision_without_results_is_reported(folder: Path) -> None:
     run(folder, "git", "checkout", "-q", "--force", "better")
     output = review(folder, "empty", "better")
     assert "found: nothing to compare with: empty has no metrics/evaluate/tuned.json" in output
+    first, *_ = Path("review.md").read_text().split("**Test loss")
+    assert "**empty has no params.yaml and no dvc.lock, so there is nothing to compare with.**" in first
+    assert "**Passed without a comparison:** loss not worse than in empty by more than 0.05; token" in first
+
+
+@pytest.mark.parametrize("is_committed", [True, False])
+def test_outdated_results_are_named_first_and_no_gate_is_decided(folder: Path, is_committed: bool) -> None:
+    at(folder, "single", params="learning_rate: 7e-4\nseed: 42\nreplicate_seeds: []\n")
+    if is_committed:
+        commit(folder, "forgot dvc repro")
+    for revision in ["HEAD", "workspace"] if is_committed else ["workspace"]:
+        output = review(folder, "single", revision, exit_code=1)
+        problem = "evaluate@tuned: learning_rate in params.yaml changed since it ran"
+        assert f"outdated {revision}" in output
+        assert f"error: no gate is decided, because {revision} is outdated" in output
+        assert output.count(f"found: undecided, because {revision} is outdated") == 3
+        first, *_ = Path("review.md").read_text().split("**Test loss: the same")
+        assert f"The results of `{revision}` are outdated, so no gate is decided:**" in first
+        assert problem.replace("@", "@\N{WORD JOINER}").replace("_", "\\_") in first
+
+
+def test_an_outdated_review_fails_also_without_gates(folder: Path) -> None:
+    at(folder, "single", gates="", scorers="")
+    Path("scorers.py").write_text("# changed\n")
+    output = review(folder, "single", exit_code=1)
+    assert "error: no gate is decided, because workspace is outdated" in output
+
+
+def test_a_project_in_a_subfolder_gives_the_report_of_one_at_the_root(folder: Path, tmp_path: Path) -> None:
+    review(folder, "before", "worse", exit_code=1)
+    at_root = Path("review.md").read_text()
+    outer = tmp_path / "outer"
+    (outer / "team").mkdir(parents=True)
+    folder.rename(outer / "team/sft")
+    (outer / "team/sft/.git").rename(tmp_path / "history")
+    run(outer, "git", "init", "-q", "-b", "main")
+    shutil.rmtree(outer / "team/sft/.dvc/tmp")
+    for name in ("before", "worse"):
+        git = ["git", "--git-dir", str(tmp_path / "history"), "--work-tree", str(outer / "team/sft")]
+        run(outer, *git, "checkout", "-q", "--force", name)
+        commit(outer, name)
+        run(outer, "git", "tag", name)
+    review(outer / "team/sft", "before", "worse", exit_code=1)
+    assert (outer / "team/sft/review.md").read_text() == at_root
+
+
+def test_changed_gates_and_must_pass_entries_are_listed_with_what_they_were(folder: Path) -> None:
+    at(folder, "single", gates="loss: {not_worse_by: 5}\n", must_pass="- id0\n- id1\n")
+    commit(folder, "old")
+    at(folder, "HEAD", gates="loss: {not_worse_by: 9, max: 7}\n", must_pass="- id1\n")
+    output = review(folder, "HEAD")
+    assert "changed conditions  gates.yaml (2), must_pass.yaml (1)" in output
+    assert section_of("Changed conditions") == [
+        "| `gates.yaml: loss: max` |  | `7` |",
+        "| `gates.yaml: loss: not_worse_by` | `5` | `9` |",
+        "| `must_pass.yaml: id0` | `listed` |  |",
+    ]
+    first, *_ = Path("review.md").read_text().split("**Test loss")
+    assert "**Changed conditions:** gates.yaml (2), must\\_pass.yaml (1)." in first
+
+
+def section_of(title: str) -> list[str]:
+    """The rows of the first table in a section of the report."""
+    lines = Path("review.md").read_text().split(f"## {title}\n\n")[1].split("\n\n")[0].splitlines()
+    return lines[2:]
+
+
+def test_deleted_gates_are_listed(folder: Path) -> None:
+    at(folder, "single")
+    Path("gates.yaml").unlink()
+    review(folder, "single")
+    assert section_of("Changed conditions") == [
+        "| `gates.yaml: loss: not_worse_by` | `0.05` |  |",
+        "| `gates.yaml: token_accuracy: not_worse_by` | `0.02` |  |",
+        "| `gates.yaml: stop_rate: min` | `0.95` |  |",
+    ]
+
+
+def test_invalid_conditions_give_a_report_and_those_of_the_reviewed_revision_fail(folder: Path) -> None:
+    at(folder, "single", gates="loss: {}\n", must_pass="- 3\n")
+    output = review(folder, "single", exit_code=1)
+    assert "failed: gates and must-pass entries are valid; found: gates.yaml of workspace:" in output
+    assert "must_pass.yaml of workspace: found 3: Input should be a valid string" in " ".join(output.split())
+    commit(folder, "invalid")
+    run(folder, "git", "tag", "invalid")
+    review(folder, "invalid", "single")
+    assert "`gates.yaml of invalid: loss: Value error, has no condition" in section_of("Changed conditions")[0]
+
+
+def test_both_sides_are_scored_by_the_checks_of_the_reviewed_revision(folder: Path) -> None:
+    at(folder, "broken", must_pass="- id1\n")
+    rows = pd.read_parquet("data/predictions/tuned.parquet")
+    write_scoring(folder, rows[rows["split"] == "test"], check='{"contains": "answer 1"}')  # 11 of 100 answers
+    right = rows["answer"].str.contains("answer 1") | (rows["split"] == "retention")
+    write_parquet(Path(PREDICTIONS), rows.assign(passed=right.astype(int)).to_dict("records"), PREDICTIONS_SCHEMA)
+    run(folder, "dvc", "commit", "--force", "--quiet")
+    commit(folder, "stricter checks")
+    for revision in ("workspace", "HEAD"):
+        output = review(folder, "before", revision)
+        result = compared("before", revision).test.metric("pass_rate")
+        assert result
+        assert (result.before, result.after) == pytest.approx((0.11, 0.11))  # before had 1.0 by its own checks
+        assert "changed conditions  must_pass.yaml (1), checks (100)" in output
+        assert section_of("Changed conditions")[1].startswith(
+            '| `checks: Say id0.` | `{"contains": "answer"}` | `{"contains": "answer 1"}` |'
+        )
+        assert f"Answers of both sides are scored by the checks of {revision}." in Path("review.md").read_text()
+
+
+def test_scorers_run_on_both_sides_only_in_the_workspace(folder: Path) -> None:
+    at(folder, "single")
+    Path("scorers.py").write_text("def length(prompt, answer, reference, row):\n    return len(answer)\n")
+    rows = pd.read_parquet("data/predictions/tuned.parquet").assign(score_length=2.0)
+    schema = pa.schema([*PREDICTIONS_SCHEMA, ("score_length", pa.float64())])
+    write_parquet(Path(PREDICTIONS), rows.to_dict("records"), schema)
+    run(folder, "dvc", "commit", "--force", "--quiet")
+    commit(folder, "a scorer")
+    output = review(folder, "single")
+    assert "changed conditions  scorers.py (2)" in output
+    assert "    +def length(prompt, answer, reference, row):" in Path("review.md").read_text()
+    result = compared("single", "workspace").test.metric("length")
+    assert result
+    assert result.before == pytest.approx(8.9)  # answer 0 to answer 99
+    result = compared("single", "HEAD").test.metric("length")
+    assert result
+    assert result.verdict == "can't be compared"
+
+
+def test_equal_revisions_are_named_first(folder: Path) -> None:
+    review(folder, "single", "single")
+    report = Path("review.md").read_text()
+    assert "\n**single and single are the same commit, so nothing was compared.**\n\n**Test loss" in report
+
+
+def test_damaged_and_unreachable_predictions_give_a_report_with_the_reason(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at(folder, "single")
+    Path(PREDICTIONS).unlink()
+    Path(PREDICTIONS).write_text("not Parquet")
+    review(folder, "before", exit_code=1)
+    (damaged,) = [row for row in section_of("Not available") if PREDICTIONS in row]
+    assert damaged.startswith(f"| `{PREDICTIONS}` | `workspace` | Parquet magic bytes not found in footer.")
+    run(folder, "dvc", "remote", "add", "-d", "bucket", "s3://bucket/sft")
+    commit(folder, "remote")
+    shutil.rmtree(".dvc/cache")
+    shutil.rmtree("data")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, "/dev/null")
+    review(folder, "before", "HEAD", exit_code=1)
+    assert f"| `{PREDICTIONS}` | `HEAD` | Unable to locate credentials |" in section_of("Not available")
+
+
+def test_a_damaged_curve_is_a_line_in_the_report(folder: Path) -> None:
+    path = Path("metrics/curve.csv")
+    path.write_text(f"<<<<<<< HEAD\n{path.read_text()}")
+    review(folder, "seed", exit_code=1)  # the file does not belong to dvc.lock
+    line = "The curves can't be drawn: metrics/curve.csv of workspace: can't be read: could not convert string to float"
+    assert line in Path("review.md").read_text()
+    assert "metrics/curve.csv of workspace: can't be plotted: " in Path("review.html").read_text()
+
+
+def test_the_page_shows_verdict_gates_and_metrics_then_the_figure_of_the_metrics(folder: Path) -> None:
+    slices = ["a", "b"] * (NUM // 2)
+    write_revision(folder, LOSSES - 0.2 + ALTERNATING, "9e-4", "Red.", slice=slices)
+    review(folder, "before")
+    page = Path("review.html").read_text()
+    parts = [
+        "Test loss: ✓ better",
+        "<h2>Gates</h2>",
+        "<h2>Metrics on the test split</h2>",
+        "<table>",
+        "<figcaption>Metrics:",
+    ]
+    parts += ["<h2>Slices of the test split</h2>", "<table>", "<figcaption>Loss (nats/token) by slice"]
+    position = 0
+    for part in parts:
+        position = page.index(part, position)
+
+
+@pytest.mark.parametrize("name", ["main", "origin/main"])
+def test_the_advice_for_a_clone_without_the_base_branch_gets_it(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    run(repository, "git", "branch", "--force", "change", "better")
+    source = f"file://{repository}"
+    run(tmp_path, "git", "clone", "-q", "--depth=1", "--branch=change", source, "clone")
+    monkeypatch.chdir(tmp_path / "clone")
+    with pytest.raises(UserError) as error:
+        Revision(name)
+    advice = re.findall("`(git fetch .*?)`", str(error.value))
+    assert advice == [f"git fetch origin main:{name}", "git fetch --unshallow"]
+    run(tmp_path / "clone", *advice[0].split())
+    assert Revision(name).read("params.yaml") == (repository / "params.yaml").read_bytes()
+    with pytest.raises(UserError, match="unknown Git revision"):
+        Revision("HEAD~1")
+    run(tmp_path / "clone", *advice[1].split())
+    assert Revision("HEAD~1").read("params.yaml")

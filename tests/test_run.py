@@ -1,6 +1,7 @@
 """How a stage ends: with an exit code, and with a message instead of a traceback; one stage per folder at a time."""
 
 import errno
+import os
 import py_compile
 import shutil
 import signal
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run_main(folder: Path, body: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    (folder / "params.yaml").touch()
     code = (
         "import os, sys; sys.argv = ['/x/stages/train.py']\n"
         "from stages.runtime.errors import UserError; from stages.runtime.run import run\n"
@@ -81,7 +83,7 @@ def test_full_disk_while_writing_parquet_is_reported(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "raise the file size limit (`ulimit -f`) and run again" in result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == [".scratch"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".scratch", "params.yaml"]
 
 
 OUT_OF_MEMORY = (
@@ -146,6 +148,7 @@ def test_characters_that_the_terminal_lacks_become_escapes(tmp_path: Path) -> No
 
 
 def test_second_stage_in_the_same_folder_is_refused_until_the_first_one_ends(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").touch()
     code = (
         "import sys, time; sys.argv = ['/x/stages/evaluate.py', 'base']\n"
         "from stages.runtime.run import run\nrun(lambda: print('locked', flush=True) or time.sleep(60))"
@@ -164,3 +167,13 @@ def test_second_stage_in_the_same_folder_is_refused_until_the_first_one_ends(tmp
         )
         first.kill()
     assert run_main(tmp_path, "print('ran')").stdout == "ran\n"
+
+
+@pytest.mark.parametrize("module", ["stages.train", "review", "tools.vote", "tools.publish", "tools.clean"])
+def test_commands_outside_the_folder_of_the_project_are_refused(tmp_path: Path, module: str) -> None:
+    env = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
+    command = [sys.executable, "-m", module]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    message = "error: params.yaml: not found; run in the project's folder\n"
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", message)
+    assert [*tmp_path.iterdir()] == []

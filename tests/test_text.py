@@ -1,10 +1,11 @@
 """Untrusted text stays text on a terminal, in Markdown and in HTML."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from stages.runtime.text import block, code, heading, printable
+from stages.runtime.text import block, code, heading, printable, without_secrets
 
 COMMONMARK = MarkdownIt("commonmark", {"html": True}).enable("table")
 
@@ -14,10 +15,29 @@ def test_control_characters_become_escapes() -> None:
     assert printable("é 🏳️\u200d🌈 سلام → \u00a0") == "é 🏳️\u200d🌈 سلام → \u00a0"
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("HF_ENDPOINT=http://me:p@ss:w0rd@mirror:80/a failed", "HF_ENDPOINT=http://***@mirror:80/a failed"),
+        ("'https://ghp_abc@github.com/a/b.git'", "'https://***@github.com/a/b.git'"),
+        ("https://github.com/a/b@v1 of ann@example.com", "https://github.com/a/b@v1 of ann@example.com"),
+        ("Incorrect key sk-12345678, sk-12345678-more", "Incorrect key ***, ***"),
+        ("a secret: hunter22hunter22!", "a secret: ***!"),
+        ("short and example stay", "short and example stay"),
+    ],
+)
+def test_messages_have_no_secrets(monkeypatch: pytest.MonkeyPatch, text: str, expected: str) -> None:
+    values = {"OPENAI_API_KEY": "sk-12345678", "LONGER_KEY": "sk-12345678-more", "db_password": "hunter22hunter22\n"}
+    for name, value in (values | {"SHORT_TOKEN": "short", "KEYBOARD": "example stay", "EMPTY_SECRET": ""}).items():
+        monkeypatch.setenv(name, value)
+    assert without_secrets(text) == expected
+
+
 def test_code_stays_on_one_line_and_in_one_cell() -> None:
     assert code("data/a.jsonl") == "`data/a.jsonl`"
     assert code("a`b\n\n| <script> | ") == "`` a`b \\| <script> \\| ``"
     assert code("`") == "`` ` ``"
+    assert code("") == "` `"
     assert code("a\\\\|b") == "`a\\|b`"
 
 

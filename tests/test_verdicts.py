@@ -96,7 +96,7 @@ def test_fewer_than_half_of_the_examples_or_thirty_are_too_few(num: int, expecte
     after = RevisionRuns(tables={seed: table(LOSSES[:num] + 0.2 + NOISE[seed]) for seed in ALL})
     found = compared(side(seeds=ALL), after)
     assert found.metrics[0].verdict == expected
-    assert found.is_small == (expected == "undecided")
+    assert found.metrics[0].is_small == (expected == "undecided")
     assert found.notes[0] == (
         f"The test sets differ: main has 100 examples, new {num}. Only the {num} common ones are compared, so the "
         "values differ from those of all examples."

@@ -1,6 +1,8 @@
 """`make vote`: the page in a real browser, requests from elsewhere, and a model as a voter."""
 
+import errno
 import json
+import os
 import shutil
 import socket
 import threading
@@ -8,15 +10,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import pytest
+from filelock import FileLock
 
-from review.votes import Pair, read_votes
+from review.votes import VOTES_LOCK, Pair, read_votes
 from stages.runtime.errors import UserError
 from tools.judge import ask_judge
-from tools.vote import Ballot, parse_port
+from tools.vote import Ballot, main, parse_port
 from tools.vote_server import HOST, VoteServer
 
 HOSTILE = '<img src=x onerror="document.title=1"><b>"\'&'
@@ -120,6 +124,103 @@ def test_the_page_in_a_browser() -> None:
         browser.close()
 
 
+@contextmanager
+def disk_full() -> Iterator[None]:
+    def fail(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr("review.votes.write_text", fail)
+        yield
+
+
+NOT_SAVED = (
+    "not saved: votes/a..b.jsonl: No space left on device; free some space or make votes/ and .scratch/ writable, then "
+    "try again"
+)
+
+
+@pytest.mark.subprocess
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome")
+def test_a_vote_that_can_not_be_saved_stays_on_the_page_with_the_reason_and_can_be_given_again() -> None:
+    from playwright.sync_api import expect, sync_playwright
+
+    server = VoteServer(ballot(), 0)
+    with running(server) as url, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 375, "height": 300})
+        page.goto(url)
+        prompt, message, count = page.locator("#prompt pre"), page.locator("#message"), page.locator("#count")
+        expect(count).to_have_text("0 of 4")
+        first = prompt.inner_text()
+        page.evaluate("window.scrollTo(0, 9999)")
+        with disk_full():
+            page.keyboard.press("1")
+            expect(message).to_have_text(NOT_SAVED)
+            expect(message).to_be_in_viewport()
+        assert (prompt.inner_text(), count.inner_text()) == (first, "0 of 4")
+        page.keyboard.press("1")
+        expect(count).to_have_text("1 of 4")
+        expect(message).to_have_text("")
+        with disk_full():
+            page.keyboard.press("u")
+            expect(message).to_have_text(NOT_SAVED)
+        assert len(choices()) == 1
+        page.keyboard.press("u")
+        expect(count).to_have_text("0 of 4")
+        assert prompt.inner_text() == first
+        server.shutdown()
+        server.server_close()
+        page.keyboard.press("1")
+        expect(message).to_contain_text(
+            "No reply from the server. Start `make vote` again, then repeat the last answer"
+        )
+        assert prompt.inner_text() == first
+        browser.close()
+
+
+def test_any_error_of_the_disk_is_a_message_and_neither_a_vote_nor_an_undo_is_lost(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def send(path: str, **content: str) -> tuple[int, str]:
+        response = httpx2.post(f"{url}/{path}", json=content, headers={"Origin": url})
+        return response.status_code, response.text
+
+    own = ballot()
+    example_id = own.left[0]
+    with running(VoteServer(own, 0)) as url:
+        with disk_full():
+            assert send("vote", id=example_id, answer="1") == (409, NOT_SAVED)
+        shutil.rmtree(".scratch")
+        Path(".scratch").write_text("")  # a file where the folder of the lock would be
+        status, text = send("vote", id=example_id, answer="1")
+        assert (status, text[:44]) == (409, "not saved: .scratch: File exists; free some ")
+        Path(".scratch").unlink()
+        with monkeypatch.context() as context, FileLock(VOTES_LOCK):  # another process holds it
+            context.setattr("review.votes.LOCK_TIMEOUT", 0.01)
+            status, text = send("vote", id=example_id, answer="1")
+        assert (status, text[:30]) == (409, "not saved: votes/a..b.jsonl: T")
+        assert send("vote", id=example_id, answer="1")[0] == 200
+        with disk_full():
+            assert send("undo") == (409, NOT_SAVED)
+        assert len(choices()) == 1
+        FILE.unlink()
+        FILE.mkdir()
+        for path in ("undo", "reveal"):
+            assert send(path)[0] == 409
+        assert httpx2.get(f"{url}/state").text == ("votes/a..b.jsonl: Is a directory; check it and run again")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_page_that_is_closed_before_it_has_the_reply_is_not_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+    with VoteServer(ballot(), 0) as server:
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            server.handle_error(None, None)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_voter_who_comes_back_goes_on_with_the_same_prompts_and_can_undo_earlier_votes() -> None:
     first = ballot()
     pair = first.state()["pair"]
@@ -145,17 +246,28 @@ def test_the_order_of_prompts_and_answers_differs_between_voters() -> None:
     assert len({own[0][0] for own in found}) == 4
 
 
-def test_several_voters_share_a_file_and_two_of_the_same_name_are_refused() -> None:
-    for name in ("Ann", "Bob"):
-        own = ballot(name)
+def test_several_voters_share_a_file_and_two_of_the_same_name_are_two() -> None:
+    people = [("Ann", "1"), ("$(x) $HOME", "1"), ("Ann", "2")]
+    for name, voter_id in people:
+        own = ballot(name, voter_id)
+        assert (own.state()["voted"], own.state()["canUndo"]) == (0, False)
         own.vote(own.left[0], "0")
-    assert [vote.voter for vote in read_votes(FILE, PAIRS)] == ["Ann", "Bob"]
-    with pytest.raises(UserError) as error:
-        ballot("Ann", voter_id="2")
-    assert str(error.value) == (
-        "votes/a..b.jsonl: another person of the name 'Ann' has voted, with another e-mail address in git; choose "
-        "another name: make vote VOTER=..."
-    )
+    assert [vote.identity for vote in read_votes(FILE, PAIRS)] == people
+    again = ballot("Ann", "1")
+    assert again.state()["voted"] == 1
+    again.undo()
+    again.undo()  # nothing is left; the votes of the other Ann stay
+    assert [vote.identity for vote in read_votes(FILE, PAIRS)] == people[1:]
+
+
+def test_an_undo_deletes_all_votes_of_the_person_on_these_answers_to_the_prompt() -> None:
+    own = ballot()
+    own.vote(own.left[0], "0")
+    line = FILE.read_text()
+    other = line.replace('"before": "', '"before": "0')
+    FILE.write_text(line + other + line)  # merged from two clones
+    ballot().undo()
+    assert FILE.read_text() == other
 
 
 def test_after_the_models_are_revealed_nothing_can_be_voted_or_undone() -> None:
@@ -235,11 +347,48 @@ def test_a_port_in_use_is_reported() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(UserError) as error:
             VoteServer(ballot(), port)
-    assert str(error.value) == f"port {port} is in use; close its program, or choose another: make vote PORT=..."
+    assert str(error.value) == (
+        f"port {port} can't be opened: Address already in use; close the program that uses it, or choose another: make "
+        "vote PORT=..."
+    )
+
+
+def test_the_command_notes_votes_on_other_answers_and_identifies_the_voter_by_name_and_e_mail_address(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def vote_once(ballot: Ballot, port: int) -> None:
+        assert port == 8765
+        ballot.vote(ballot.left[0], "0")
+
+    monkeypatch.setattr("tools.vote.Revision", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr("tools.vote.find_pairs", lambda before, after: (PAIRS, FILE))
+    monkeypatch.setattr("tools.vote.git_config", {"user.name": "Ann", "user.email": "ann@example.com"}.get)
+    monkeypatch.setattr("tools.vote.serve", vote_once)
+    monkeypatch.setattr("sys.argv", ["vote", "main", "--voter", "A $(x)"])
+    Path("votes").mkdir()
+    Path("votes/c..d.jsonl").write_text("{}\n\n{}\n")
+    main()
+    printed = capsys.readouterr().out
+    assert printed.startswith(
+        "Votes in votes/ on other answers than those of these revisions, which do not count: 2.\n"
+    )
+    assert "1 of 4 prompts: more votes are needed" in printed
+    assert [vote.identity for vote in read_votes(FILE, PAIRS)] == [("A $(x)", "71d4f55f")]
+
+
+@pytest.mark.parametrize("option", ["--voter", "--judge-model"])
+def test_a_name_that_can_not_be_printed_is_reported(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    monkeypatch.setattr("sys.argv", ["vote", "main", option, "A\udcff"])
+    name = option[2:].upper().replace("-", "_")
+    with pytest.raises(UserError, match=rf"^{name}: found 'A\\udcff'; must have printable characters only$"):
+        main()
+
+
+Reply = str | tuple[int, dict[str, str], str]  # an answer, or a status with headers and a body
 
 
 @contextmanager
-def endpoint(reply: Callable[[str], str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def endpoint(reply: Callable[[str], Reply]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """The URL of an OpenAI-compatible API whose chat completions are what `reply` returns for a message."""
     requests: list[dict[str, Any]] = []
 
@@ -249,16 +398,30 @@ def endpoint(reply: Callable[[str], str]) -> Iterator[tuple[str, list[dict[str, 
 
         def do_POST(self) -> None:
             requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            message = {"role": "assistant", "content": reply(requests[-1]["messages"][0]["content"])}
-            content = json.dumps({"choices": [{"message": message}]}).encode()
-            self.send_response(200 if self.path == "/v1/chat/completions" else 404)
-            self.send_header("Content-Length", str(len(content)))
+            answer = reply(requests[-1]["messages"][0]["content"])
+            if isinstance(answer, str):
+                content = {"choices": [{"message": {"role": "assistant", "content": answer}}]}
+                answer = 200, {}, json.dumps(content)
+            status, headers, body = answer
+            if self.path != "/v1/chat/completions":
+                status, body = 404, "no such path"
+            body = body.replace("AUTHORIZATION", self.headers.get("Authorization", ""))
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body.encode())))
             self.end_headers()
             with suppress(ConnectionError):  # the judge's client may have given up
-                self.wfile.write(content)
+                self.wfile.write(body.encode())
 
     with running(ThreadingHTTPServer((HOST, 0), Handler)) as url:
         yield f"{url}/v1", requests
+
+
+def judge_error(url: str, model: str = "m") -> str:
+    with pytest.raises(UserError) as error:
+        ask_judge(PAIRS, FILE, url, model)
+    return str(error.value)
 
 
 def test_a_judge_is_asked_in_both_orders_and_its_choice_counts_if_it_is_the_same_in_both() -> None:
@@ -276,27 +439,128 @@ def test_a_judge_is_asked_in_both_orders_and_its_choice_counts_if_it_is_the_same
     assert choices("judge m") == {"id0": "after", "id1": "after", "id2": "equal", "id3": "after"}
 
 
-def test_a_judge_that_can_not_be_used_is_reported_and_its_votes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    def message(url: str, model: str = "m") -> str:
-        with pytest.raises(UserError) as error:
-            ask_judge(PAIRS, FILE, url, model)
-        return str(error.value)
-
-    replies = {"Say 1.": "Both are nice.", "Say 2.": "2 answers are wrong"}
-    with endpoint(lambda text: next((reply for key, reply in replies.items() if key in text), "0")) as (url, _):
-        assert message(url) == (
-            "JUDGE: 2 of 4 prompts have no vote; the first: found the reply 'Both are nice.'; must be 1, 2 or 0; use a "
-            "model that follows instructions"
-        )
-        assert choices("judge m") == {"id0": "equal", "id3": "equal"}
+def test_a_judge_that_can_not_be_used_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    with endpoint(lambda _: "0") as (url, _):
         wrong = url.removesuffix("/v1")
-        assert message(wrong).startswith(f"JUDGE: {wrong}: Client error '404")
-    assert message(url).startswith(f"JUDGE: {url}: [Errno 111] Connection refused; must be an OpenAI-compatible API")
-    assert message(url, "") == "the model of the judge is not known; set it: make vote JUDGE=URL JUDGE_MODEL=NAME"
-    assert message("nonsense").startswith("JUDGE: nonsense: Request URL is missing an 'http://' or 'https")
-    assert message("http://[::1").startswith("JUDGE: http://[::1: Invalid")
+        assert judge_error(wrong).startswith(f"JUDGE: {wrong}: HTTP 404: no such path; must be an OpenAI-compatible")
+    assert judge_error(url).startswith(f"JUDGE: {url}: [Errno 111] Connection refused; must be an OpenAI-compatible")
+    assert judge_error(url, "") == "the model of the judge is not known; set it: make vote JUDGE=URL JUDGE_MODEL=NAME"
+    for invalid in ("nonsense", "http://[::1", "http://me:hunter/22@host"):
+        message = judge_error(invalid)
+        assert message.startswith("JUDGE: not a URL; must be an OpenAI-compatible API, such as http://127.0.0.1:8080")
+        assert "hunter" not in message
     monkeypatch.setattr("tools.judge.TIMEOUT", 0.05)
     silent = threading.Event()
     with endpoint(lambda _: str(silent.wait(5))) as (url, _):
-        assert message(url).startswith(f"JUDGE: {url}: no reply within 0.05 s; must be an OpenAI")
+        assert judge_error(url).startswith(f"JUDGE: {url}: no reply within 0.05 s; must be an OpenAI")
         silent.set()
+    monkeypatch.setenv("ALL_PROXY", "ftp://me:hunter22@host")
+    assert judge_error(url) == "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY: must be a URL like http://host:port, or not set"
+
+
+TOO_LONG: Reply = (400, {}, json.dumps({"error": {"message": "Too long:\n\x1b[1m9 tokens", "type": "x"}}))
+
+
+def test_a_prompt_without_a_vote_does_not_block_the_others_and_the_message_has_the_reasons() -> None:
+    replies: dict[str, Reply] = {"Say 1.": TOO_LONG, "Say 2.": "2 answers are wrong", "Say 3.": TOO_LONG}
+    with endpoint(lambda text: next((reply for key, reply in replies.items() if key in text), "0")) as (url, _):
+        assert judge_error(url) == (
+            "JUDGE: 3 of 4 prompts have no vote. The most frequent reasons: HTTP 400: Too long: \\x1b[1m9 tokens "
+            "(2); the reply '2 answers are wrong' is not 1, 2 or 0 (1). Run again to ask about them again, or use "
+            "another model"
+        )
+        assert choices("judge m") == {"id0": "equal"}
+        replies.clear()
+        ask_judge(PAIRS, FILE, url, "m")
+    assert len(choices("judge m")) == 4
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (413, '{"error": "too large"}', "HTTP 413: too large"),  # Ollama
+        (422, '{"object": "error", "message": "not allowed"}', "HTTP 422: not allowed"),  # vLLM
+        (422, '{"detail": [{"msg": "too long"}]}', "HTTP 422: [{'msg': 'too long'}]"),  # FastAPI
+        (500, "out of memory " + 300 * "x", "HTTP 500: out of memory " + 286 * "x"),
+        (502, "", "HTTP 502: Bad Gateway"),
+        (200, '{"error": {"message": "filtered", "code": 400}}', "HTTP 200: filtered"),  # OpenRouter
+        (200, '{"choices": []}', "HTTP 200: {'choices': []}"),
+    ],
+)
+def test_the_own_message_of_a_server_that_refuses_a_prompt_is_shown(status: int, body: str, message: str) -> None:
+    with endpoint(lambda _: (status, {}, body)) as (url, _):
+        assert judge_error(url).startswith(
+            f"JUDGE: 4 of 4 prompts have no vote. The most frequent reasons: {message} (4). Run again"
+        )
+
+
+@pytest.mark.parametrize("status", [301, 401, 402, 403, 404])
+def test_a_server_that_refuses_all_prompts_is_asked_once(status: int) -> None:
+    with endpoint(lambda _: (status, {}, '{"error": {"message": "No."}}')) as (url, requests):
+        assert judge_error(url).startswith(f"JUDGE: {url}: HTTP {status}: No.; must be an OpenAI-compatible API")
+    assert len(requests) == 1
+
+
+def test_a_page_instead_of_an_api_is_reported() -> None:
+    with endpoint(lambda _: (200, {"Content-Type": "text/html"}, "<html>")) as (url, requests):
+        assert judge_error(url).startswith(f"JUDGE: {url}: the reply is not a chat completion; must be an OpenAI-comp")
+    assert len(requests) == 1
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that the judge has waited, without the time they take."""
+    found: list[float] = []
+    monkeypatch.setattr("time.sleep", found.append)
+    return found
+
+
+def test_a_judge_that_is_busy_is_asked_again_after_the_time_it_says(waits: list[float]) -> None:
+    headers = ["7", "9999", "Wed, 21 Oct 2015 07:28:00 GMT", "soon", ""]
+    statuses = iter([429, 503, 429, 200, 429, 429, *[200] * 20])
+
+    def reply(message: str) -> Reply:
+        status = next(statuses)
+        return "0" if status == 200 else (status, {"Retry-After": headers.pop(0)}, "")
+
+    with endpoint(reply) as (url, _):
+        ask_judge(PAIRS, FILE, url, "m")
+    assert waits == [7.0, 60.0, 0.0, 2.0, 4.0]
+    assert len(choices("judge m")) == 4
+
+
+def test_a_judge_that_stays_busy_is_waited_for_once_and_reported_once(waits: list[float]) -> None:
+    with endpoint(lambda _: (429, {}, '{"error": {"message": "You exceeded your quota"}}')) as (url, requests):
+        assert judge_error(url).startswith(
+            "JUDGE: 4 of 4 prompts have no vote. The most frequent reasons: HTTP 429: You exceeded your quota (4). "
+        )
+    assert waits == [2.0, 4.0, 8.0]
+    assert len(requests) == 7  # four for the first prompt, then one for each
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        (401, {}, '{"error": {"message": "wrong: AUTHORIZATION, sk-12345678, hunter22/"}}'),
+        (400, {}, "wrong: AUTHORIZATION, sk-12345678, hunter22/"),
+        "wrong: AUTHORIZATION, sk-12345678, hunter22/",
+        (404, {}, "wrong: AUTHORIZATION, http://me:hunter22%2F@host"),
+    ],
+)
+@pytest.mark.parametrize("login", ["me:hunter22%2F@", ""])
+def test_no_message_has_a_key_or_a_password(monkeypatch: pytest.MonkeyPatch, reply: Reply, login: str) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-12345678\n")
+    with endpoint(lambda _: reply) as (url, _):
+        message = judge_error(url.replace("//", f"//{login}"))
+    secrets = ["hunter22%2F", "bWU6aHVudGVyMjIv", "sk-12345678", *(["hunter22/"] if login else [])]
+    assert "wrong: " in message
+    assert [secret for secret in secrets if secret in message] == []
+    if login:
+        assert judge_error(url.replace("//", f"//{login}")).startswith(f"JUDGE: {url}: [Errno 111] Connection refused")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-12\n34")
+    assert judge_error(url) == "OPENAI_API_KEY: has other characters than printable ASCII; set it again"
+
+
+def test_a_vote_of_a_judge_that_can_not_be_saved_is_reported() -> None:
+    with endpoint(lambda _: "0") as (url, _), disk_full():
+        assert judge_error(url) == NOT_SAVED

@@ -20,6 +20,7 @@ from review.votes import (
     Vote,
     VoteResults,
     count_votes,
+    find_notes,
     find_pairs,
     overall,
     read_votes,
@@ -27,6 +28,7 @@ from review.votes import (
 )
 from stages.data.alpaca import render_alpaca
 from stages.runtime.errors import UserError
+from tests.clone import ROOT, commit, run
 from tests.conftest import predictions
 
 PAIRS = [Pair(f"id{n}", f"Say {n}.", f"old {n}", f"new {n}") for n in range(8)]
@@ -34,7 +36,7 @@ FILE = Path("votes/a..b.jsonl")
 
 
 def write_votes(path: Path, votes: list[Vote]) -> None:
-    update_votes(path, PAIRS, lambda earlier: [*earlier, *votes])
+    update_votes(path, lambda earlier: [*earlier, *votes])
 
 
 def vote(number: int, choice: Choice, voter: str = "Ann", voter_id: str = "1") -> Vote:
@@ -52,6 +54,11 @@ class Side:
             return None
         rows = predictions([1.0] * len(self.answers), answer=self.answers)
         return rows.assign(prompt=[render_alpaca(f"Say {n}.") for n in range(len(rows))]).reindex(columns=columns)
+
+
+def sides() -> tuple[Side, Side]:
+    """Revisions with the answers of `PAIRS`."""
+    return Side(*(pair.before for pair in PAIRS)), Side(*(pair.after for pair in PAIRS))
 
 
 def pairs_of(before: Side, after: Side) -> Any:
@@ -124,11 +131,12 @@ def test_votes_are_read_back_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         ("{", "votes/a..b.jsonl:2: not a vote: "),
         ("\udcff", "votes/a..b.jsonl:2: not a vote: "),
-        (json.dumps({"voter": "A"}), "votes/a..b.jsonl:2: not a vote: voter_id: Field required; restore the file with"),
-        ({"choice": "both"}, "votes/a..b.jsonl:2: not a vote: choice: Input should be 'before', 'after' or 'equal'; r"),
-        ({"after": "0"}, "votes/a..b.jsonl:2: a vote on other answers than those of these revisions; delete this line"),
-        ({"example_id": "x"}, "votes/a..b.jsonl:2: a vote on other answers than those of these revisions; delete this"),
-        ({}, "votes/a..b.jsonl:2: the second vote of 'Ann' on the same prompt; delete this line"),
+        (
+            json.dumps({"voter": "A"}),
+            "votes/a..b.jsonl:2: not a vote: voter_id: Field required; correct or delete this",
+        ),
+        ({"choice": "both"}, "votes/a..b.jsonl:2: not a vote: choice: Input should be 'before', 'after' or 'equal'; c"),
+        ("<<<<<<< HEAD", "votes/a..b.jsonl:2: not a vote: "),
     ],
 )
 def test_an_invalid_vote_is_reported_with_its_line(
@@ -142,6 +150,80 @@ def test_an_invalid_vote_is_reported_with_its_line(
     with pytest.raises(UserError) as error:
         read_votes(FILE, PAIRS)
     assert str(error.value).startswith(message)
+    with pytest.raises(UserError) as error:
+        write_votes(FILE, [vote(1, "after")])
+    assert str(error.value).startswith(f"not saved: {message}")
+    assert str(error.value).endswith("; correct or delete this line, then try again")
+
+
+def test_blank_lines_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_votes(FILE, [vote(0, "after"), vote(1, "equal")])
+    first, second = FILE.read_bytes().splitlines()
+    FILE.write_bytes(b"\r\n" + first + b"\r\n  \t\n\n" + second)
+    assert read_votes(FILE, PAIRS) == [vote(0, "after"), vote(1, "equal")]
+
+
+def test_votes_on_other_answers_and_second_votes_are_kept_in_the_file_but_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other, unknown = Vote("Ann", "1", "id0", "after", "0", "0"), Vote("Ann", "1", "x", "after", "0", "0")
+    write_votes(FILE, [other, vote(0, "before"), unknown])
+    write_votes(FILE, [vote(0, "after"), vote(0, "equal", voter_id="2")])
+    assert read_votes(FILE, PAIRS) == [vote(0, "before"), vote(0, "equal", voter_id="2")]
+    assert len(FILE.read_text().splitlines()) == 5
+    assert find_notes(FILE, PAIRS) == [
+        "Votes in votes/ on other answers than those of these revisions, which do not count: 2.",
+        "Second votes of a voter on a prompt in votes/a..b.jsonl, which do not count: 1.",
+    ]
+
+
+@pytest.mark.subprocess
+def test_two_people_of_one_name_stay_two_after_a_merge_and_a_second_vote_of_a_person_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    old, new = sides()
+    path = pairs_of(old, new)[1]
+    Path(".gitattributes").write_bytes((ROOT / ".gitattributes").read_bytes())
+    run(tmp_path, "git", "init", "-q", "-b", "main")
+    write_votes(path, [vote(0, "after")])
+    commit(tmp_path, "start")
+    run(tmp_path, "git", "switch", "-q", "-c", "other")
+    write_votes(path, [vote(0, "before", voter_id="2"), vote(1, "before")])
+    commit(tmp_path, "votes of another Ann, and one of Ann in another clone")
+    run(tmp_path, "git", "switch", "-q", "main")
+    write_votes(path, [vote(1, "after"), vote(2, "after")])
+    commit(tmp_path, "more votes of Ann")
+    run(tmp_path, "git", "merge", "-q", "other")
+    results = count_votes(old, new)  # type: ignore[arg-type]
+    assert results is not None
+    assert results.by_voter == {("Ann", "1"): Tally(3, 0, 0), ("Ann", "2"): Tally(0, 1, 0)}
+    assert results.overall == Tally(3, 0, 0)
+    assert results.notes == [f"Second votes of a voter on a prompt in {path}, which do not count: 1."]
+    report = votes_table(results)
+    assert "| Ann (1) | 3 | 0 | 0 |" in report
+    assert "| Ann (2) | 0 | 1 | 0 |" in report
+    assert "Ann (1) and Ann (2) agree on 0 of 1 prompts.\n\nSecond votes of a voter on a prompt in" in report
+
+
+def test_a_review_without_votes_on_its_answers_notes_other_votes_and_votes_that_can_not_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    old, new = sides()
+    path = pairs_of(old, new)[1]
+    assert count_votes(old, new) is None  # type: ignore[arg-type]
+    write_votes(FILE, [vote(0, "after"), vote(1, "equal")])
+    FILE.write_text(FILE.read_text() + "\n\n")
+    assert votes_table(count_votes(old, new)) == (  # type: ignore[arg-type]
+        "Votes in votes/ on other answers than those of these revisions, which do not count: 2."
+    )
+    path.write_text("{\n")
+    assert votes_table(count_votes(old, new)).startswith(  # type: ignore[arg-type]
+        f"No vote counts, because the votes can't be read: {path}:1: not a vote: "
+    )
 
 
 def test_no_vote_is_lost_if_several_voters_vote_at_the_same_time(
@@ -158,21 +240,21 @@ def test_no_vote_is_lost_if_several_voters_vote_at_the_same_time(
 
 def test_the_review_shows_all_voters_and_their_agreement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    old, new = (Side(*(f"{name} {n}" for n in range(8))) for name in ("old", "new"))
+    old, new = sides()
     path = pairs_of(old, new)[1]
     write_votes(path, [vote(n, "after") for n in range(7)] + [vote(0, "equal", "B|b"), vote(1, "after", "B|b")])
     results = count_votes(old, new)  # type: ignore[arg-type]
+    ann, bob = ("Ann", "1"), ("B|b", "1")
     assert results == VoteResults(
-        path, 8, Tally(7, 0, 0), {"Ann": Tally(7, 0, 0), "B|b": Tally(1, 0, 1)}, {("Ann", "B|b"): (2, 1)}
+        path, 8, Tally(7, 0, 0), {ann: Tally(7, 0, 0), bob: Tally(1, 0, 1)}, {(ann, bob): (2, 1)}, []
     )
     assert votes_table(results).split("\n\n") == [
-        "**After was better on 7 prompts, worse on 0 and equal on 0, of 8 with different answers: ✅ better.** Share "
+        "**After was better on 7 prompts, worse on 0 and equal on 0, of 8 with different answers: ✓ better.** Share "
         "of after among the decided: 52% to 100%, a 95% confidence sequence, which is valid whenever voting ends. Each "
         "prompt counts once, by its first vote.",
         "| voter | after | before | equal | share of after |\n| --- | --- | --- | --- | --- |\n"
         "| Ann | 7 | 0 | 0 | 52% to 100% |\n| B\\|b | 1 | 0 | 1 | 3% to 100% |",
         "Ann and B\\|b agree on 1 of 2 prompts.",
     ]
-    assert count_votes(new, old) is None  # type: ignore[arg-type]
     assert votes_table(None) == ""
     assert math.isclose(sum(Tally(1, 1, 0).interval), 1)

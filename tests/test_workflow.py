@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from stages.runtime.yaml12 import parse_yaml
-from tests.clone import EVERY_STAGE, ROOT, commit, copy_clone, copy_tree, edit, run
+from tests.clone import EVERY_STAGE, ROOT, commit, copy_clone, copy_tree, edit, lock_hashes, run
 
 pytestmark = pytest.mark.subprocess
 TEXT = (ROOT / ".github/workflows/review.yml").read_text(encoding="utf-8")
@@ -24,7 +24,7 @@ JOBS = WORKFLOW["jobs"]
 STEPS = {step["name"]: step for job in JOBS.values() for step in job["steps"] if "name" in step}
 
 CHECK = "Check that dvc.lock matches the code, the parameters, the data and the metrics"
-PULL = "Pull the predictions if a DVC remote is configured"
+PULL = "Pull what the review compares if a DVC remote is configured"
 SUMMARY = "Add the review to the job summary"
 COMMENT = "Comment on the pull request"
 
@@ -33,6 +33,7 @@ BOT = "github-actions[bot]"
 PAGE = "https://github.example/o/p/actions/runs/1/artifacts/2"
 EXPRESSIONS = {  # the values that GitHub inserts
     "${{ github.token }}": "ghs_secret",
+    "origin/${{ github.base_ref }}": "origin/main",
     "${{ secrets.AWS_ACCESS_KEY_ID }}": "",
     "${{ secrets.AWS_SECRET_ACCESS_KEY }}": "",
     "${{ steps.page.outputs.artifact-url }}": PAGE,
@@ -65,10 +66,10 @@ def test_token_is_read_only_except_for_the_comment_of_the_review() -> None:
     }
 
 
-def test_run_is_limited_in_time_and_canceled_by_a_newer_one() -> None:
+def test_run_is_limited_in_time_and_canceled_by_a_newer_one_of_the_same_pull_request() -> None:
     assert WORKFLOW["concurrency"] == {
-        "group": "${{ github.workflow }}-${{ github.ref }}",
-        "cancel-in-progress": True,
+        "group": "${{ github.workflow }}-${{ github.event.pull_request.number || github.sha }}",
+        "cancel-in-progress": "${{ github.event_name == 'pull_request' }}",
     }
     assert {name: job["timeout-minutes"] for name, job in JOBS.items()} == {"checks": 60, "review": 30}
 
@@ -87,10 +88,11 @@ def test_shell_commands_contain_no_expressions() -> None:
 def test_steps_run_commands_that_a_developer_can_run() -> None:
     commands = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in JOBS.items()}
     set_up = 'make .venv/installed\necho "$PWD/.venv/bin" >> "$GITHUB_PATH"\n'
-    assert commands["checks"] == [set_up, "make lint", "make audit", "python .ci/check_lock.py", "make test"]
+    set_up_dev = set_up.replace("installed", "installed-dev")
+    assert commands["checks"] == [set_up_dev, "make lint", "make audit", "python .ci/check_lock.py", "make test"]
     assert commands["review"] == [
         set_up,
-        STEPS[PULL]["run"],
+        'python .ci/fetch.py "$BASE"',
         "make review",
         'cat review.md >> "$GITHUB_STEP_SUMMARY"',
         "python .ci/comment.py review.md",
@@ -111,7 +113,8 @@ def test_pip_cache_depends_on_the_pins() -> None:
 def test_token_and_secrets_are_passed_only_to_the_steps_that_need_them() -> None:
     assert len(re.findall(r"\{ (secrets\.|github\.token)", TEXT)) == 3
     given = {name: [*step["env"]] for name, step in STEPS.items() if re.search("secrets|token", str(step.get("env")))}
-    assert given == {COMMENT: ["GITHUB_TOKEN", "REVIEW_PAGE"], PULL: ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]}
+    aws = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]
+    assert given == {COMMENT: ["GITHUB_TOKEN", "REVIEW_PAGE"], PULL: ["BASE", *aws]}
 
 
 def test_review_is_published_even_if_a_gate_fails() -> None:
@@ -218,6 +221,19 @@ def test_matching_lock_passes_without_cache_and_data(clone: Path, change: Callab
     assert (result.returncode, result.stdout, result.stderr) == (0, UP_TO_DATE, "")
 
 
+def test_git_converts_no_line_ends_so_no_stage_is_outdated(project: Path, tmp_path: Path) -> None:
+    original = copy_clone(project, tmp_path / "original")
+    (original / "data/crlf.csv").write_bytes(b"prompt,completion\r\nA,b\r\n")
+    commit(original, "data from Windows")
+    run(tmp_path, "git", "clone", "-q", "-c", "core.autocrlf=true", str(original), "clone")
+    clone = tmp_path / "clone"
+    names = run(clone, "git", "ls-files").stdout.splitlines()
+    assert [name for name in names if (clone / name).read_bytes() != (original / name).read_bytes()] == []
+    assert run_step(CHECK, clone).stdout == UP_TO_DATE
+    append("data/crlf.csv", "C,d\n")(clone)
+    assert "+C,d\n" in run(clone, "git", "diff").stdout
+
+
 @pytest.mark.parametrize(
     ("change", "lines"),
     [
@@ -295,11 +311,10 @@ def test_missing_lock_means_that_no_stage_ran(clone: Path) -> None:
     ("change", "message"),
     [
         (append("dvc.lock", "<<<<<<< HEAD\n"), "unable to read: 'dvc.lock', YAML file structure is corrupted"),
-        (delete("params.yaml"), "Could not find 'replicate_seeds'"),
         (delete("dvc.yaml"), "dvc.yaml is missing or has no stages; restore it with git"),
         (append("dvc.yaml", "unknown: 1\n"), "'./dvc.yaml' validation failed"),
     ],
-    ids=["merge conflict", "no parameters", "no pipeline", "invalid pipeline"],
+    ids=["merge conflict", "no pipeline", "invalid pipeline"],
 )
 def test_unreadable_pipeline_is_reported_on_one_line(clone: Path, change: Callable[[Path], None], message: str) -> None:
     change(clone)
@@ -308,6 +323,25 @@ def test_unreadable_pipeline_is_reported_on_one_line(clone: Path, change: Callab
     [line] = result.stderr.splitlines()
     assert line.startswith("dvc.lock: can't be checked: ")
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (delete("params.yaml"), "params.yaml: not found; run in the project's folder"),
+        (lambda folder: edit(folder, retention_file="null"), "  retention_file: found null; must be a valid string; "),
+        (lambda folder: edit(folder, replicate_seeds="3"), "  replicate_seeds: found 3; must be a valid list"),
+    ],
+    ids=["no parameters", "null", "number for a list"],
+)
+def test_parameters_that_dvc_can_not_insert_are_named(
+    clone: Path, change: Callable[[Path], None], message: str
+) -> None:
+    change(clone)
+    result = run_step(CHECK, clone)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_data_is_checked_if_it_is_there_and_may_be_only_in_the_cache(project: Path, tmp_path: Path) -> None:
@@ -333,24 +367,71 @@ def test_changed_files_of_a_local_model_are_reported(project: Path, tmp_path: Pa
     assert changed in run_step(CHECK, folder).stderr
 
 
-def test_predictions_are_pulled_if_a_remote_is_configured(project: Path, clone: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def origin(project: Path, tmp_path: Path) -> Path:
+    """A copy of the project with a remote that has all results, and a branch `change` with other results."""
+    origin = copy_clone(project, tmp_path / "origin")
+    run(origin, "dvc", "remote", "add", "--default", "storage", str(tmp_path / "storage"))
+    commit(origin, "remote")
+    run(origin, "git", "checkout", "-q", "-b", "change")
+    edit(origin, replicate_seeds="[1]")
+    for text in ("old", "new"):
+        for kind in ("answers", "predictions"):
+            (origin / f"data/{kind}/replicates").mkdir(exist_ok=True)
+            (origin / f"data/{kind}/tuned.parquet").write_text(f"{text} {kind}")
+            (origin / f"data/{kind}/replicates/1.parquet").write_text(f"{text} {kind} of seed 1")
+        run(origin, "dvc", "commit", "--force", "--quiet")
+        commit(origin, text)
+    run(origin, "dvc", "push", "--all-commits")
+    return origin
+
+
+def cached(folder: Path) -> set[str]:
+    """The MD5 of each file in DVC's cache."""
+    return {"".join(file.parts[-2:]) for file in (folder / ".dvc/cache/files/md5").glob("*/*")}
+
+
+def test_results_of_the_base_and_the_checked_out_commit_are_pulled(origin: Path, tmp_path: Path) -> None:
+    run(tmp_path, "git", "clone", "-q", str(origin), "clone")
+    clone = tmp_path / "clone"
+    result = run_step(PULL, clone)
+    assert (result.returncode, result.stdout) == (0, "workspace: 9 files downloaded\norigin/main: 2 files downloaded\n")
+    splits = [f"data/{name}.parquet" for name in ("train", "validation", "test", "retention", "scoring")]
+    results = ["data/answers/tuned.parquet", "data/predictions/tuned.parquet"]
+    replicates = ["data/answers/replicates/1.parquet", "data/predictions/replicates/1.parquet"]
+    base, head = (lock_hashes(run(clone, "git", "show", f"{name}:dvc.lock").stdout) for name in ("origin/main", "HEAD"))
+    expected = {base[path] for path in splits + results} | {head[path] for path in splits + results + replicates}
+    assert cached(clone) == expected
+    assert not (clone / "data/test.parquet").exists()  # the workspace is not touched
+
+
+def test_without_a_remote_nothing_is_pulled(clone: Path) -> None:
     result = run_step(PULL, clone)
     assert (result.returncode, result.stdout) == (0, "No DVC remote is configured.\n")
-    origin = shutil.copytree(project, tmp_path / "origin")
-    for folder in (origin, clone):
-        run(folder, "dvc", "remote", "add", "--local", "--default", "storage", str(tmp_path / "storage"))
-    run(origin, "dvc", "push", "evaluate@base", "evaluate@tuned", "split")
+
+
+def test_what_the_remote_lacks_does_not_prevent_that_the_rest_is_pulled(origin: Path, tmp_path: Path) -> None:
+    run(tmp_path, "git", "clone", "-q", str(origin), "clone")
+    clone = tmp_path / "clone"
+    lost = lock_hashes((clone / "dvc.lock").read_text())["data/predictions/tuned.parquet"]
+    (tmp_path / "storage/files/md5" / lost[:2] / lost[2:]).unlink()
     result = run_step(PULL, clone)
-    assert result.returncode == 0, result.stderr
-    assert {str(file.relative_to(clone)) for file in clone.glob("data/**/*.parquet")} == {
-        "data/predictions/base.parquet",
-        "data/predictions/tuned.parquet",
-        "data/retention.parquet",
-        "data/scoring.parquet",
-        "data/test.parquet",
-        "data/train.parquet",
-        "data/validation.parquet",
-    }
+    assert (result.returncode, len(cached(clone))) == (0, 10)
+    assert f"Missing cache files:\nmd5: {lost}" in result.stderr
+    run(clone, "git", "remote", "rename", "origin", "elsewhere")
+    result = run_step(PULL, clone)
+    assert (result.returncode, result.stdout.splitlines()[1:]) == (
+        1,
+        ["origin/main: unknown Git revision 'origin/main'"],
+    )
+
+
+def test_remote_without_credentials_is_reported_without_a_traceback(clone: Path, tmp_path: Path) -> None:
+    run(clone, "dvc", "remote", "add", "--default", "storage", "s3://bucket/folder")
+    result = run_step(PULL, clone, HOME=str(tmp_path), AWS_EC2_METADATA_DISABLED="true")
+    assert (result.returncode, result.stdout.splitlines()[0]) == (1, "workspace: 7 files failed to download")
+    assert "failed to connect to s3 (bucket/folder/files/md5) - Unable to locate credentials" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 # Summary and comment

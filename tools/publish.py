@@ -8,6 +8,7 @@ from typing import Any
 from review.runs import metrics_of_split
 from stages.runtime.errors import UserError
 from stages.runtime.files import read_json
+from stages.runtime.preflight import check_project
 from stages.runtime.run import run
 from stages.runtime.terminal import summary
 
@@ -49,6 +50,7 @@ def check_is_evaluated() -> None:
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
+    check_project()
     try:
         with Repo() as repo:
             changed = repo.status(targets=STAGES)

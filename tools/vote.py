@@ -11,13 +11,12 @@ from threading import Lock
 from typing import Any
 
 from review.revisions import WORKSPACE, Revision
-from review.votes import Choice, Pair, Tally, Vote, count, find_pairs, overall, read_votes, update_votes
+from review.votes import Choice, Pair, Tally, Vote, count, find_notes, find_pairs, overall, read_votes, update_votes
 from stages.data.conversations import content_hash
 from stages.runtime.errors import UserError
 from stages.runtime.locks import file_lock
 from stages.runtime.run import run
 from stages.runtime.terminal import summary
-from tools.judge import ask_judge
 from tools.vote_server import serve
 
 
@@ -30,26 +29,25 @@ class Ballot:
 
     def __init__(self, pairs: Sequence[Pair], path: Path, voter: str, voter_id: str, names: tuple[str, str]):
         self.pairs = {pair.example_id: pair for pair in pairs}
-        self.path, self.voter, self.voter_id, self.names = path, voter, voter_id, names
+        self.path, self.identity, self.names = path, (voter, voter_id), names
         self.lock = Lock()  # the server has a thread per request
         self.is_revealed = False
-        votes = read_votes(path, pairs)
-        if any(vote.voter == voter and vote.voter_id != voter_id for vote in votes):
-            raise UserError(
-                f"{path}: another person of the name {voter!r} has voted, with another e-mail address in git; choose "
-                "another name: make vote VOTER=..."
-            )
         # Prompts that were voted on or skipped, the last one at the end; and those that are left, the next one first.
-        self.done = [vote.example_id for vote in votes if vote.voter == voter]
+        self.done = [vote.example_id for vote in self.own_votes(self.votes())]
         left = self.pairs.keys() - {*self.done}
-        self.left = sorted(left, key=lambda example_id: content_hash(voter, example_id))
+        self.left = sorted(left, key=lambda example_id: content_hash(voter, voter_id, example_id))
 
     def votes(self) -> list[Vote]:
         return read_votes(self.path, [*self.pairs.values()])
 
+    def own_votes(self, votes: list[Vote]) -> list[Vote]:
+        return [vote for vote in votes if vote.identity == self.identity]
+
     def in_order(self, pair: Pair) -> tuple[Choice, Choice]:
         """The sides in the order in which their answers are shown."""
-        return ("before", "after") if int(content_hash(pair.example_id, self.voter), 16) % 2 else ("after", "before")
+        return (
+            ("before", "after") if int(content_hash(pair.example_id, *self.identity), 16) % 2 else ("after", "before")
+        )
 
     def vote(self, example_id: str, answer: str) -> None:
         """Record the answer to the prompt that is shown; one to another prompt, such as a second click, is ignored."""
@@ -61,8 +59,8 @@ class Ballot:
             else:
                 pair = self.pairs[example_id]
                 choice: Choice = "equal" if answer == "0" else self.in_order(pair)[int(answer) - 1]
-                vote = Vote(self.voter, self.voter_id, example_id, choice, *pair.hashes())
-                update_votes(self.path, [*self.pairs.values()], lambda votes: [*votes, vote])
+                vote = Vote(*self.identity, example_id, choice, *pair.hashes())
+                update_votes(self.path, lambda votes: [*votes, vote])
             self.left.pop(0)
             self.done.append(example_id)
 
@@ -72,12 +70,12 @@ class Ballot:
             if self.is_revealed or not self.done:
                 return
             example_id = self.done[-1]
-            key = self.voter, example_id
+            key = (*self.identity, example_id, *self.pairs[example_id].hashes())
 
             def without_it(votes: list[Vote]) -> list[Vote]:
-                return [vote for vote in votes if (vote.voter, vote.example_id) != key]
+                return [vote for vote in votes if (*vote.identity, vote.example_id, vote.before, vote.after) != key]
 
-            update_votes(self.path, [*self.pairs.values()], without_it)
+            update_votes(self.path, without_it)
             self.done.pop()
             self.left = [example_id, *(each for each in self.left if each != example_id)]
 
@@ -89,7 +87,7 @@ class Ballot:
         """What the page shows."""
         with self.lock:
             votes = self.votes()
-            own = [vote for vote in votes if vote.voter == self.voter]
+            own = self.own_votes(votes)
             state: dict[str, Any] = {
                 "voted": len(own),
                 "total": len(self.pairs),
@@ -125,6 +123,9 @@ def main() -> None:
     parser.add_argument("--judge", default="", metavar="URL", help="an OpenAI-compatible endpoint that votes instead")
     parser.add_argument("--judge-model", default="", metavar="NAME", help="the name of its model")
     options = parser.parse_args()
+    for name, value in (("VOTER", options.voter), ("JUDGE_MODEL", options.judge_model)):
+        if not value.isprintable():
+            raise UserError(f"{name}: found {value!r}; must have printable characters only")
 
     before, after = Revision(options.base), Revision(options.revision)
     found = find_pairs(before, after)
@@ -135,14 +136,19 @@ def main() -> None:
     if not pairs:
         raise UserError(f"no answers to vote on: {before.name} and {after.name} answer every test prompt equally")
     names = before.name, after.name
+    for note in find_notes(path, pairs):
+        print(note)
     if options.judge:
+        from tools.judge import ask_judge
+
         ask_judge(pairs, path, options.judge, options.judge_model)
     else:
         voter = options.voter or git_config("user.name")
         if not voter:
             raise UserError("your name is not known; set it: make vote VOTER=..., or git config user.name")
-        ballot = Ballot(pairs, path, voter, content_hash(git_config("user.email"))[:8], names)
-        lock = Path(f".scratch/vote-{content_hash(str(path), voter)[:12]}.lock")
+        identity = voter, content_hash(git_config("user.email"))[:8]
+        ballot = Ballot(pairs, path, *identity, names)
+        lock = Path(f".scratch/vote-{content_hash(str(path), *identity)[:12]}.lock")
         with file_lock(lock, f"serves the page of the voter {voter!r}"):
             serve(ballot, parse_port(options.port))
     tally = overall(read_votes(path, pairs))
@@ -165,7 +171,7 @@ def result(tally: Tally) -> str:
 
 
 def git_config(name: str) -> str:
-    found = subprocess.run(["git", "config", name], capture_output=True, text=True)  # noqa: S603, S607 (a list; git is on the path)
+    found = subprocess.run(["git", "config", name], capture_output=True, text=True, errors="replace")  # noqa: S603, S607 (a list; git is on the path)
     return found.stdout.strip()
 
 

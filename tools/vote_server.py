@@ -1,14 +1,18 @@
 """The web server of `make vote`, on the loopback interface. It serves one page and accepts requests from it alone."""
 
-import errno
 import json
 import secrets
+import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Protocol
 
 from stages.runtime.errors import UserError
+from stages.runtime.run import describe_error
+from stages.runtime.text import printable
 
 HOST = "127.0.0.1"
 PAGE = Path(__file__).with_name("vote.html")
@@ -29,7 +33,7 @@ def serve(ballot: Ballot, port: int) -> None:
     """Serve the page until Ctrl-C.
 
     Raises:
-        UserError: the port is in use.
+        UserError: the port is in use, or may not be used.
     """
     with VoteServer(ballot, port) as server:
         print(f"Vote on http://{HOST}:{server.server_port} (Ctrl-C ends)", flush=True)
@@ -43,13 +47,18 @@ class VoteServer(ThreadingHTTPServer):
 
     def __init__(self, ballot: Ballot, port: int):
         self.ballot = ballot
+        self.page = PAGE.read_text(encoding="utf-8")
         try:
             super().__init__((HOST, port), Handler)
         except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            message = f"port {port} is in use; close its program, or choose another: make vote PORT=..."
-            raise UserError(message) from None
+            reason = f"port {port} can't be opened: {error.strerror}"
+            raise UserError(
+                f"{reason}; close the program that uses it, or choose another: make vote PORT=..."
+            ) from None
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # the page was closed before it had the reply
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -64,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/":
             nonce = secrets.token_urlsafe(16)
             own = f"connect-src 'self'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; frame-ancestors 'none'"
-            text = PAGE.read_text(encoding="utf-8").replace("NONCE", nonce)
+            text = self.server.page.replace("NONCE", nonce)
             self.send(200, "text/html; charset=utf-8", text, f"default-src 'none'; form-action 'none'; {own}")
         elif self.path == "/state":
             self.send_state()
@@ -79,30 +88,30 @@ class Handler(BaseHTTPRequestHandler):
             return
         try:
             request = json.loads(self.rfile.read(min(int(self.headers.get("Content-Length", 0)), MAX_REQUEST)))
+            ballot = self.server.ballot
+            changes = {"/undo": ballot.undo, "/reveal": ballot.reveal}
             if self.path == "/vote" and request["answer"] in ANSWERS:
-                self.server.ballot.vote(str(request["id"]), request["answer"])
-            elif self.path == "/undo":
-                self.server.ballot.undo()
-            elif self.path == "/reveal":
-                self.server.ballot.reveal()
+                change: Callable[[], None] = partial(ballot.vote, str(request["id"]), request["answer"])
             else:
-                raise ValueError
-            self.send_state()
-        except UserError as error:
-            self.send(409, "text/plain", str(error))
+                change = changes[self.path]
         except (ValueError, KeyError, TypeError):
             self.send(400, "text/plain", "not a vote")
+        else:
+            self.send_state(change)
 
     def is_own_host(self) -> bool:
         """Whether the request was sent to this host by its own name; other names that resolve to it are refused."""
         names = [f"{name}:{self.server.server_port}" for name in (HOST, "localhost")]
         return self.headers.get("Host") in names
 
-    def send_state(self) -> None:
+    def send_state(self, change: Callable[[], None] = lambda: None) -> None:
+        """Make a change and send what the page shows then, or why that is not possible."""
         try:
-            self.send(200, "application/json", json.dumps(self.server.ballot.state()))
-        except UserError as error:  # such as a vote file that was edited meanwhile
-            self.send(409, "text/plain", str(error))
+            change()
+            reply = 200, "application/json", json.dumps(self.server.ballot.state())
+        except (UserError, OSError) as error:  # such as a full disk, or a vote file that was edited meanwhile
+            reply = 409, "text/plain; charset=utf-8", printable(describe_error(error) or str(error))
+        self.send(*reply)
 
     def send(self, status: int, kind: str, text: str, policy: str = "default-src 'none'") -> None:
         content = text.encode()

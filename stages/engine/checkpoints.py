@@ -55,16 +55,15 @@ class Checkpoints:
     def open_run(cls, stage: str, params: dict[str, Any], environment: dict[str, str]) -> Iterator["Checkpoints"]:
         """Lock the folder of the run. If the block fails, the folder is kept for the next attempt.
 
+        If another process runs the same training, wait for it; this run then resumes from its last checkpoint.
+
         If it succeeds, the newest checkpoint is kept until another run starts, because DVC can still be killed before
         it has recorded the outputs.
-
-        Raises:
-            UserError: another process runs the same training.
         """
         # In `dvc exp run --temp` the stage runs in a copy; DVC_ROOT is the original folder.
         runs = Path(os.environ.get("DVC_ROOT", ".")) / ".scratch" / stage
         folder = runs / fingerprint(stage, params, environment)
-        with file_lock(folder.with_suffix(".lock"), "runs the same training"):
+        with file_lock(folder.with_suffix(".lock"), "runs the same training", wait=True):
             for finished in runs.glob("*/finished"):  # markers of finished runs, in their folders
                 if finished.parent != folder:
                     with suppress(UserError), file_lock(finished.parent.with_suffix(".lock"), "deletes this training"):

@@ -40,8 +40,12 @@ def user_errors(where: str | Path, fix: str = "restore it with `dvc checkout`, o
     except Exception as error:
         if (isinstance(error, OSError) and error.errno) or is_out_of_memory(error):
             raise
-        reason = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
-        raise UserError(f"{where}: can't be read: {reason}; {fix}") from None
+        raise UserError(f"{where}: can't be read: {describe_reason(error)}; {fix}") from None
+
+
+def describe_reason(error: Exception) -> str:
+    """The text of a library's error on one line, at most 300 characters; its type if it has no text."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -11,23 +11,26 @@ from stages.runtime.errors import UserError
 
 
 @contextmanager
-def file_lock(path: Path, purpose: str) -> Iterator[None]:
+def file_lock(path: Path, purpose: str, wait: bool = False) -> Iterator[None]:
     """Hold the lock at `path`. The file names the process that holds it.
 
     Args:
         purpose: what the holder does, for the message to a second process.
+        wait: wait for another process that holds the lock, and say so.
 
     Raises:
-        UserError: another process holds the lock.
+        UserError: another process holds the lock, and `wait` is False.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, blocking=False)
+    lock = FileLock(path)
     try:
-        lock.acquire()
+        lock.acquire(blocking=False)
     except Timeout:
-        raise UserError(
-            f"{path}: held by {path.read_text(encoding='utf-8')}; wait for it, or end it with `kill`"
-        ) from None
+        held = f"{path}: held by {path.read_text(encoding='utf-8')}"
+        if not wait:
+            raise UserError(f"{held}; wait for it, or end it with `kill`") from None
+        print(f"{held}; waiting for it", flush=True)
+        lock.acquire(poll_interval=1)
     try:
         path.write_text(f"process {os.getpid()}, which {purpose}", encoding="utf-8")
         yield

@@ -232,31 +232,84 @@ STAGES: tuple[type[StageParams], ...] = (
 P = TypeVar("P", bound=StageParams)
 
 
+class InterpolatedParams(BaseModel):
+    """The parameters that `dvc.yaml` inserts into dependencies and commands, before any stage can check them."""
+
+    model_config = ConfigDict(strict=True)
+
+    dataset_file: Text
+    retention_file: Text
+    launcher: Launcher
+    replicate_seeds: list[Seed]
+
+
+# DVC can't insert null. What means "none" for these parameters instead:
+INSTEAD_OF_NULL = {
+    "dataset_file": "use the path of an existing file, which is not read if dataset_name is set",
+    "retention_file": "for none, the path of an empty file",
+    "launcher": "for a single process, python",
+    "replicate_seeds": "for none, []",
+}
+
+
 def load_params(stage: type[P], path: Path = PARAMS_FILE) -> P:
     """Read the parameters of one stage, and check the whole file.
 
     Raises:
         UserError: lists every parameter that is unknown, missing or invalid, with its value.
     """
-    try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; run in the project's folder") from None
-    except (YAMLError, ValueError, RecursionError) as error:  # the last two: a huge number, deep nesting
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: found {type(content).__name__}; must be a list of `name: value` lines")
+    content = check_params(path.read_bytes(), str(path))
+    return stage.model_validate({name: content[name] for name in stage.model_fields})
 
+
+def check_params(text: bytes, where: str) -> dict[str, Any]:
+    """Check the text of a whole `params.yaml`, and return its values.
+
+    Args:
+        where: the file, for the message.
+
+    Raises:
+        UserError: lists every parameter that is unknown, missing or invalid, with its value.
+    """
+    content = _parse(text, where)
     known = {name for model in STAGES for name in model.model_fields}
     problems = [_unknown(name, known) for name in content if name not in known]
     for model in STAGES:  # all of them, so that a mistake in a parameter of `train` is found before `format` runs
-        try:
-            model.model_validate({name: content[name] for name in model.model_fields if name in content})
-        except ValidationError as errors:
-            problems += [_describe(error) for error in errors.errors()]
+        problems += _problems(model, content)
+    _raise(problems, where)
+    return content
+
+
+def check_interpolated(text: bytes, where: str) -> None:
+    """Check only what DVC needs to read the pipeline of a revision, whose code may have had other parameters.
+
+    Raises:
+        UserError: lists the parameters that DVC can't insert into `dvc.yaml`, with their values.
+    """
+    _raise(_problems(InterpolatedParams, _parse(text, where), may_lack=True), where)
+
+
+def _parse(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        content = parse_yaml(text.decode("utf-8"))
+    except (YAMLError, ValueError, RecursionError) as error:  # the last two: a huge number, deep nesting
+        raise UserError(f"{where}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: found {type(content).__name__}; must be a list of `name: value` lines")
+    return content
+
+
+def _problems(model: type[BaseModel], content: dict[str, Any], may_lack: bool = False) -> list[str]:
+    try:
+        model.model_validate({name: content[name] for name in model.model_fields if name in content})
+    except ValidationError as errors:
+        return [_describe(error) for error in errors.errors() if not (may_lack and error["type"] == "missing")]
+    return []
+
+
+def _raise(problems: list[str], where: str) -> None:
     if problems:
-        raise UserError(f"{path}:\n" + "\n".join(f"  {problem}" for problem in dict.fromkeys(problems)))
-    return stage.model_validate({name: content[name] for name in stage.model_fields})
+        raise UserError(f"{where}:\n" + "\n".join(f"  {problem}" for problem in dict.fromkeys(problems)))
 
 
 def _unknown(name: object, known: set[str]) -> str:
@@ -275,4 +328,6 @@ def _describe(error: Any) -> str:
         allowed = "must not be empty"
     else:
         allowed = re.sub("^(Input|List) should", "must", error["msg"].removeprefix("Value error, "))
-    return f"{name}: found {error['input']!r:.100}; {allowed}"
+    found = "null" if error["input"] is None else f"{error['input']!r:.100}"
+    instead = f"; {INSTEAD_OF_NULL[name]}" if name in INSTEAD_OF_NULL and not error["input"] else ""
+    return f"{name}: found {found}; {allowed}{instead}"

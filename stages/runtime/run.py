@@ -60,6 +60,8 @@ def run(main: Callable[[], None], exclusive: bool = True) -> NoReturn:
     if rank or not (sys.stderr and sys.stderr.isatty()):
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for terminals
     try:
+        if not Path("params.yaml").exists():
+            raise UserError("params.yaml: not found; run in the project's folder")
         purpose = f"runs {' '.join([Path(sys.argv[0]).stem, *sys.argv[1:]])} in this folder"
         with file_lock(LOCK, purpose) if exclusive else nullcontext():
             main()

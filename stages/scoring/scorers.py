@@ -14,6 +14,7 @@ from typing import Any
 from stages.runtime.errors import UserError
 
 SCORERS = Path("scorers.py")
+MAX_SCORE = 1e9  # squares of larger ones could overflow in intervals
 PREFIX = "score_"  # of the columns with the scores in the predictions
 # Of prompt, answer, reference and row; a number, or None if the scorer does not apply to the row.
 Scorer = Callable[[str, str, str, Mapping[str, Any]], Any]
@@ -59,7 +60,7 @@ def score(
         where: the row, for messages.
 
     Raises:
-        UserError: the scorer fails, or returns something else than a finite number or None.
+        UserError: the scorer fails, or returns something else than None or a number of at most `MAX_SCORE`.
     """
     where = f"{SCORERS}: {name} for {where} and the answer {answer!r:.200}"
     try:
@@ -72,8 +73,9 @@ def score(
         number = float(value) if not isinstance(value, str) else math.nan
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"{where}: found {value!r:.100}; must return a finite number, or None if it does not apply")
+    if not abs(number) <= MAX_SCORE:
+        allowed = f"a number from -{MAX_SCORE:g} to {MAX_SCORE:g}, or None if it does not apply"
+        raise UserError(f"{where}: found {value!r:.100}; must return {allowed}")
     return number
 
 

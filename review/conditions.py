@@ -1,0 +1,131 @@
+"""What decides a review besides the results: `gates.yaml`, `must_pass.yaml`, checks in the data and `scorers.py`.
+
+Each side has its own. Those of the reviewed revision apply to both sides, and the report lists what they were before.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import unified_diff
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from review.changes import Change, find_changes
+from review.revisions import Revision
+from stages.runtime.errors import UserError
+from stages.runtime.yaml12 import YAMLError, parse_yaml
+from stages.scoring.scorers import SCORERS
+
+GATES, MUST_PASS = Path("gates.yaml"), Path("must_pass.yaml")
+MAX_DIFF_LINES = 40  # of scorers.py
+Bound = Annotated[float, Field(allow_inf_nan=False)]
+T = TypeVar("T")
+
+
+class Gate(BaseModel):
+    """The conditions on one metric: bounds of its value, and how much worse than in the base revision it may be."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    min: Bound | None = None
+    max: Bound | None = None
+    not_worse_by: Annotated[Bound, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _has_a_condition(self) -> Self:
+        if self.min is None and self.max is None and self.not_worse_by is None:
+            raise ValueError("has no condition")
+        return self
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The gates by metric and the must-pass entries of a revision; `problems` has the reason if a file is invalid."""
+
+    gates: dict[str, Gate] = field(default_factory=dict)
+    must_pass: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def flat(self) -> dict[str, Any]:
+        """All conditions by name."""
+        bounds = {
+            f"{GATES}: {metric}: {bound}": value
+            for metric, gate in self.gates.items()
+            for bound, value in gate.model_dump(exclude_none=True).items()
+        }
+        return bounds | {f"{MUST_PASS}: {entry}": "listed" for entry in self.must_pass}
+
+
+def read_conditions(revision: Revision) -> Conditions:
+    """The conditions of a revision; a missing file means none."""
+    problems: list[str] = []
+
+    def parsed(path: Path, parse: Callable[[bytes, str], T], otherwise: T) -> T:
+        content = revision.read(str(path))
+        try:
+            return otherwise if content is None else parse(content, f"{path} of {revision.name}")
+        except UserError as error:
+            problems.append(str(error))
+            return otherwise
+
+    return Conditions(parsed(GATES, parse_gates, {}), parsed(MUST_PASS, parse_must_pass, []), problems)
+
+
+def parse_gates(content: bytes, where: str) -> dict[str, Gate]:
+    """The gates by metric.
+
+    Raises:
+        UserError: not valid YAML, or it does not describe gates.
+    """
+    try:
+        return TypeAdapter(dict[str, Gate]).validate_python(parse_yaml(content) or {})
+    except ValidationError as errors:
+        listed = "\n".join(f"  {'.'.join(map(str, error['loc']))}: {error['msg']}" for error in errors.errors())
+        raise UserError(f"{where}:\n{listed}\n  a metric needs min, max or not_worse_by (0 or more)") from None
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid YAML: {error}") from None
+
+
+def parse_must_pass(content: bytes, where: str) -> list[str]:
+    """The entries, which are prompts or ids of test rows.
+
+    Raises:
+        UserError: not a YAML list of text.
+    """
+    try:
+        return TypeAdapter(list[str]).validate_python(parse_yaml(content) or [])
+    except ValidationError as errors:
+        found = "; ".join(f"{error['input']!r:.100}: {error['msg']}" for error in errors.errors())
+        raise UserError(f"{where}: found {found}; must be a list of prompts or ids of test rows, as text") from None
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid YAML: {error}") from None
+
+
+def changed_conditions(before: Conditions, after: Conditions) -> list[Change]:
+    """The gates and must-pass entries that differ; an invalid file of `before` is listed by its problem."""
+    problems = [Change(problem, "invalid", None) for problem in before.problems]
+    return problems + find_changes(before.flat(), after.flat())
+
+
+def changed_checks(
+    before: Mapping[str, str | None], after: Mapping[str, str | None], prompts: Mapping[str, str]
+) -> list[Change]:
+    """The checks that differ, of rows that both sides have. All arguments are by example id."""
+    return [
+        Change(f"checks: {prompts.get(example_id) or example_id}", before[example_id], check)
+        for example_id, check in after.items()
+        if example_id in before and _parsed(before[example_id]) != _parsed(check)
+    ]
+
+
+def _parsed(check: str | None) -> Any:
+    return json.loads(check) if check else None
+
+
+def changed_scorers(before: Revision, after: Revision) -> list[str]:
+    """The changed lines of `scorers.py`, as a unified diff; empty if it is the same."""
+    old, new = ((side.read(str(SCORERS)) or b"").decode(errors="replace").splitlines() for side in (before, after))
+    lines = [*unified_diff(old, new, before.name, after.name, n=1, lineterm="")]
+    return [*lines[:MAX_DIFF_LINES], "..."] if len(lines) > MAX_DIFF_LINES else lines
