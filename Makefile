@@ -14,14 +14,13 @@ PYTEST := OMP_NUM_THREADS=1 pytest --numprocesses $(shell $(PYTHON) -c 'import o
 	--dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-export DATA MODEL
 .PHONY: help start update repro review vote chat export lm-eval publish test test-fast lint check-lock audit chaos architectures clean bench scaling verdicts
 # `make review` compares BASE with REV; each is a branch, a commit, an experiment or the workspace.
 BASE ?= main
 REV ?= workspace
 PORT ?= 8765
 # Passed in the environment, so that the shell does not interpret them, and literally: make would expand `$(...)`.
-$(foreach name,BASE REV REPO QUANT TASKS INCLUDE LIMIT VOTER PORT JUDGE JUDGE_MODEL, \
+$(foreach name,BASE REV DATA MODEL REPO QUANT TASKS INCLUDE LIMIT VOTER PORT JUDGE JUDGE_MODEL, \
 	$(eval override export $(name) := $$(value $(name))))
 
 help:  ## list the targets
@@ -116,7 +115,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(INSTALL) --editable .
 	python -m review.plots
 	dvc config --local plots.html_template ../.venv/plots.html
-	! git rev-parse --git-dir > /dev/null 2>&1 || git config merge.ours.driver true  # for `merge=ours` in .gitattributes
 	touch $@
 
 .venv/installed-%: $(INSTALLED)

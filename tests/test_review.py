@@ -528,7 +528,9 @@ def test_both_sides_are_scored_by_the_checks_of_the_reviewed_revision(folder: Pa
     rows = pd.read_parquet("data/predictions/tuned.parquet")
     write_scoring(folder, rows[rows["split"] == "test"], check='{"contains": "answer 1"}')  # 11 of 100 answers
     right = rows["answer"].str.contains("answer 1") | (rows["split"] == "retention")
-    write_parquet(Path(PREDICTIONS), rows.assign(passed=right.astype(int)).to_dict("records"), PREDICTIONS_SCHEMA)
+    for path in (PREDICTIONS, REPLICATE.format(seed=1), REPLICATE.format(seed=2)):
+        table = pd.read_parquet(path).assign(passed=right.astype(int))
+        write_parquet(Path(path), table.to_dict("records"), PREDICTIONS_SCHEMA)
     run(folder, "dvc", "commit", "--force", "--quiet")
     commit(folder, "stricter checks")
     for revision in ("workspace", "HEAD"):
@@ -582,8 +584,9 @@ def test_damaged_and_unreachable_predictions_give_a_report_with_the_reason(
     shutil.rmtree(".dvc/cache")
     shutil.rmtree("data")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    Path("no_credentials").touch()
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
-        monkeypatch.setenv(name, "/dev/null")
+        monkeypatch.setenv(name, "no_credentials")
     review(folder, "before", "HEAD", exit_code=1)
     assert f"| `{PREDICTIONS}` | `HEAD` | Unable to locate credentials |" in section_of("Not available")
 

@@ -142,6 +142,19 @@ def test_text_in_an_error_can_not_control_the_terminal(tmp_path: Path) -> None:
     assert result.stderr == "error: found column \\x1b]0;owned\\x07\\u202e\n"
 
 
+def test_messages_and_summaries_have_no_secret_of_the_environment(tmp_path: Path) -> None:
+    body = (
+        "from stages.runtime.terminal import summary\n"
+        "mirror, token = os.environ['HF_ENDPOINT'], os.environ['HF_TOKEN']\n"
+        "summary({'uploaded': f'to {mirror}/a/b'}, [], then=f'open {mirror}')\n"
+        "raise UserError(f'the connection to the Hub at {mirror} failed with {token}')"
+    )
+    secrets = {"HF_ENDPOINT": "http://me:SECRET@mirror.example", "HF_TOKEN": "hf_12345678"}
+    result = run_main(tmp_path, body, **secrets)
+    assert result.stdout == "  uploaded  to http://***@mirror.example/a/b\n  next      open http://***@mirror.example\n"
+    assert result.stderr == "error: the connection to the Hub at http://***@mirror.example failed with ***\n"
+
+
 def test_characters_that_the_terminal_lacks_become_escapes(tmp_path: Path) -> None:
     result = run_main(tmp_path, r"print('a \u2192 b')", PYTHONIOENCODING="ascii")
     assert (result.returncode, result.stdout, result.stderr) == (0, "a \\u2192 b\n", "")

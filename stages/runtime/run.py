@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from stages.runtime.errors import LESS_MEMORY, UserError, is_out_of_memory
 from stages.runtime.locks import file_lock
-from stages.runtime.text import printable
+from stages.runtime.text import printable, without_secrets
 
 LOCK = Path(".scratch/lock")
 
@@ -72,7 +72,7 @@ def run(main: Callable[[], None], exclusive: bool = True) -> NoReturn:
             raise
         if errno_of(error) in DISK_FULL:
             delete_truncated_bytecode(started - 60)  # also what was imported before `run` started
-        sys.exit("error: " + f"process {rank}: " * (rank > 0) + printable(message))
+        sys.exit("error: " + f"process {rank}: " * (rank > 0) + printable(without_secrets(message)))
     sys.exit(0)
 
 

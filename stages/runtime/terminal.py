@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stages.runtime.text import printable
+from stages.runtime.text import printable, without_secrets
 
 LOG_WIDTH = 200  # columns when the output is not a terminal, so that lines of a log are not wrapped
 T = TypeVar("T")
@@ -38,7 +38,7 @@ def summary(results: Mapping[str, str], wrote: Sequence[str | Path], then: str) 
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
     for name, value in {**results, **({"wrote": files} if wrote else {}), "next": then}.items():
-        table.add_row(f"  {name}", Text(printable(value), "cyan" if name == "next" else ""))
+        table.add_row(f"  {name}", Text(printable(without_secrets(value)), "cyan" if name == "next" else ""))
     out = console()
     with out.capture() as printed:
         out.print(table)
