@@ -46,8 +46,9 @@ def own(tmp_path: Path, tiny_model: Path) -> Path:
 @pytest.mark.usefixtures("fast_stages")
 def test_checks_and_tests_pass_in_a_project_of_ones_own(own: Path) -> None:
     command = f"env -u PYTEST_XDIST_WORKER pytest -q -rs -p no:cacheprovider {TESTS}"
-    make = ("make", "--assume-old=.venv/installed", "check-lock", "review", "test", "repro", "BASE=HEAD")
-    result = run(own, *make, f"PYTEST={command}")
+    installed = ("--old-file=.venv/installed", "--old-file=.venv/installed-dev")
+    targets = ("check-lock", "review", "test", "repro")
+    result = run(own, "make", *installed, *targets, "BASE=HEAD", f"PYTEST={command}")
     assert "dvc.lock matches the code" in result.stdout
     assert "passed: loss not worse than in HEAD" in result.stdout
     assert re.search(r"SKIPPED \[\d+\] tests/demo/__init__.py:\d+: this project is not the demo", result.stdout)
