@@ -19,7 +19,8 @@ from stages.data.sources import Source, open_retention, open_sources
 from stages.data.tables import ROWS_PER_GROUP, parquet_writer
 from stages.runtime.errors import UserError
 from stages.runtime.files import write_json
-from stages.runtime.params import DatasetParams, DownloadDatasetParams, load_params
+from stages.runtime.param_types import DatasetParams
+from stages.runtime.params import DownloadDatasetParams, load_params
 from stages.runtime.run import run
 from stages.runtime.terminal import progress, summary
 from stages.runtime.text import printable

@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, PlainValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 PYPI_MODEL = (
     r"pypi:(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+_-]+)#sha256=(?P<sha256>[0-9a-f]{64})"
@@ -86,3 +86,41 @@ Precision = Literal["auto", "fp32", "bf16"]
 TargetModules = Annotated[str | list[str], PlainValidator(_target_modules)]
 Temperature = Annotated[float, AfterValidator(_temperature)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class StageParams(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class DatasetParams(StageParams):
+    """One dataset of a mixture: `file` or `name`. It gives `count` rows, a share by `weight`, or else all rows."""
+
+    file: PathInside | None = None
+    name: Text | None = None
+    revision: Text | None = None
+    subset: Text | None = None
+    data_files: Text | None = None
+    split: Text = "train"
+    columns: Columns | None = None
+    use: Literal["train", "validation", "test", "retention"] | None = None
+    count: PositiveInt | None = None
+    weight: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _is_one_dataset(self) -> Self:
+        if (self.file is None) == (self.name is None):
+            raise ValueError("must have either `file`, inside the folder dataset_file, or `name`, a Hub id")
+        if self.count and self.weight:
+            raise ValueError("must have `count` or `weight`, not both")
+        if self.file and (self.revision or self.subset or self.data_files):
+            raise ValueError("`revision`, `subset` and `data_files` are for a Hub dataset; must have `name`")
+        return self
+
+
+def _distinct(entries: list["DatasetParams"]) -> list["DatasetParams"]:
+    if len({(one.file, one.name, one.subset, one.data_files, one.split) for one in entries}) < len(entries):
+        raise ValueError("must list each dataset once")
+    return entries
+
+
+Datasets = Annotated[list[DatasetParams], Field(min_length=1), AfterValidator(_distinct)]

@@ -6,32 +6,31 @@ Each stage has a model with exactly the parameters that it declares in `dvc.yaml
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from stages.runtime.errors import UserError
 from stages.runtime.param_types import (
     Columns,
+    Datasets,
     Fraction,
     Launcher,
     MaxLength,
     ModelName,
-    PathInside,
     PositiveFloat,
     PositiveInt,
     PositiveSteps,
     Precision,
     Seed,
+    StageParams,
     Steps,
     TargetModules,
     Temperature,
@@ -43,43 +42,8 @@ from stages.runtime.yaml12 import YAMLError, parse_yaml
 PARAMS_FILE = Path("params.yaml")
 
 
-class StageParams(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class DatasetParams(StageParams):
-    """One dataset of a mixture: `file` or `name`. It gives `count` rows, a share by `weight`, or else all rows."""
-
-    file: PathInside | None = None
-    name: Text | None = None
-    revision: Text | None = None
-    subset: Text | None = None
-    data_files: Text | None = None
-    split: Text = "train"
-    columns: Columns | None = None
-    use: Literal["train", "validation", "test", "retention"] | None = None
-    count: PositiveInt | None = None
-    weight: PositiveFloat | None = None
-
-    @model_validator(mode="after")
-    def _is_one_dataset(self) -> Self:
-        if (self.file is None) == (self.name is None):
-            raise ValueError("must have either `file`, inside the folder dataset_file, or `name`, a Hub id")
-        if self.count and self.weight:
-            raise ValueError("must have `count` or `weight`, not both")
-        if self.file and (self.revision or self.subset or self.data_files):
-            raise ValueError("`revision`, `subset` and `data_files` are for a Hub dataset; must have `name`")
-        return self
-
-
-def _distinct(entries: list["DatasetParams"]) -> list["DatasetParams"]:
-    if len({(one.file, one.name, one.subset, one.data_files, one.split) for one in entries}) < len(entries):
-        raise ValueError("must list each dataset once")
-    return entries
-
-
 class DownloadDatasetParams(StageParams):
-    datasets: Annotated[list[DatasetParams], Field(min_length=1), AfterValidator(_distinct)] | None
+    datasets: Datasets | None
     dataset_file: Text
     dataset_name: Text | None
     dataset_revision: Text | None
