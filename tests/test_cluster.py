@@ -62,8 +62,10 @@ def project(tmp_path_factory: pytest.TempPathFactory, ran: Path, fast_stages: No
 
 def test_tasks_that_run_at_the_same_time_share_the_cache_and_their_points_are_collected(project: Path) -> None:
     outputs = submit(project, SCRIPT, 0, 1, 2, 3)
-    expected = ["evaluate@tuned", "generate@tuned", "predict@tuned", "train"]
-    assert [sorted(re.findall(r"^Running stage '(.+)':", output, re.MULTILINE)) for output in outputs] == [expected] * 4
+    for output in outputs:
+        stages = set(re.findall(r"^Running stage '(.+)':", output, re.MULTILINE))
+        # check_params runs after any change of params.yaml.
+        assert stages - {"check_params"} == {"train", "predict@tuned", "evaluate@tuned", "generate@tuned"}
 
     pull, show, review = COLLECT.splitlines()
     run(project, "bash", "-ec", pull)
