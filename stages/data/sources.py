@@ -9,7 +9,8 @@ from typing import Any
 from stages.data.readers import COMPRESSED, READERS, file_format, without_nulls
 from stages.data.rows import ALLOWED, Row, RowParser
 from stages.runtime.errors import UserError, user_errors
-from stages.runtime.params import DatasetParams, DownloadDatasetParams
+from stages.runtime.param_types import DatasetParams
+from stages.runtime.params import DownloadDatasetParams
 from stages.runtime.text import printable
 
 OTHER_DATASET = "use another dataset, one with JSON, CSV or Parquet files"
