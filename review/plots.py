@@ -20,7 +20,7 @@ import vl_convert
 from review.markup import text, truncate
 from review.revisions import Revision
 from review.verdicts import MetricResult
-from stages.runtime.errors import UserError
+from stages.runtime.errors import UserError, user_errors
 from stages.runtime.files import write_text
 from stages.runtime.text import printable, without_secrets
 
@@ -221,7 +221,7 @@ def read_curve(revision: Revision) -> pd.DataFrame:
         UserError: the file is damaged.
     """
     content = revision.read(CURVE) or ",".join(["step", *LOSSES]).encode()
-    with revision.user_errors(CURVE):
+    with user_errors(f"{CURVE} of {revision.name}", "`dvc repro` in a checkout of that revision writes it again"):
         curve = pd.read_csv(io.BytesIO(content), index_col="step", dtype=float)[[*LOSSES]]
         return curve.where(np.isfinite(curve))[np.isfinite(curve.index)]
 

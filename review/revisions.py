@@ -3,7 +3,6 @@
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from dvc.scm import SCM, SCMError
 from review.outdated import changed_model, differences
 from stages.runtime.errors import UserError, describe_reason, user_errors
 from stages.runtime.params import PARAMS_FILE, check_interpolated
+from stages.runtime.text import without_secrets
 from stages.runtime.yaml12 import parse_yaml
 
 WORKSPACE = "workspace"
@@ -100,11 +100,8 @@ class Revision:
             has_remote = bool(self.repo.config["remote"])
             self.missing[path] = f"not in the cache{' or the remote' if has_remote else ', and there is no remote'}"
         except Exception as error:
-            self.missing[path] = describe_reason(error)
+            self.missing[path] = without_secrets(describe_reason(error))
         return None
-
-    def user_errors(self, path: str) -> AbstractContextManager[None]:
-        return user_errors(f"{path} of {self.name}", "`dvc repro` in a checkout of that revision writes it again")
 
     def metrics_files(self) -> list[str]:
         """The JSON files in metrics/ of this revision."""
