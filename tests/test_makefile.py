@@ -44,6 +44,16 @@ def test_a_target_installs_what_it_needs(folder: Path, target: str, extras: list
 
 
 @pytest.mark.subprocess
+@pytest.mark.parametrize("target", ["repro", "bench", "scaling", "verdicts"])
+def test_parameters_are_checked_before_dvc_deletes_outputs(folder: Path, target: str) -> None:
+    commands = run(folder, "make", "--dry-run", target).stdout
+    assert re.findall(r"^(python -m stages.runtime.preflight|dvc repro)", commands, re.MULTILINE) == [
+        "python -m stages.runtime.preflight",
+        "dvc repro",
+    ]
+
+
+@pytest.mark.subprocess
 @pytest.mark.parametrize("given", ["as arguments", "in the environment"])
 def test_variables_are_never_expanded(folder: Path, given: str) -> None:
     (folder / ".venv/bin").mkdir(parents=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stages.runtime.errors import UserError
-from stages.runtime.params import check_interpolated
+from stages.runtime.preflight import check_interpolated
 from tests.clone import ROOT, edit, run
 
 

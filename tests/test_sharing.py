@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.clone import EVERY_STAGE, ROOT, copy_clone, edit, run, stages_run
+from tests.clone import EVERY_STAGE, ROOT, commit, copy_clone, edit, run, stages_run
 
 pytestmark = pytest.mark.subprocess
 
 PAGE = (ROOT / "docs/sharing.md").read_text(encoding="utf-8")
-NOT_RUN = {"pip install -c constraints.txt -e '.[s3]'"}  # it needs a package index
 WEIGHTS = Path("models/tuned/model.safetensors")
 
 
@@ -151,6 +150,42 @@ def test_results_that_were_not_pushed_are_listed_and_the_hook_pushes_them(team: 
     run(clone, "git", "commit", "-q", "--allow-empty", "-m", "more")
     run(clone, "git", "push", "-q")
     assert len(files(other, "files/md5/*/*")) == 27  # a file per output, and a list per model folder
+
+
+def test_results_of_commits_before_the_remote_are_pushed_if_the_clone_names_it(
+    team: Team, tmp_path: Path, fast_stages: None
+) -> None:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    run(folder, "git", "init", "-q", "-b", "main")
+    run(folder, "dvc", "init", "-q")
+    for text in ("before the remote", "after it"):
+        (folder / "model").write_text(text)
+        run(folder, "dvc", "add", "-q", "model")
+        commit(folder, text)
+        store = tmp_path / "store"
+        run(folder, "dvc", "remote", "add", "-q", "--force", "--default", "storage", str(store))
+    run(folder, "dvc", "push", "--all-commits")
+    assert len(files(store, "files/md5/*/*")) == 1
+    new = replace(team, store=store)
+    new.run_block(folder, "dvc remote add --local --default storage /mnt/team/sft")
+    assert len(files(store, "files/md5/*/*")) == 2
+
+
+def test_a_name_of_an_experiment_that_is_taken_is_reported_and_renaming_helps(team: Team, tmp_path: Path) -> None:
+    mirror = team.mirror(tmp_path)
+    clone = copy_clone(team.mine, tmp_path / "mine")
+    run(clone, "git", "remote", "set-url", "origin", str(mirror.origin))
+    taken = run(clone, "dvc", "exp", "run", "-n", "slow", "-S", "learning_rate=1e-6", check=False)
+    assert printed(taken, "Experiment conflicts with existing experiment")
+    run(clone, "git", "checkout", "-q", ".")
+    run(clone, "dvc", "exp", "save", "-n", "slow", "--force")
+    diverged = run(clone, "dvc", "exp", "push", "--no-cache", "origin", "slow", check=False)
+    assert printed(diverged, "has diverged from remote experiment with the same name")
+    assert "`dvc exp rename OLD NEW`, then push it" in PAGE
+    run(clone, "dvc", "exp", "rename", "slow", "slower")
+    run(clone, "dvc", "exp", "push", "--no-cache", "origin", "slower")
+    assert "/slower\n" in run(clone, "git", "ls-remote", "origin").stdout
 
 
 def test_the_model_alone_is_enough_to_evaluate_it_again(team: Team, tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 Each stage has a model with exactly the parameters that it declares in `dvc.yaml`; reading any other is an error.
 """
 
-import difflib
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -12,12 +10,11 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
 )
 
-from stages.runtime.errors import UserError
+from stages.runtime.param_errors import find_problems, parse_params, raise_problems, unknown_parameter
 from stages.runtime.param_types import (
     Columns,
     Datasets,
@@ -37,7 +34,6 @@ from stages.runtime.param_types import (
     Template,
     Text,
 )
-from stages.runtime.yaml12 import YAMLError, parse_yaml
 
 PARAMS_FILE = Path("params.yaml")
 
@@ -196,26 +192,6 @@ STAGES: tuple[type[StageParams], ...] = (
 P = TypeVar("P", bound=StageParams)
 
 
-class InterpolatedParams(BaseModel):
-    """The parameters that `dvc.yaml` inserts into dependencies and commands, before any stage can check them."""
-
-    model_config = ConfigDict(strict=True)
-
-    dataset_file: Text
-    retention_file: Text
-    launcher: Launcher
-    replicate_seeds: list[Seed]
-
-
-# DVC can't insert null. What means "none" for these parameters instead:
-INSTEAD_OF_NULL = {
-    "dataset_file": "use the path of an existing file, which is not read if dataset_name is set",
-    "retention_file": "for none, the path of an empty file",
-    "launcher": "for a single process, python",
-    "replicate_seeds": "for none, []",
-}
-
-
 def load_params(stage: type[P], path: Path = PARAMS_FILE) -> P:
     """Read the parameters of one stage, and check the whole file.
 
@@ -235,63 +211,10 @@ def check_params(text: bytes, where: str) -> dict[str, Any]:
     Raises:
         UserError: lists every parameter that is unknown, missing or invalid, with its value.
     """
-    content = _parse(text, where)
+    content = parse_params(text, where)
     known = {name for model in STAGES for name in model.model_fields}
-    problems = [_unknown(name, known) for name in content if name not in known]
+    problems = [unknown_parameter(name, known) for name in content if name not in known]
     for model in STAGES:  # all of them, so that a mistake in a parameter of `train` is found before `format` runs
-        problems += _problems(model, content)
-    _raise(problems, where)
+        problems += find_problems(model, content)
+    raise_problems(problems, where)
     return content
-
-
-def check_interpolated(text: bytes, where: str) -> None:
-    """Check only what DVC needs to read the pipeline of a revision, whose code may have had other parameters.
-
-    Raises:
-        UserError: lists the parameters that DVC can't insert into `dvc.yaml`, with their values.
-    """
-    _raise(_problems(InterpolatedParams, _parse(text, where), may_lack=True), where)
-
-
-def _parse(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        content = parse_yaml(text.decode("utf-8"))
-    except (YAMLError, ValueError, RecursionError) as error:  # the last two: a huge number, deep nesting
-        raise UserError(f"{where}: not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: found {type(content).__name__}; must be a list of `name: value` lines")
-    return content
-
-
-def _problems(model: type[BaseModel], content: dict[str, Any], may_lack: bool = False) -> list[str]:
-    try:
-        model.model_validate({name: content[name] for name in model.model_fields if name in content})
-    except ValidationError as errors:
-        return [_describe(error) for error in errors.errors() if not (may_lack and error["type"] == "missing")]
-    return []
-
-
-def _raise(problems: list[str], where: str) -> None:
-    if problems:
-        raise UserError(f"{where}:\n" + "\n".join(f"  {problem}" for problem in dict.fromkeys(problems)))
-
-
-def _unknown(name: object, known: set[str]) -> str:
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
-    return f"{name}: not a parameter; {hint}"
-
-
-def _describe(error: Any) -> str:
-    name = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "string_type" and isinstance(error["input"], int | float):
-        return f"{name}: found the number {error['input']!r}; must be text; put it in quotes"
-    if error["type"] == "missing":
-        return f"{name}: missing; every parameter needs a value"
-    if error["type"] == "string_pattern_mismatch":
-        allowed = "must not be empty"
-    else:
-        allowed = re.sub("^(Input|List) should", "must", error["msg"].removeprefix("Value error, "))
-    found = "null" if error["input"] is None else f"{error['input']!r:.100}"
-    instead = f"; {INSTEAD_OF_NULL[name]}" if name in INSTEAD_OF_NULL and not error["input"] else ""
-    return f"{name}: found {found}; {allowed}{instead}"

@@ -8,9 +8,24 @@ import os
 import subprocess
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict
+
 from stages.runtime.errors import UserError
+from stages.runtime.param_errors import find_problems, parse_params, raise_problems
+from stages.runtime.param_types import Launcher, Seed, Text
 from stages.runtime.params import TrainParams, load_params
 from stages.runtime.run import run
+
+
+class InterpolatedParams(BaseModel):
+    """The parameters that `dvc.yaml` inserts into dependencies and commands, before any stage can check them."""
+
+    model_config = ConfigDict(strict=True)
+
+    dataset_file: Text
+    retention_file: Text
+    launcher: Launcher
+    replicate_seeds: list[Seed]
 
 
 def check_project() -> None:
@@ -40,6 +55,15 @@ def check_owner() -> None:
             f"{Path.cwd()}: the repository belongs to another user, so git does not read it; if you trust its content, "
             f"run `{fix}`, then run this command again"
         )
+
+
+def check_interpolated(text: bytes, where: str) -> None:
+    """Check only what DVC needs to read the pipeline of a revision, whose code may have had other parameters.
+
+    Raises:
+        UserError: lists the parameters that DVC can't insert into `dvc.yaml`, with their values.
+    """
+    raise_problems(find_problems(InterpolatedParams, parse_params(text, where), may_lack=True), where)
 
 
 if __name__ == "__main__":

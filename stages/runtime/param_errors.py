@@ -1,0 +1,70 @@
+"""Parse `params.yaml`, and describe what is wrong with parameters."""
+
+import difflib
+import re
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from stages.runtime.errors import UserError
+from stages.runtime.yaml12 import YAMLError, parse_yaml
+
+# DVC can't insert null. What means "none" for these parameters instead:
+INSTEAD_OF_NULL = {
+    "dataset_file": "use the path of an existing file, which is not read if dataset_name is set",
+    "retention_file": "for none, the path of an empty file",
+    "launcher": "for a single process, python",
+    "replicate_seeds": "for none, []",
+}
+
+
+def parse_params(text: bytes, where: str) -> dict[str, Any]:
+    """Parse the text of a `params.yaml`.
+
+    Raises:
+        UserError: it is not a YAML mapping.
+    """
+    try:
+        content = parse_yaml(text.decode("utf-8"))
+    except (YAMLError, ValueError, RecursionError) as error:  # the last two: a huge number, deep nesting
+        raise UserError(f"{where}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: found {type(content).__name__}; must be a list of `name: value` lines")
+    return content
+
+
+def find_problems(model: type[BaseModel], content: dict[str, Any], may_lack: bool = False) -> list[str]:
+    """A line for each parameter of a model that is missing (unless `may_lack`) or invalid."""
+    try:
+        model.model_validate({name: content[name] for name in model.model_fields if name in content})
+    except ValidationError as errors:
+        return [_describe(error) for error in errors.errors() if not (may_lack and error["type"] == "missing")]
+    return []
+
+
+def raise_problems(problems: list[str], where: str) -> None:
+    """Raise a `UserError` that lists all problems, if there are any."""
+    if problems:
+        raise UserError(f"{where}:\n" + "\n".join(f"  {problem}" for problem in dict.fromkeys(problems)))
+
+
+def unknown_parameter(name: object, known: set[str]) -> str:
+    """A line for a name that is not a parameter, with the closest known name."""
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
+    return f"{name}: not a parameter; {hint}"
+
+
+def _describe(error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "string_type" and isinstance(error["input"], int | float):
+        return f"{name}: found the number {error['input']!r}; must be text; put it in quotes"
+    if error["type"] == "missing":
+        return f"{name}: missing; every parameter needs a value"
+    if error["type"] == "string_pattern_mismatch":
+        allowed = "must not be empty"
+    else:
+        allowed = re.sub("^(Input|List) should", "must", error["msg"].removeprefix("Value error, "))
+    found = "null" if error["input"] is None else f"{error['input']!r:.100}"
+    instead = f"; {INSTEAD_OF_NULL[name]}" if name in INSTEAD_OF_NULL and not error["input"] else ""
+    return f"{name}: found {found}; {allowed}{instead}"
