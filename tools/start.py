@@ -66,7 +66,7 @@ def check_can_start() -> None:
 def git(*arguments: str) -> list[str]:
     """The lines that a git command prints."""
     command = ["git", "-c", "core.quotePath=off", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 (a list)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="surrogateescape")  # noqa: S603 (a list)
     if result.returncode > 1:  # 1: no file is ignored
         raise UserError(f"{result.stderr.strip()}; run in a clone, or first `git init`, `git add --all`, `git commit`")
     return result.stdout.splitlines()

@@ -171,7 +171,7 @@ def result(tally: Tally) -> str:
 
 
 def git_config(name: str) -> str:
-    found = subprocess.run(["git", "config", name], capture_output=True, text=True, errors="replace")  # noqa: S603, S607 (a list; git is on the path)
+    found = subprocess.run(["git", "config", name], capture_output=True, encoding="utf-8", errors="replace")  # noqa: S603, S607 (a list; git is on the path)
     return found.stdout.strip()
 
 
