@@ -10,6 +10,7 @@ from pathlib import Path
 from review import markup, plots, report
 from review.comparison import compare_revisions
 from review.conditions import GATES
+from review.evidence import changed_kinds
 from review.gates import check_gates
 from review.revisions import WORKSPACE, Revision
 from review.verdicts import MEASURE_NOISE
@@ -47,7 +48,7 @@ def main() -> None:
     lines["verdict"] = report.headline(comparison)
     if any(result.verdict == "unknown" for result in comparison.test.metrics):
         lines["run noise"] = f"not known; to measure it: {MEASURE_NOISE}"
-    if changed := report.changed_kinds(comparison):
+    if changed := changed_kinds(comparison):
         lines["changed conditions"] = ", ".join(changed)
     lines |= {f"gate {number}": result.sentence for number, result in enumerate(results, 1)}
     summary(lines, wrote=[MARKDOWN, PAGE], then=f"open {PAGE} in a browser")

@@ -1,13 +1,13 @@
 """Render a comparison as Markdown."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from review.changes import Change, ExampleChange
 from review.comparison import Comparison
 from review.data_changes import CHANGES, DataChanges, without_template
-from review.gates import NOTHING_TO_COMPARE, GateResult
+from review.evidence import evidence_in_words, missing_table
+from review.gates import GateResult
 from review.markup import highlight_diff, table, text, truncate
 from review.must_pass import BAD, MustPass, counted
 from review.verdicts import MEASURE_NOISE, RUN_NOISE_UNKNOWN, MetricResult, describe_difference, signed
@@ -15,8 +15,6 @@ from review.votes import Tally, VoteResults
 from stages.runtime.text import block, code
 from stages.scoring.scorers import SCORERS
 
-MAX_OUTDATED = 8  # differences that are listed for each revision
-YES, NO = "✓", "✗"
 SIGN = {"better": "✓ better", "worse": "✗ worse"}
 RESULT_HEADER = ["before", "after", "difference (95% interval)", "p", "detectable", "needed", "verdict"]
 ABOUT_METRICS = (
@@ -72,32 +70,6 @@ def markdown(comparison: Comparison, gates: Sequence[GateResult], curves: str) -
 
 def section(title: str, content: str) -> list[str]:
     return [title, content] if content else []
-
-
-def evidence_in_words(comparison: Comparison, gates: Sequence[GateResult]) -> list[str]:
-    """What limits the evidence: outdated stages, revisions without results, and changed conditions."""
-    parts = []
-    for name, stages in comparison.outdated.items():
-        more = [f"and {len(stages) - MAX_OUTDATED:,} more"] if len(stages) > MAX_OUTDATED else []
-        parts.append(
-            f"**{NO} The results of {code(name)} are outdated, so no gate is decided:** they do not belong to its "
-            f"code, parameters and data. {text('; '.join([*stages[:MAX_OUTDATED], *more]))}. Run {code('dvc repro')} "
-            "there, commit the results and review again."
-        )
-    parts += [f"**{text(warning)}**" for warning in comparison.warnings()]
-    if uncompared := [gate.rule for gate in gates if gate.passed and gate.found.startswith(NOTHING_TO_COMPARE)]:
-        parts.append(f"**Passed without a comparison:** {text('; '.join(uncompared))}.")
-    if changed := changed_kinds(comparison):
-        parts.append(f"**Changed conditions:** {text(', '.join(changed))}. The section of that name lists them.")
-    return parts
-
-
-def changed_kinds(comparison: Comparison) -> list[str]:
-    """What decides a review and differs between the revisions, with the number of changes."""
-    counts = Counter(change.name.partition(":")[0] for change in comparison.changed_conditions)
-    if comparison.changed_scorers:
-        counts[str(SCORERS)] = sum(line.startswith(("+", "-")) for line in comparison.changed_scorers[2:])
-    return [f"{name} ({number:,})" for name, number in counts.items()]
 
 
 def summary_in_words(comparison: Comparison, gates: Sequence[GateResult]) -> list[str]:
@@ -255,22 +227,6 @@ def data_tables(data: DataChanges) -> list[str]:
         for row in data.examples(change).itertuples()
     ]
     return [*parts, table(["change", "split", "prompt", "response"], rows)]
-
-
-def missing_table(comparison: Comparison) -> str:
-    """The files that could not be read, why, and what helps."""
-    rows = [
-        [code(path), code(side.name), text(reason)]
-        for side in (comparison.before, comparison.after)
-        for path, reason in sorted(side.missing.items())
-    ]
-    if not rows:
-        return ""
-    help_ = (
-        f"{code('dvc repro')} in a checkout of that revision writes them again. If they were written on another "
-        f"machine and both can use the same DVC remote, {code('dvc push')} there makes them available here."
-    )
-    return f"{table(['file', 'revision', 'reason'], rows)}\n\n{help_}"
 
 
 def changed_table(changes: Sequence[Change]) -> str:
