@@ -1,4 +1,4 @@
-"""What limits the evidence of a review, as Markdown: outdated stages, changed conditions, files that are not available."""
+"""What limits the evidence of a review, as Markdown: outdated stages, changed conditions, missing files."""
 
 from collections import Counter
 from collections.abc import Sequence
