@@ -49,11 +49,12 @@ class Side:
     def __init__(self, *answers: str):
         self.answers = answers
 
-    def read_table(self, path: str, columns: list[str]) -> pd.DataFrame | None:
+    def read_table(self, path: str, columns: list[str] | None = None) -> pd.DataFrame | None:
         if not self.answers:
             return None
         rows = predictions([1.0] * len(self.answers), answer=self.answers)
-        return rows.assign(prompt=[render_alpaca(f"Say {n}.") for n in range(len(rows))]).reindex(columns=columns)
+        rows = rows.assign(prompt=[render_alpaca(f"Say {n}.") for n in range(len(rows))])
+        return rows.reindex(columns=columns) if columns else rows
 
 
 def sides() -> tuple[Side, Side]:

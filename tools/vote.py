@@ -130,8 +130,11 @@ def main() -> None:
     before, after = Revision(options.base), Revision(options.revision)
     found = find_pairs(before, after)
     if found is None:
-        missing = ", ".join(f"{path} of {side.name}" for side in (before, after) for path in side.missing)
-        raise UserError(f"no answers to vote on: {missing or 'no predictions'}; `dvc pull` or `dvc repro` gets them")
+        missing = [
+            f"{path} of {side.name} ({reason})" for side in (before, after) for path, reason in side.missing.items()
+        ]
+        found_none = ", ".join(missing) or "no predictions"
+        raise UserError(f"no answers to vote on: {found_none}; `dvc repro` in a checkout of the revision writes them")
     pairs, path = found
     if not pairs:
         raise UserError(f"no answers to vote on: {before.name} and {after.name} answer every test prompt equally")
