@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dvc.output import Output
 from dvc.repo import Repo
+from dvc.stage import Stage
 
 from stages.download_model import folder_sha256
 from stages.runtime.files import read_json
@@ -21,14 +22,20 @@ def differences(repo: Repo) -> Iterator[str]:
     """A line for each difference, with the stage, the file and the problem."""
     writers = {out.fs_path: out for stage in repo.index.stages for out in stage.outs}
     for stage in repo.index.stages:
+        name = name_of(stage)
         if not any(out.hash_info for out in stage.outs):
-            yield f"{stage.name}: is not in dvc.lock, so it never ran"
+            yield f"{name}: is not in dvc.lock, so it never ran"
             continue
         if stage.changed_stage():
-            yield f"{stage.name}: its command changed since it ran"
+            yield f"{name}: its command changed since it ran"
         for file in [*stage.deps, *stage.outs]:
             if problem := difference(file, writers.get(file.fs_path)):
-                yield f"{stage.name}: {problem}"
+                yield f"{name}: {problem}"
+
+
+def name_of(stage: Stage) -> str:
+    """The name of a stage in dvc.yaml, or the file that `dvc add` has written."""
+    return str(getattr(stage, "name", None) or stage.relpath)
 
 
 def changed_model() -> Iterator[str]:
@@ -50,7 +57,7 @@ def difference(file: Output, writer: Output | None) -> str:
     if not file.hash_info:
         return f"{file} is not in dvc.lock"
     if writer and writer.hash_info != file.hash_info:
-        return f"{file} was rewritten by {writer.stage.name} since it ran"
+        return f"{file} was rewritten by {name_of(writer.stage)} since it ran"
     state = file.status().get(str(file))
     if isinstance(state, dict):
         return f"{', '.join(state)} in {file} changed since it ran"

@@ -91,6 +91,7 @@ def test_no_worker_outlives_the_stage(tmp_path: Path, number: int, whole_group: 
         "run(lambda: list(parallel.map_processes(sleep, [Path('.')] * 3, desc='test')))"
     )
     root = str(Path(__file__).parent.parent)
+    (tmp_path / "params.yaml").touch()
     process = subprocess.Popen(
         [sys.executable, "-c", code_of_stage],
         cwd=tmp_path,

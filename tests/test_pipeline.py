@@ -63,6 +63,7 @@ def test_a_run_elsewhere_writes_all_outputs_with_the_same_hashes(
     assert "WARNING" not in result.stdout + result.stderr
     assert results(other) == results(clone)
     assert set(results(other)) == {
+        "data/params_checked",
         "data/raw.parquet",
         "data/unreadable.parquet",
         "data/source.json",

@@ -149,7 +149,7 @@ def test_results_that_were_not_pushed_are_listed_and_the_hook_pushes_them(team: 
     run(clone, "dvc", "install")
     run(clone, "git", "commit", "-q", "--allow-empty", "-m", "more")
     run(clone, "git", "push", "-q")
-    assert len(files(other, "files/md5/*/*")) == 27  # a file per output, and a list per model folder
+    assert len(files(other, "files/md5/*/*")) == 28  # a file per output, and a list per model folder
 
 
 def test_results_of_commits_before_the_remote_are_pushed_if_the_clone_names_it(
@@ -196,7 +196,7 @@ def test_the_model_alone_is_enough_to_evaluate_it_again(team: Team, tmp_path: Pa
     # The tiny model's answers all have the maximum length.
     assert '"mean_response_tokens": 4.0' in (clone / "metrics/evaluate/tuned.json").read_text()
     first_line = "dvc exp run --pull --allow-missing -S max_new_tokens=8 evaluate@tuned"
-    assert stages_run(team.run_block(clone, first_line)) == ["evaluate@tuned", "predict@tuned"]
+    assert stages_run(team.run_block(clone, first_line)) == ["check_params", "evaluate@tuned", "predict@tuned"]
     assert '"mean_response_tokens": 8.0' in (clone / "metrics/evaluate/tuned.json").read_text()
     assert files(clone, "models/*") == ["models/.gitignore", "models/tokenizer", "models/tuned"]
     assert files(clone, "data/**/*.parquet") == [
@@ -227,7 +227,7 @@ def test_the_run_cache_of_a_remote_does_not_avoid_training(team: Team, tmp_path:
     run(team.mine, "dvc", "push", "--run-cache")
     clone = team.clone(tmp_path)
     run(clone, "dvc", "pull", "--run-cache")
-    assert len(files(clone, ".dvc/cache/runs/*/*/*")) == 14  # eleven of main, three of the experiment
+    assert len(files(clone, ".dvc/cache/runs/*/*/*")) == 19  # of main and of the experiments
     edit(clone, learning_rate="1e-05")
     assert "train" in stages_run(run(clone, "dvc", "repro", "--dry"))
 
@@ -344,7 +344,7 @@ def test_missing_results_are_reported_and_both_fixes_work(team: Team, tmp_path: 
 
     # One stage to save time; test_pipeline.py compares the hashes of all stages.
     before = (clone / "dvc.lock").read_bytes()
-    assert stages_run(run(clone, "dvc", "repro", "download_dataset")) == ["download_dataset"]
+    assert stages_run(run(clone, "dvc", "repro", "download_dataset")) == ["check_params", "download_dataset"]
     assert (clone / "dvc.lock").read_bytes() == before
 
     run(team.mine, "dvc", "remote", "add", "--local", "missing", str(empty))

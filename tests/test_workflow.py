@@ -241,7 +241,10 @@ def test_git_converts_no_line_ends_so_no_stage_is_outdated(project: Path, tmp_pa
         (delete("stages/split.py"), ["split: stages/split.py is missing"]),
         (
             lambda folder: edit(folder, learning_rate="5e-4", num_epochs="9"),
-            ["train: learning_rate, num_epochs in params.yaml changed since it ran"],
+            [
+                f"{stage}: learning_rate, num_epochs in params.yaml changed since it ran"
+                for stage in ("check_params", "train")
+            ],
         ),
         (
             append("data/instructions.jsonl", "{}\n"),
