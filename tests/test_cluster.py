@@ -16,12 +16,7 @@ PAGE = (ROOT / "docs/sweeps.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\w+\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 (SCRIPT,) = (text for text in BLOCKS if text.startswith("#!/bin/bash"))
 (COLLECT,) = (text for text in BLOCKS if text.startswith("dvc exp pull --no-cache origin\n"))
-POINTS = {
-    "lr-1e-4-wd-0.01": (1e-4, 0.01),
-    "lr-2e-4-wd-0.01": (2e-4, 0.01),
-    "lr-1e-4-wd-0.1": (1e-4, 0.1),
-    "lr-2e-4-wd-0.1": (2e-4, 0.1),
-}
+POINTS = {"lr-1e-4-wd-0.01": (1e-4, 0.01), "lr-2e-4-wd-0.1": (2e-4, 0.1)}  # of tasks 0 and 3
 
 
 def submit(project: Path, script: str, *numbers: int) -> list[str]:
@@ -61,7 +56,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, ran: Path, fast_stages: No
 
 
 def test_tasks_that_run_at_the_same_time_share_the_cache_and_their_points_are_collected(project: Path) -> None:
-    outputs = submit(project, SCRIPT, 0, 1, 2, 3)
+    outputs = submit(project, SCRIPT, 0, 3)
     for output in outputs:
         stages = set(re.findall(r"^Running stage '(.+)':", output, re.MULTILINE))
         # check_params runs after any change of params.yaml.
@@ -72,35 +67,12 @@ def test_tasks_that_run_at_the_same_time_share_the_cache_and_their_points_are_co
     table = run(project, "bash", "-ec", f"{show} --csv --hide-workspace").stdout
     shown = pd.read_csv(io.StringIO(table)).dropna(subset="Experiment").set_index("Experiment")
     assert {name: (row["learning_rate"], row["weight_decay"]) for name, row in shown.iterrows()} == POINTS
-    assert shown["metrics/evaluate/tuned.json:loss"].nunique() == 4
+    assert shown["metrics/evaluate/tuned.json:loss"].nunique() == 2
 
     assert review == "make review BASE=main REV=lr-2e-4-wd-0.1"
     reviewed = run(project, "python", "-m", "review", "main", "lr-2e-4-wd-0.1", check=False, PYTHONPATH=str(ROOT))
     assert "95% interval" in reviewed.stdout  # so the predictions of both are in the shared cache
 
-
-def test_a_finished_task_that_is_submitted_again_runs_nothing(project: Path) -> None:
-    submit(project, SCRIPT, 0)
-    (output,) = submit(project, SCRIPT, 0)
+    (output,) = submit(project, SCRIPT, 0)  # a finished task that is submitted again
     assert "Running stage" not in output
     assert "lr-1e-4-wd-0.01 is up to date on Git remote" in output
-
-
-def test_a_dvc_remote_takes_the_place_of_the_shared_cache(project: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "remote"
-    other = copy_clone(project, folder / "project")
-    (other / ".dvc/config.local").unlink()
-    run(folder, "git", "clone", "-q", "--bare", str(other), "origin.git")
-    run(other, "git", "remote", "set-url", "origin", str(folder / "origin.git"))
-    copy_clone(project.parent / "cache", other / ".dvc/cache")
-    run(other, "dvc", "remote", "add", "-d", "storage", str(folder / "storage"))
-    run(other, "git", "commit", "-qam", "Name the DVC remote")
-    run(other, "git", "push", "-q", "origin", "main")
-    run(other, "dvc", "push")
-    lines = [line for line in SCRIPT.splitlines() if not line.startswith(("dvc cache", "dvc config"))]
-    script = "\n".join(lines).replace(" --no-cache", "").replace("dvc checkout", "dvc pull")
-    assert "dvc pull" in script
-    submit(other, script, 1)
-    run(other, "dvc", "exp", "pull", "origin")
-    reviewed = run(other, "python", "-m", "review", "main", "lr-2e-4-wd-0.01", check=False, PYTHONPATH=str(ROOT))
-    assert "95% interval" in reviewed.stdout
