@@ -71,7 +71,7 @@ def test_values_that_are_not_finite_are_not_in_the_curve() -> None:
 
 
 def test_a_reason_has_no_secrets_and_is_one_line() -> None:
-    assert plots.reason("https://me:12345678@host\n failed") == "https://***@host failed"
+    assert plots.reason("https://me:12345678@host\n failed") == "https://***@host failed"  # kingfisher:ignore
 
 
 @pytest.fixture

@@ -454,7 +454,7 @@ def test_a_judge_that_can_not_be_used_is_reported(monkeypatch: pytest.MonkeyPatc
     with endpoint(lambda _: str(silent.wait(5))) as (url, _):
         assert judge_error(url).startswith(f"JUDGE: {url}: no reply within 0.05 s; must be an OpenAI")
         silent.set()
-    monkeypatch.setenv("ALL_PROXY", "ftp://me:hunter22@host")
+    monkeypatch.setenv("ALL_PROXY", "ftp://me:hunter22@host")  # kingfisher:ignore
     assert judge_error(url) == "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY: must be a URL like http://host:port, or not set"
 
 
@@ -544,7 +544,7 @@ def test_a_judge_that_stays_busy_is_waited_for_once_and_reported_once(waits: lis
         (401, {}, '{"error": {"message": "wrong: AUTHORIZATION, sk-12345678, hunter22/"}}'),
         (400, {}, "wrong: AUTHORIZATION, sk-12345678, hunter22/"),
         "wrong: AUTHORIZATION, sk-12345678, hunter22/",
-        (404, {}, "wrong: AUTHORIZATION, http://me:hunter22%2F@host"),
+        (404, {}, "wrong: AUTHORIZATION, http://me:hunter22%2F@host"),  # kingfisher:ignore
     ],
 )
 @pytest.mark.parametrize("login", ["me:hunter22%2F@", ""])

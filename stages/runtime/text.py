@@ -28,7 +28,7 @@ def without_secrets(text: str) -> str:
     """Replace logins in URLs, and the values of environment variables such as OPENAI_API_KEY or HF_TOKEN, with `***`.
 
     Example:
-        >>> without_secrets("http://me:SECRET@mirror/v1 failed")
+        >>> without_secrets("http://token@mirror/v1 failed")
         'http://***@mirror/v1 failed'
     """
     values = {value.strip() for name, value in os.environ.items() if name.upper().endswith(SECRET_NAMES)}
