@@ -25,7 +25,7 @@ from stages.data.words import count_words, words
 TIME_LIMIT = 1.0  # seconds for a regular expression and one answer
 # How often a regular expression may repeat its parts, times its length; a compiled one takes about 1 kB each.
 SIZE_LIMIT, LENGTH_LIMIT = 1_000_000, 20_000
-REPEATS = regex.compile(r"\{\s*(\d[\d\s]*)(#?)")  # with the spaces and comments of verbose regular expressions
+REPEATS = regex.compile(r"\{\s*(\d[\d\s]*)(?:(#)|[,}])")  # with the spaces and comments of verbose regular expressions
 EXAMPLE = 'must be an object such as {"contains": "Paris"} (docs/checks.md)'
 
 

@@ -9,7 +9,7 @@ from stages.data.words import WITHOUT_SPACES, WORD, normalized, words
 
 ALPHABETIC = rf"(?![{WITHOUT_SPACES}]|\p{{Hangul}})[\p{{L}}\p{{M}}\p{{N}}]"
 KATAKANA = r"[\p{Katakana}ー]"
-# A place inside a word or a number. Another script begins another word, as in the Korean B입니다 and the Japanese Bです.
+# A place inside a word or a number. Another script begins another word, as in B입니다 (Korean) and Bです (Japanese).
 INSIDE = "|".join(
     [rf"(?<={kind})(?={kind})" for kind in (ALPHABETIC, r"\p{Hangul}", KATAKANA)]
     + [r"(?<=\d[.,])(?=\d)", r"(?<=\d)(?=[.,]\d)", rf"(?<=(?<!{ALPHABETIC})-)(?=\d)"]
@@ -20,9 +20,10 @@ PARTICLES = (
     r"|(?:이[었에라고며다지죠나야]|였|입니|예요|에요|라[고는서])\p{Hangul}*)(?!\p{Hangul}))?"
 )
 # At the beginning of a sentence, these letters can be words, such as articles; I can be one anywhere.
+CYRILLIC = "\u0410\u0412\u0418\u041a\u041e\u0421\u0423\u042f"
 SENTENCE = r"(?<=(?:^|[.!?:\n])[^\p{L}\p{N}]*.)"
 WORD_FOLLOWS = rf" +(?!(?:is|ist|est|es|and|or|und|oder|et|ou|because|since)\b){ALPHABETIC}"
-NOT_A_WORD = rf"(?!(?:(?<=[AEOUYÀАВИКОСУЯ]){SENTENCE}|(?<=I)){WORD_FOLLOWS})"
+NOT_A_WORD = rf"(?!(?:(?<=[AEOUYÀ{CYRILLIC}]){SENTENCE}|(?<=I)){WORD_FOLLOWS})"
 
 
 def first_named(options: list[str], answer: str) -> str | None:

@@ -3,7 +3,6 @@
 import json
 import unicodedata
 from collections.abc import Iterator
-from fractions import Fraction
 from typing import Any
 
 import regex

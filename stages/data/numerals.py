@@ -1,6 +1,7 @@
 """Numbers in a text, in the notations of people and language models, as exact fractions."""
 
 import math
+import unicodedata
 from fractions import Fraction
 from typing import Any
 
@@ -9,33 +10,24 @@ import regex
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 SCALES |= dict.fromkeys("万萬만", 10**4) | dict.fromkeys("亿億억", 10**8)
 SUPERSCRIPTS, SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "₀₁₂₃₄₅₆₇₈₉"
-FRACTIONS = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅖": "2/5", "⅗": "3/5", "⅘": "4/5"}
-FRACTIONS |= {
-    "⅙": "1/6",
-    "⅚": "5/6",
-    "⅛": "1/8",
-    "⅜": "3/8",
-    "⅝": "5/8",
-    "⅞": "7/8",
-    "⅐": "1/7",
-    "⅑": "1/9",
-    "⅒": "1/10",
-}
-SAME = {"-": "−–‐‑－﹣", " ": "\u00a0\u2007\u2009\u202f", ",": "，٬", ".": "．٫", "/": "／⁄", ":": "：", "+": "＋"}
-SAME |= {"~": "～", "√": "π"}  # both are factors, so that 2π is not 2
-CHARACTERS = str.maketrans({other: common for common, others in SAME.items() for other in others})
+# Dashes, the slash of fractions, and Arabic separators. π is a factor like √, so that 2π is not 2.
+CHARACTERS = str.maketrans("−–\u2010\u2011\u2044\u066b\u066cπ", "----/.,√")
 # LaTeX and typographic forms become plain ones. √ also stands for LaTeX that is not read.
 REWRITES = [
     (regex.compile(pattern), to)
     for pattern, to in [
+        # Spaces of other widths, and full-width characters.
+        (r"[\u00a0\u2000-\u200a\u202f\ufe50-\uff5e]", lambda found: unicodedata.normalize("NFKC", found[0])),
         (f"[{SUPERSCRIPTS}]+", lambda found: "^" + found[0].translate(str.maketrans(SUPERSCRIPTS, "0123456789+-"))),
         (f"[{SUBSCRIPTS}]+", lambda found: "_" + found[0].translate(str.maketrans(SUBSCRIPTS, "0123456789"))),
-        (rf"(?<=(\d)?)[{''.join(FRACTIONS)}]", lambda found: (" " if found[1] else "") + FRACTIONS[found[0]]),
+        (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "),
+        ("[¼-¾⅐-⅞]", lambda found: unicodedata.normalize("NFKC", found[0])),
         (r"\{,\}|,\\!", ","),
         (r"\\[,;: ]|\{\\,\}", " "),
         (r"\\(?=[$%])", ""),
         (r"\\(?:times|cdot)(?![a-zA-Z]) ?", "×"),
-        (r"(?<=(\d)?)\\[dtc]?frac *(?|\{(-?\d+)\} *\{(\d+)\}|(\d)(\d))", lambda found: _fraction(*found.groups())),
+        (r"(?<=\d)(?=\\[dtc]?frac)", " "),
+        (r"\\[dtc]?frac *(?|\{(-?\d+)\} *\{(\d+)\}|(\d)(\d))", r"\1/\2"),
         (r"\\(?:[dtc]?frac|sqrt|pi)(?![a-zA-Z])", "√"),
         (r"\^ ?[{(]([-+]?\d+)[)}]", r"^\1"),
         (r"(?<=\d ?)\*\*(?= ?[-+]?\d)", "^"),
@@ -64,7 +56,8 @@ NUMBER = regex.compile(
             rf"(?P<name>(?<![{LETTER}\d\\])[{LETTER}]++[-_]?\{{?\d{JOINED}*+)",
             rf"(?P<exponent>(?<=[{LETTER})}}\]])\^[-+]?\d++)",
             r"(?P<number>"
-            rf"(?:(?<![{LETTER}\d)\]}}%])(?P<sign>[-+])(?:[A-Z]{{0,3}}\p{{Sc}}[ ]?|[A-Z]{{3}}[ ])?)?(?<![{LETTER}\d.])(?>"
+            rf"(?:(?<![{LETTER}\d)\]}}%])(?P<sign>[-+])(?:[A-Z]{{0,3}}\p{{Sc}}[ ]?|[A-Z]{{3}}[ ])?)?"
+            rf"(?<![{LETTER}\d.])(?>"
             rf"(?:{US}[ ]?[×x*·⋅][ ]?)?(?P<base>10)[ ]?\^[ ]?(?P<power>[-+]?\d++)"
             rf"|{US}[eE](?P<power>[-+]?\d++)"
             r"|(?:(?P<whole>\d{1,3})[ ])?(?P<numerator>\d++)[ ]?/[ ]?(?P<denominator>\d++)"
@@ -86,9 +79,8 @@ def numbers(text: str) -> list[Fraction | int | None]:
         >>> numbers("It costs -$1,146.50, or 1.5e3 for 3-5 (COVID-19).")
         [Fraction(-2293, 2), 1500, None]
     """
-    text = text.translate(CHARACTERS)
     for pattern, plain in REWRITES:
-        text = pattern.sub(plain, text)
+        text = pattern.sub(plain, text).translate(CHARACTERS)
     found = NUMBER.finditer(text)
     return [_value(each) if each["number"] else None for each in found if not (each["name"] or each["exponent"])]
 
@@ -124,8 +116,3 @@ def _value(found: Any) -> Fraction | int | None:
         return None
     value *= math.prod(SCALES[scale] for scale in found.captures("scale"))
     return -value if found["sign"] == "-" else value
-
-
-def _fraction(digit: str | None, numerator: str, denominator: str) -> str:
-    """A fraction in LaTeX, which may follow the whole part of a mixed number."""
-    return f"{' ' if digit else ''}{numerator}/{denominator}"
