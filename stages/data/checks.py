@@ -9,7 +9,7 @@ import math
 import unicodedata
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import regex
@@ -23,8 +23,7 @@ from stages.data.tools import parse_json, require_json
 from stages.data.words import count_words, words
 
 TIME_LIMIT = 1.0  # seconds for a regular expression and one answer
-# How often a regular expression may repeat its parts, times its length; a compiled one takes about 1 kB each.
-SIZE_LIMIT, LENGTH_LIMIT = 1_000_000, 20_000
+SIZE_LIMIT, LENGTH_LIMIT = 500_000, 20_000  # of regular expressions; compiling takes up to 0.1 kB per character
 REPEATS = regex.compile(r"\{\s*(\d[\d\s]*)(?:(#)|[,}])")  # with the spaces and comments of verbose regular expressions
 EXAMPLE = 'must be an object such as {"contains": "Paris"} (docs/checks.md)'
 
@@ -130,25 +129,36 @@ def _excludes(value: Any, answer: str) -> bool:
 
 def _validate_regex(value: Any) -> None:
     _require(isinstance(value, str), "regex", value, "a regular expression")
-    # Compiling writes out what is repeated at least n times. Counts that are not nested are multiplied, too, because
-    # only a complete parser of regular expressions could tell.
-    counts = REPEATS.findall(value)
-    repeats = math.prod(max(1, int("".join(count.split()))) for count, _ in counts)
-    has_comment = any(comment for _, comment in counts)  # it could hide more digits
-    if len(value) > LENGTH_LIMIT or repeats * len(value) > SIZE_LIMIT or has_comment:
+    if len(value) > LENGTH_LIMIT or _written_out(value) > SIZE_LIMIT:
         raise ValueError(
-            f"regex: found {shown(value)}, which is too large: it must have at most {LENGTH_LIMIT:,} characters, and "
-            f"at most {SIZE_LIMIT:,} times the product of its minimum repeat counts, as in {{5}} and {{2,9}}"
+            f"regex: found {shown(value)}, which is too large: its length must be at most {LENGTH_LIMIT:,}, and "
+            f"multiplied by its repeat counts, such as 5 in {{5}} or {{5,9}}, at most {SIZE_LIMIT:,}"
         )
     try:
-        regex.compile(nfc(value))
+        _compiled(value)
     except regex.error as error:
         raise ValueError(f"regex: found {shown(value)}, which does not compile: {error}") from None
 
 
+def _written_out(pattern: str) -> float:
+    """An upper bound of the length of a regular expression with its repetitions written out, as compiling does.
+
+    Also counts that are not nested are multiplied; only a complete parser could tell.
+    """
+    counts = REPEATS.findall(pattern)
+    if any(comment for _, comment in counts):  # it could hide more digits
+        return math.inf
+    return len(pattern) * math.prod(max(1, int("".join(count.split()))) for count, _ in counts)
+
+
+@lru_cache(8)  # instead of the cache of the package, which could take much memory
+def _compiled(pattern: str) -> "regex.Pattern[str]":
+    return regex.compile(nfc(pattern), cache_pattern=False)
+
+
 def _regex(value: str, answer: str) -> bool:
     try:
-        return regex.search(nfc(value), answer, timeout=TIME_LIMIT) is not None
+        return _compiled(value).search(answer, timeout=TIME_LIMIT) is not None
     except (MemoryError, RecursionError):  # a recursive expression
         return False
     except TimeoutError:

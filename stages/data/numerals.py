@@ -2,6 +2,7 @@
 
 import math
 import unicodedata
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -37,10 +38,10 @@ REWRITES = [
 ]
 LETTER = r"\p{Latin}\p{Greek}\p{Cyrillic}"  # of words; in Chinese, Japanese and Korean, a number can follow a letter
 SCALE = rf"[ -]?(?P<scale>hundred|thousand|million|billion|trillion|[万萬만亿億억])s?(?![{LETTER}])"
-# What joins two numbers to something else: 3-5, 12:30, 5 - 3, 7x7, $5–$10, 3 million 200, 1.2.3.
+# What joins two numbers to something else: 3-5, 12:30, 5 - 3, 7x7, $5–$10, 3 million 200, 2 and 1/2.
 JOINED = (
     rf"(?:[{LETTER}\p{{Sc}}%°]*"
-    rf"(?:(?:[-—+×*/÷^:.,'’_~·⋅±]+|[ ][-+×*/÷x·⋅±][ ]|(?:{SCALE})+[ ])[-+]?\p{{Sc}}?)?\d"
+    rf"(?:(?:[-—+×*/÷^:.,'’_~·⋅±]+|[ ][-+×*/÷x·⋅±][ ]|(?:{SCALE})+[ ]|[ ]and[ ](?=\d+/))[-+]?\p{{Sc}}?)?\d"
     r"|(?<=\.\d{3}(?:[ ]\d{3})*)[ ]\d{3}(?!\d))"  # 3.141 592
 )
 POWER_OF_UNIT = rf"[{LETTER}]{{1,3}}\^?[23](?![\w^])"  # as in 5km2
@@ -92,9 +93,10 @@ def exact(text: str) -> Fraction | int:
         ValueError: it is not a number, or not in the range of floating-point numbers.
     """
     approximation = float(text)
-    if not math.isfinite(approximation):
+    # Beyond this range, the power of ten could take all memory.
+    if not math.isfinite(approximation) or (not approximation and Decimal(text)):
         raise ValueError(f"{text[:20]} is not a number in the range of floating-point numbers")
-    value = Fraction(text) if approximation else Fraction(0)  # the power of 1e-999999999 would take all memory
+    value = Fraction(text) if approximation else Fraction(0)
     return int(value) if value.denominator == 1 else value
 
 

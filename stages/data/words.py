@@ -21,7 +21,7 @@ WORD = regex.compile(
 # A word as people count them: don't, well-known, 3.14, e.g. and example.org/a are one, 5 + 3 are two.
 COUNTED = regex.compile(
     rf"[{WITHOUT_SPACES}]\p{{M}}*|(?:(?![{WITHOUT_SPACES}])[\p{{L}}\p{{N}}]\p{{M}}*"
-    r"(?:(?:://|(?<=\d),(?=\d)|['’.@_/&+:=?%#\u200c-]|\p{Pd}(?=\d))(?=(?![—―])[\p{L}\p{N}]))?)+"
+    r"(?:(?:://|(?<=\d)[,–](?=\d)|['’.@_/&+:=?%#\u200c\u2010-])(?=[\p{L}\p{N}]))?)+"
 )
 
 
