@@ -114,6 +114,7 @@ LETTERS, ROMAN = ["A", "B", "C", "D"], ["I", "II", "III"]
         (LETTERS, r"\boxed{C}", "C"),
         (LETTERS, "**(D)**", "D"),
         (LETTERS, "b", "B"),
+        (LETTERS, "'B'", "B"),
         (LETTERS, "b) Paris", "B"),
         (LETTERS, "C++, the U.S.A. or a B-52", None),
         (LETTERS, "정답은 B입니다.", "B"),

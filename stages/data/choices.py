@@ -39,7 +39,7 @@ def _pattern(option: str) -> "regex.Pattern[str]":
     letter = own[0]
     if len(own) == 1 and len(letter) == 1 and letter != letter.upper():
         # a) and an answer that is only this letter are not ambiguous; other small letters are parts of texts.
-        capital = rf"(?<!['’-]|\p{{L}}\.){letter.upper()}(?![+#]|[-.&'’]\p{{L}}|-\d)(?!{INSIDE}){NOT_A_WORD}"
+        capital = rf"(?<!\p{{L}}['’.-]){letter.upper()}(?![+#]|[-.&'’]\p{{L}}|-\d)(?!{INSIDE}){NOT_A_WORD}"
         return regex.compile(rf"(?!{INSIDE})(?:{capital}|{letter}(?=\)))|(?<=^\P{{L}}*){letter}(?=\P{{L}}*$)")
     parts = [*WORD.finditer(normalized(option))]
     body = regex.escape(parts[0][0])

@@ -96,9 +96,10 @@ def validate_schema(value: Any) -> None:
             f"json_schema: {min(unsupported)} is not supported; must be a schema without references and patterns"
         )
     try:
-        Draft202012Validator.check_schema(with_exact_values(value))
+        Draft202012Validator.check_schema(value)
     except SchemaError as error:
         raise ValueError(f"json_schema: not a valid JSON schema: {error.message}") from None
+    with_exact_values(value)
     for name in (name for keyword, name in found if keyword == "format"):
         if name not in FORMATS:
             raise ValueError(f"json_schema: the format {name!r} is not supported; must be one of {', '.join(FORMATS)}")
