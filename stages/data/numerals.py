@@ -37,11 +37,11 @@ REWRITES = [
     ]
 ]
 LETTER = r"\p{Latin}\p{Greek}\p{Cyrillic}"  # of words; in Chinese, Japanese and Korean, a number can follow a letter
-SCALE = rf"[ -]?(?P<scale>hundred|thousand|million|billion|trillion|[万萬만亿億억])s?(?![{LETTER}])"
+SCALE = rf"[ -]?(?:(?i:(?P<scale>hundred|thousand|million|billion|trillion)s?)(?![{LETTER}])|(?P<scale>[万萬만亿億억]))"
 # What joins two numbers to something else: 3-5, 12:30, 5 - 3, 7x7, $5–$10, 3 million 200, 2 and 1/2.
 JOINED = (
     rf"(?:[{LETTER}\p{{Sc}}%°]*"
-    rf"(?:(?:[-—+×*/÷^:.,'’_~·⋅±]+|[ ][-+×*/÷x·⋅±][ ]|(?:{SCALE})+[ ]|[ ]and[ ](?=\d+/))[-+]?\p{{Sc}}?)?\d"
+    rf"(?:(?:[-—+×*/÷^:.,'’_~·⋅±]+|[ ][-+×*/÷x·⋅±][ ]|(?:{SCALE})+[ ]?|[ ]and[ ](?=\d+/))[-+]?\p{{Sc}}?)?\d"
     r"|(?<=\.\d{3}(?:[ ]\d{3})*)[ ]\d{3}(?!\d))"  # 3.141 592
 )
 POWER_OF_UNIT = rf"[{LETTER}]{{1,3}}\^?[23](?![\w^])"  # as in 5km2
@@ -116,5 +116,5 @@ def _value(found: Any) -> Fraction | int | None:
             value = exact(f"{digits}e{found['power'] or 0}")
     except (ValueError, ZeroDivisionError):
         return None
-    value *= math.prod(SCALES[scale] for scale in found.captures("scale"))
+    value *= math.prod(SCALES[scale.lower()] for scale in found.captures("scale"))
     return -value if found["sign"] == "-" else value
