@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.data.chat_template import FIXED_DATE, ChatTemplate
+from stages.data.chat_template import ChatTemplate
 from stages.data.conversations import Conversation, content_ids
+from stages.data.rendering import FIXED_DATE
 from stages.data.templates import load_template, select_template
 from stages.runtime.errors import UserError
 from tests.clone import USER_FILES, make_tokenizer
@@ -365,6 +366,84 @@ def test_a_date_in_the_prompt_is_the_same_on_any_day() -> None:
     template = ChatTemplate(tokenizer, jinja("llama3_2"), "llama3_2")
     formatted = template.format([Conversation(ONE)], 9999)
     assert "Today Date: 26 Jul 2024" in formatted.prompts[0]
+
+
+def with_options(name: str, special_tokens: list[str], options: dict[str, Any]) -> tuple[Any, ChatTemplate]:
+    tokenizer = with_bos(special_tokens, special_tokens[1])
+    return tokenizer, ChatTemplate(tokenizer, jinja(name), name, options)
+
+
+def test_options_change_the_prompt_and_those_of_a_row_override_them() -> None:
+    _, template = with_options("qwen3", FAMILIES["qwen2_5"][0], {"enable_thinking": False})
+    rows = [Conversation(ONE), Conversation(ONE, options={"enable_thinking": True})]
+    formatted = template.format(rows, 9999)
+    start = "<|im_start|>user\nName a color.<|im_end|>\n<|im_start|>assistant\n"
+    assert formatted.prompts == [f"{start}<think>\n\n</think>\n\n", start]
+    assert formatted.responses == ["Red.", "<think>\n\n</think>\n\nRed."]
+    assert template.encode_prompts(["Name a color."]) == [formatted.examples[0].spans[0]]
+    ids = [content_ids(example.conversation) for example in formatted.examples]
+    assert ids[0][0] == ids[1][0]
+    assert ids[0][1] != ids[1][1]
+
+
+@pytest.mark.parametrize(
+    ("name", "special_tokens", "options"),
+    [
+        ("qwen3", FAMILIES["qwen2_5"][0], {"enable_thinking": False}),
+        (
+            "muse_glimmer",
+            [*GPT_OSS, "<|eot|>"],
+            {"reasoning_strength": '"low" \'ü\n%}', "tool_namespace_descriptions": {"a": None}},
+        ),
+        ("llama3_2", FAMILIES["llama3"][0], {"date_string": "1 May 2026"}),
+        ("llama3_2", FAMILIES["llama3"][0], {}),
+    ],
+)
+def test_the_saved_template_has_the_options_and_the_fixed_date_and_a_caller_can_override_them(
+    name: str, special_tokens: list[str], options: dict[str, Any]
+) -> None:
+    tokenizer, template = with_options(name, special_tokens, options)
+
+    def render(text: str, **changed: Any) -> str:
+        prompt = {"tokenize": False, "add_generation_prompt": True}
+        return str(tokenizer.apply_chat_template(ONE[:1], chat_template=text, **prompt, **changed))
+
+    prompt = render(template.chat_template)
+    assert prompt == render(FIXED_DATE + jinja(name), **options)
+    assert template.encode_prompts(["Name a color."]) == [tokenizer.encode(prompt, add_special_tokens=False)]
+    if options:
+        assert prompt != render(jinja(name))
+    for changed in ({key: "x"} for key in options if key != "tool_namespace_descriptions"):
+        assert render(template.chat_template, **changed) == render(FIXED_DATE + jinja(name), **options | changed)
+
+
+def test_an_option_that_the_template_does_not_use_is_an_error_that_names_those_that_it_uses() -> None:
+    with pytest.raises(UserError) as error:
+        with_options("qwen3_8", FAMILIES["qwen2_5"][0], {"enable_thinkin": False})
+    assert str(error.value) == (
+        "template_options: qwen3_8 does not use the option 'enable_thinkin'; it uses add_vision_id, content, "
+        "enable_thinking, preserve_thinking, reasoning_content, reasoning_effort"
+    )
+    _, template = make_template("gemma")
+    row = Conversation(ONE, options={"messages": []})
+    assert str(template.format([row], 9999).errors[0]) == "gemma does not use the option 'messages'; it uses none"
+
+
+def test_an_option_that_makes_the_template_fail_is_an_error_and_rejects_only_its_row() -> None:
+    text = "{% if mode is defined and mode != 'a' %}{{ raise_exception('no mode ' ~ mode) }}{% endif %}" + jinja(
+        "qwen2_5"
+    )
+    tokenizer = with_bos(FAMILIES["qwen2_5"][0], "<|im_end|>")
+    with pytest.raises(UserError) as error:
+        ChatTemplate(tokenizer, text, "t", {"mode": "b"})
+    assert str(error.value) == ("t: can't render a question and an answer: t: no mode b; fix it or template_options")
+    rows = [Conversation(ONE, options={"mode": mode}) for mode in "abc"]
+    formatted = ChatTemplate(tokenizer, text, "t", {"mode": "a"}).format(rows, 9999)
+    assert [example.row for example in formatted.examples] == [0]
+    assert [(row, error.reason, str(error)) for row, error in formatted.errors.items()] == [
+        (1, "refused_by_template", "t: no mode b"),
+        (2, "refused_by_template", "t: no mode c"),
+    ]
 
 
 def test_the_input_of_an_alpaca_row_is_appended_to_the_first_question() -> None:

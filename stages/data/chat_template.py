@@ -1,8 +1,7 @@
 """Jinja chat templates: conversations with any number of messages."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from stages.data.completeness import missing_key, texts_in
@@ -10,20 +9,16 @@ from stages.data.conversations import Conversation, Formatted, Rendered
 from stages.data.examples import BadRowError, Message
 from stages.data.masking import mask_spans, tokenize
 from stages.data.plain_text import PlainText
-from stages.runtime.errors import UserError, is_out_of_memory
+from stages.data.rendering import Renderer
+from stages.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Some chat templates write the current date into the prompt. The same data must give the same tokens on any day, so
-# they get the date that Llama 3.1's template uses as its default.
-FIXED_DATE = (
-    "{% macro strftime_now(format) %}{{ format | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July') | "
-    "replace('%m', '07') | replace('%Y', '2024') | replace('%A', 'Friday') }}{% endmacro +%}"
-)
 QUESTION: Message = {"role": "user", "content": "A"}
 ANSWER = "ANSWER"  # the response in test conversations; a special token after it is the template's EOS token
-TOOL = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}
+PARAMETERS = {"type": "object", "properties": {"a": {"type": "string"}}}
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": PARAMETERS}}
 
 
 @dataclass(frozen=True)
@@ -59,25 +54,35 @@ class ChatTemplate:
     Args:
         chat_template: Jinja text, as `apply_chat_template` of transformers takes it.
         where: the name of the template in messages.
+        options: variables of the template, such as `enable_thinking`.
 
     Attributes:
+        chat_template: the template with its options built in.
         eos_token_ids: the tokens that end an answer: that of a text, and if it is another one, that of a tool call.
 
     Raises:
         UserError: the template can't be rendered, or has no special token after a response.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat_template: str, where: str):
-        self.chat_template = chat_template
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        chat_template: str,
+        where: str,
+        options: Mapping[str, Any] | None = None,
+    ):
+        self._renderer = Renderer(tokenizer, chat_template, where, options or {})
+        self._render = self._renderer.render
+        self.chat_template = self._renderer.chat_template
         self._tokenizer = tokenizer
         self._where = where
-        self._calls_as_text = False
         self._plain_text = PlainText(tokenizer)
         try:
             exchange = self._render([QUESTION, {"role": "assistant", "content": ANSWER}])
             header = len(self._render([QUESTION], add_generation_prompt=True)) - len(self._render([QUESTION]))
         except BadRowError as error:
-            raise UserError(f"{where}: can't render a question and an answer: {error}; fix it") from None
+            fix = "fix it or template_options" if options else "fix it"
+            raise UserError(f"{where}: can't render a question and an answer: {error}; {fix}") from None
         end = self._plain_text.special.search(exchange, exchange.rfind(ANSWER) + len(ANSWER))
         if ANSWER not in exchange or not end:
             raise UserError(
@@ -143,16 +148,13 @@ class ChatTemplate:
         return tokenize(self._tokenizer, texts, allow_special_tokens=True)
 
     def _find_call_eos_token(self) -> str | None:
-        """The special token that ends a tool call; None if the template has no tool calls.
-
-        transformers documents that arguments are objects, but some templates (DeepSeek's) need their JSON text.
-        """
+        """The special token that ends a tool call; None if the template has no tool calls."""
         function = {"name": "f", "arguments": {"a": ANSWER}}
         call = {"id": "123456789", "type": "function", "function": function}  # Mistral requires nine characters
         message = {"role": "assistant", "content": "", "tool_calls": [call]}
-        for self._calls_as_text in (False, True):
+        for self._renderer.calls_as_text in (False, True):
             try:
-                rendered = self._render([QUESTION, message], tools=[{"type": "function", "function": TOOL}])
+                rendered = self._render([QUESTION, message], Conversation([], tools=[TOOL]))
             except BadRowError:
                 continue
             *_, after = rendered.removesuffix(self._after_eos).rpartition(ANSWER)
@@ -174,11 +176,12 @@ class ChatTemplate:
             messages[first] = {**messages[first], "content": content}
         self._plain_text.reject_special_tokens(message["content"] for message in messages)
         more = [message for message in messages if len(message) > len(("role", "content"))]
-        self._plain_text.reject_special_tokens(texts_in([more, conversation.tools]))
+        self._plain_text.reject_special_tokens(texts_in([more, conversation.tools, conversation.options]))
+        self._renderer.require_options(conversation.options)
         responses: dict[int, Response] = {}
         for at, message in enumerate(messages):
             if message["role"] == "assistant" and message.get("train", True):
-                response = responses[at] = self._render_response(messages[: at + 1], conversation.tools)
+                response = responses[at] = self._render_response(messages[: at + 1], conversation)
                 begin = max(0, response.start - self._header_length)  # the header may have a part, such as <think>
                 self._require_complete(at, message, response.text[begin:])
         full = responses[len(messages) - 1].text
@@ -192,27 +195,27 @@ class ChatTemplate:
                     self._require_complete(at, message, last.text)
         for at, message in enumerate(messages):  # a template may drop the reasoning of an earlier answer
             if message["role"] == "assistant" and at not in responses and missing_key(message, full):
-                self._require_complete(at, message, self._render(messages[: at + 1], tools=conversation.tools))
+                self._require_complete(at, message, self._render(messages[: at + 1], conversation))
         if conversation.tools:
-            without = self._render(messages)
+            without = self._render(messages, replace(conversation, tools=()))
             names = [tool["function"]["name"] for tool in conversation.tools]
             if without == full or not all(name in full for name in names):
                 raise BadRowError("not_rendered", f"{self._where} does not render the row's tools")
         return examples
 
-    def _render_response(self, messages: list[Message], tools: Sequence[dict[str, Any]]) -> Response:
-        """Locate the last message, an answer, in the rendering of the messages."""
+    def _render_response(self, messages: list[Message], row: Conversation) -> Response:
+        """Locate the last message, an answer, in the rendering of the messages of a row."""
         eos_token = self._call_eos_token if messages[-1].get("tool_calls") else self._eos_token
         if eos_token is None:
             raise BadRowError("not_rendered", f"{self._where} can't render tool calls")
-        prompt = self._render(messages[:-1], tools=tools, add_generation_prompt=True)
-        text = self._render(messages, tools=tools)
+        prompt = self._render(messages[:-1], row, add_generation_prompt=True)
+        text = self._render(messages, row)
         if not text.startswith(prompt):
             # A template may render earlier messages differently once the answer is there: Mistral's has the system
             # prompt only if a question is last. The model sees this prompt, so the answer must follow it. It is the
             # same as after a single question.
-            question = self._render([QUESTION], tools=tools, add_generation_prompt=True)
-            exchange = self._render([QUESTION, messages[-1]], tools=tools)
+            question = self._render([QUESTION], row, add_generation_prompt=True)
+            exchange = self._render([QUESTION, messages[-1]], row)
             response = exchange.removeprefix(question)
             if response == exchange or not text.endswith(response):
                 raise BadRowError(
@@ -255,41 +258,3 @@ class ChatTemplate:
         if name := missing_key(message, rendering):
             where = f"message {at + 1:,} ({message['role']})"
             raise BadRowError("not_rendered", f"{self._where} does not render {name!r} of {where}")
-
-    def _render(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), add_generation_prompt: bool = False
-    ) -> str:
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    [self._for_template(message) for message in messages],
-                    tools=list(tools) or None,
-                    chat_template=FIXED_DATE + self.chat_template,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                )
-            )
-        except Exception as error:  # a template can raise anything
-            if is_out_of_memory(error):
-                raise
-            raise BadRowError("refused_by_template", f"{self._where}: {error}") from None
-
-    def _for_template(self, message: Message) -> Message:
-        """A message with the keys that templates know."""
-        if len(message) == len(("role", "content")):
-            return message
-        message = {name: value for name, value in message.items() if name != "train"}
-        if "reasoning_content" in message:
-            message["thinking"] = message["reasoning_content"]  # the name in the template of gpt-oss
-        if "tool_calls" in message and self._calls_as_text:
-            message["tool_calls"] = [
-                {
-                    **call,
-                    "function": {
-                        **call["function"],
-                        "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
-                    },
-                }
-                for call in message["tool_calls"]
-            ]
-        return message

@@ -8,14 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from stages.runtime.errors import UserError
 from stages.runtime.param_types import (
@@ -35,6 +28,7 @@ from stages.runtime.param_types import (
     TargetModules,
     Temperature,
     Template,
+    TemplateOptions,
     Text,
 )
 from stages.runtime.yaml12 import YAMLError, parse_yaml
@@ -62,6 +56,7 @@ class DownloadModelParams(StageParams):
 
 class FormatParams(StageParams):
     template: Template
+    template_options: TemplateOptions
     max_length: MaxLength
     train_on: Literal["all_answers", "last_answer"]
 
@@ -99,6 +94,7 @@ class TrainingParams(BatchParams):
     """The parameters of a training run, except its seed."""
 
     template: Template
+    template_options: TemplateOptions
     gradient_accumulation_steps: PositiveInt
     learning_rate: PositiveFloat
     lr_scheduler: Literal["linear", "cosine", "constant"]
@@ -145,6 +141,7 @@ class TrainParams(TrainingParams):
 
 class PredictParams(BatchParams):
     template: Template
+    template_options: TemplateOptions
     launcher: Launcher
     max_new_tokens: PositiveInt
     answers_per_prompt: PositiveInt
@@ -173,6 +170,7 @@ class SeedParams(StageParams):
 
 class GenerateParams(BatchParams):
     template: Template
+    template_options: TemplateOptions
     launcher: Launcher
     sample_prompts: Annotated[list[Text], Field(min_length=1)]
     max_new_tokens: PositiveInt
