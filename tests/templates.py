@@ -8,15 +8,16 @@ rejected, or `wrong: ...`.
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib.resources import files
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
 from stages.data.chat_template import ChatTemplate
 from stages.data.conversations import Conversation, parse_conversation
-from stages.data.examples import IGNORE_INDEX
 from stages.data.rendering import FIXED_DATE
 from stages.data.rows import RowParser
 from stages.runtime.errors import UserError
@@ -89,9 +90,24 @@ ROWS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
         [["Sunny."]],
     ),
 }
-# What the documentation of the models states and the template does not: tokens at which generation stops.
-STOPS = {"glm4moe": ["<|user|>", "<|observation|>"]}
-OPTIONS: dict[str, Any] = {}
+# Tokens at which generation stops, as in generation_config.json of the models.
+STOPS = {"cohere2": ["<|END_OF_TURN_TOKEN|>"], "glm4moe": ["<|user|>", "<|observation|>"]}
+CLOSES = {"reasoning_end": "\n</think>\n\n"}
+THINKS, THINKS_NOT = ({"options": {"enable_thinking": value}} for value in (True, False))
+# Parameters with which templates are also tried.
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "deepseek_r1_distill": CLOSES,
+    "deepseekv3": CLOSES,
+    "gemma4_v5": THINKS,
+    "glm4moe": THINKS_NOT,
+    "nemotron_3_5_lightning": THINKS_NOT,
+    "nemotron_3_nano": THINKS_NOT,
+    "nemotron_3_super": THINKS_NOT,
+    "nemotron_3_ultra": THINKS_NOT,
+    "qwen3": THINKS_NOT,
+    "qwen3_5_nothink": THINKS,
+    "qwen3_5_think": THINKS_NOT,
+}
 
 
 @dataclass(frozen=True)
@@ -102,194 +118,197 @@ class Cell:
     trl: str = ""
 
 
+Table = dict[str, dict[str, Cell]]  # by template, with its parameters, and by kind of row
+
+
 def main() -> None:
-    results = {name: try_template(name) for name in progress(template_names(), "format", "template")}
+    results = {label: try_template(*case) for label, case in progress(list(cases().items()), "format", "template")}
     write_json(RESULTS, {name: {kind: vars(cell) for kind, cell in cells.items()} for name, cells in results.items()})
     print(table(read_results()))
-    if wrong := [
-        f"{name}, {kind}: {cell.outcome}" for name, kind, cell in cells_of(results) if "wrong" in cell.outcome
-    ]:
-        raise SystemExit("\n".join(wrong))
+    if wrong := [f"{label}, {kind}" for label, kind, cell in cells_of(results) if cell.outcome.startswith("wrong")]:
+        raise SystemExit("wrong:\n" + "\n".join(wrong))
 
 
-def template_names() -> list[str]:
+def cases() -> dict[str, tuple[str, dict[str, Any]]]:
+    """The templates that TRL ships, and their parameters."""
     folder = files("trl").joinpath("chat_templates")
     names = [path.name.removesuffix(".jinja") for path in folder.iterdir() if path.name.endswith(".jinja")]
-    return sorted(name for name in names if not name.endswith("_training"))
+    names = sorted(name for name in names if not name.endswith("_training"))
+    found: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in names}
+    for name, parameters in PARAMETERS.items():
+        shown = parameters.get("options", parameters)
+        found[f"{name}, {json.dumps(shown)[1:-1].replace(chr(34), '')}"] = (name, parameters)
+    return dict(sorted(found.items()))
 
 
-def jinja(name: str) -> str | None:
-    path = files("trl").joinpath(f"chat_templates/{name}.jinja")
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+def jinja(name: str) -> str:
+    return files("trl").joinpath(f"chat_templates/{name}.jinja").read_text(encoding="utf-8")
 
 
-def read_results() -> dict[str, dict[str, Cell]]:
+def read_results() -> Table:
     return {name: {kind: Cell(**cell) for kind, cell in cells.items()} for name, cells in read_json(RESULTS).items()}
 
 
-def cells_of(results: dict[str, dict[str, Cell]]) -> list[tuple[str, str, Cell]]:
-    return [(name, kind, cell) for name, cells in results.items() for kind, cell in cells.items()]
+def cells_of(results: Table) -> list[tuple[str, str, Cell]]:
+    return [(label, kind, cell) for label, cells in results.items() for kind, cell in cells.items()]
 
 
-def table(results: dict[str, dict[str, Cell]]) -> str:
-    """Markdown: for each template, the kinds of rows that are exact and those that are not, and the totals."""
-    totals = Counter(cell.outcome.partition(":")[0] for *_, cell in cells_of(results))
-    lines = [f"{', '.join(f'{outcome}: {count}' for outcome, count in totals.most_common())}", ""]
-    lines += ["| template | exact | not exact |", "|---|---:|---|"]
-    for name, cells in results.items():
+def table(results: Table) -> str:
+    """Markdown: the totals without parameters, and for each template the kinds of rows that are not exact."""
+    plain = {label: cells for label, cells in results.items() if "," not in label}
+    totals = Counter(cell.outcome.partition(":")[0] for *_, cell in cells_of(plain))
+    lines = [f"{len(plain)} templates: " + ", ".join(f"{count} {outcome}" for outcome, count in totals.most_common())]
+    lines += ["", "| template | exact | not exact |", "|---|---:|---|"]
+    for label, cells in results.items():
         other: dict[str, list[str]] = {}
         for kind, cell in cells.items():
             if cell.outcome != "exact":
-                other.setdefault(cell.outcome, []).append(kind)
-        listed = "; ".join(f"{outcome}: {', '.join(kinds)}" for outcome, kinds in other.items())
-        lines.append(f"| {name} | {sum(cell.outcome == 'exact' for cell in cells.values())} | {listed} |")
+                other.setdefault(cell.outcome.partition(":")[0], []).append(kind)
+        listed = "; ".join(f"`{outcome}`: {', '.join(kinds)}" for outcome, kinds in other.items())
+        lines.append(f"| {label} | {sum(cell.outcome == 'exact' for cell in cells.values())} | {listed} |")
     return "\n".join(lines)
 
 
-def make_template_tokenizer(name: str) -> Any:
-    """A byte-level tokenizer with the special tokens of a template."""
-    text = jinja(name) or ""
-    found = [token for token in dict.fromkeys(SPECIAL.findall(text)) if token != "<|think|>"]
-    return make_tokenizer(["<bos>", "<eos>", *found], bos_token="<bos>", eos_token="<eos>")
-
-
-def try_template(name: str) -> dict[str, Cell]:
+def try_template(name: str, parameters: dict[str, Any]) -> dict[str, Cell]:
     """The cells of one template."""
-    tokenizer = make_template_tokenizer(name)
+    special = list(dict.fromkeys(SPECIAL.findall(jinja(name))))
+    tokenizer = make_tokenizer(["<bos>", "<eos>", *special], bos_token="<bos>", eos_token="<eos>")
+    stop_ids = tokenizer.convert_tokens_to_ids(STOPS.get(name, []))
     try:
-        template = ChatTemplate(tokenizer, jinja(name) or "", name, **OPTIONS)
+        template = ChatTemplate(tokenizer, jinja(name), name, stop_ids=stop_ids, **parameters)
     except UserError as error:
         return {kind: Cell(f"error: {error}") for kind in ROWS}
-    return {kind: try_row(tokenizer, template, name, kind) for kind in ROWS}
+    checker = Checker(name, tokenizer, template, parameters)
+    return {kind: checker.try_row(kind) for kind in ROWS}
 
 
-def try_row(tokenizer: Any, template: ChatTemplate, name: str, kind: str) -> Cell:
-    row, expected = ROWS[kind]
-    parsed = RowParser().parse(row)
-    raw = {"messages": json.dumps(parsed.messages), "tools": json.dumps(parsed.tools), "input": parsed.input}
-    conversation = parse_conversation(raw, "last_answer" if kind == "last answer" else "all_answers")
-    formatted = template.format([conversation], 9999)
-    if formatted.errors:
-        return Cell(f"{formatted.errors[0].reason}: {formatted.errors[0]}")
-    ends = formatted.encoded.lengths.cumsum().tolist()
-    ids, labels = formatted.encoded.input_ids.tolist(), formatted.encoded.labels.tolist()
-    examples = [(ids[a:b], labels[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
-    wrong = compare(tokenizer, template, name, conversation, examples, expected)
-    trl = "" if wrong else compare_with_trl(tokenizer, name, conversation, examples)
-    return Cell("wrong: " + "; ".join(wrong) if wrong else "exact", trl)
+@dataclass(frozen=True)
+class Checker:
+    """Compare examples with what transformers renders.
 
+    name, parameters: of the template.
+    """
 
-Ids = list[int]
+    name: str
+    tokenizer: Any
+    template: ChatTemplate
+    parameters: dict[str, Any]
 
-
-def spans_of(ids: Ids, labels: Ids) -> list[tuple[int, int]]:
-    """The beginning and the end of each supervised span."""
-    trained = [False, *(label != IGNORE_INDEX for label in labels), False]
-    edges = [at for at in range(len(ids) + 1) if trained[at] != trained[at + 1]]
-    return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def compare(
-    tokenizer: Any,
-    template: ChatTemplate,
-    name: str,
-    conversation: Conversation,
-    examples: Sequence[tuple[Ids, Ids]],
-    expected: list[list[str]],
-) -> list[str]:
-    """What is wrong with the examples of a conversation."""
-    wrong = []
-    answers = [at for at, each in enumerate(conversation.messages) if each["role"] == "assistant"]
-    answers = [at for at in answers if conversation.messages[at].get("train", True)]
-    spans = [(ids, start, end) for ids, labels in examples for start, end in spans_of(ids, labels)]
-    if len(spans) != len(expected):
-        return [f"{len(spans)} supervised spans"]
-    for at, texts, (ids, start, end) in zip(answers, expected, spans, strict=True):
-        prompt, answer = tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:end])
-        before, upto = conversation.messages[:at], conversation.messages[: at + 1]
-        prompts = renderings(tokenizer, name, before, conversation.tools, add_generation_prompt=True)
-        if prompt not in prompts:
-            wrong.append(f"prompt {at} is not that of inference")
-        position = 0
-        for text in texts:
-            position = answer.find(text, position)
-            if position < 0:
-                wrong.append(f"answer {at} lacks {text!r}")
-                break
-        if ids[end - 1] not in template.eos_token_ids:
-            wrong.append(f"answer {at} has no EOS token")
-        if len(examples) == len(spans) or at == answers[-1]:
-            fulls = [f for f in renderings(tokenizer, name, upto, conversation.tools) if f.startswith(prompt)]
-            stop = tokenizer.decode(ids[end - 1 : end])
-            if fulls and not any(
-                f.startswith(prompt + answer) or f == prompt + answer.removesuffix(stop) for f in fulls
-            ):
-                wrong.append(f"answer {at} is not what the template renders")
-    return wrong
-
-
-def renderings(tokenizer: Any, name: str, messages: Sequence[Any], tools: Any, **options: Any) -> list[str]:
-    """What transformers renders: arguments of calls as objects or as text, content as text, parts or null."""
-    found = []
-    for as_text in (False, True):
-        for content in ("text", "parts", "null"):
-            try:
-                found.append(
-                    tokenizer.apply_chat_template(
-                        [for_template(message, as_text, content) for message in messages],
-                        tools=list(tools) or None,
-                        chat_template=FIXED_DATE + (jinja(name) or ""),
-                        tokenize=False,
-                        **options,
-                    )
-                )
-            except Exception:
-                continue
-    return found
-
-
-def for_template(message: Any, as_text: bool, content: str) -> Any:
-    message = {key: value for key, value in message.items() if key != "train"}
-    if "reasoning_content" in message:
-        message["thinking"] = message["reasoning_content"]
-    if content == "parts":
-        message["content"] = [{"type": "text", "text": message["content"]}]
-    if "tool_calls" in message:
-        if content == "null":
-            message["content"] = message["content"] or None
-        if as_text:
-            message["tool_calls"] = [
-                each | {"function": each["function"] | {"arguments": json.dumps(each["function"]["arguments"])}}
-                for each in message["tool_calls"]
-            ]
-    return message
-
-
-def compare_with_trl(tokenizer: Any, name: str, conversation: Conversation, examples: Sequence[tuple[Ids, Ids]]) -> str:
-    """How the mask differs from that of TRL's training template; empty if it has none or the masks are equal."""
-    training = jinja(f"{name}_training")
-    if training is None:
-        return ""
-    last = examples[-1]
-    start, end = spans_of(*last)[-1]
-    own = tokenizer.decode(last[0][start:end])
-    try:
-        rendered = tokenizer.apply_chat_template(
-            [for_template(message, False, "text") for message in conversation.messages],
-            tools=list(conversation.tools) or None,
-            chat_template=FIXED_DATE + training,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
+    def try_row(self, kind: str) -> Cell:
+        row, expected = ROWS[kind]
+        parsed = RowParser().parse(row)
+        raw = {"messages": json.dumps(parsed.messages), "tools": json.dumps(parsed.tools), "input": ""}
+        conversation = parse_conversation(raw, "last_answer" if kind == "last answer" else "all_answers")
+        formatted = self.template.format([conversation], 9999)
+        if formatted.errors:
+            return Cell(f"{formatted.errors[0].reason}: {formatted.errors[0]}")
+        spans = [span for example in formatted.examples for span in self.texts(example.spans)]
+        answers = [at for at, each in enumerate(conversation.messages) if each["role"] == "assistant"]
+        answers = [at for at in answers if conversation.messages[at].get("train", True)]
+        if len(spans) != len(expected):
+            return Cell(f"wrong: {len(spans)} answers are trained")
+        wrong, differences = [], []
+        for at, stated, (prompt, answer) in zip(answers, expected, spans, strict=True):
+            before, upto = (replace(conversation, messages=conversation.messages[:end]) for end in (at, at + 1))
+            wrong += self.compare(before, upto, prompt, answer, stated)
+            differences.append(self.compare_with_trl(upto, prompt, answer, stated))
+        return Cell(
+            "wrong: " + "; ".join(wrong) if wrong else "exact", "; ".join(dict.fromkeys(filter(None, differences)))
         )
-    except Exception as error:
-        return f"TRL fails: {type(error).__name__}"
-    mask = rendered["assistant_masks"]
-    labels = [token if trained else IGNORE_INDEX for token, trained in zip(rendered["input_ids"], mask, strict=True)]
-    spans = spans_of(rendered["input_ids"], labels)
-    if not spans:
-        return "TRL masks all"
-    theirs = tokenizer.decode(rendered["input_ids"][spans[-1][0] : spans[-1][1]])
-    return "" if theirs == own else f"{theirs!r} instead of {own!r}"
+
+    def texts(self, spans: list[list[int]]) -> list[tuple[str, str]]:
+        """The text before each answer of an example, and the text of the answer."""
+        ends = [sum(map(len, spans[:number])) for number in range(len(spans) + 1)]
+        ids = [token for span in spans for token in span]
+        decode = self.tokenizer.decode
+        return [
+            (decode(ids[:start]), decode(ids[start:end])) for start, end in zip(ends[1::2], ends[2::2], strict=True)
+        ]
+
+    def compare(
+        self, before: Conversation, upto: Conversation, prompt: str, answer: str, stated: list[str]
+    ) -> Iterator[str]:
+        """What is wrong with a prompt and an answer: it is neither that of transformers nor what the row states."""
+        if before.tools and "Of a town." not in prompt:
+            yield "the prompt lacks the tools"
+        if prompt not in self.render(before, add_generation_prompt=True):
+            yield "the prompt is not that of inference"
+        if not re.search(".*".join(map(re.escape, stated)), answer, re.DOTALL):
+            yield "the answer lacks something"
+        eos = next((token for token in self.eos_tokens if answer.endswith(token)), "")
+        if not eos or any(token in answer.removesuffix(eos) for token in self.eos_tokens):
+            yield "the answer does not end at its EOS token"
+        if answer.count("</think>") > 1:
+            yield "the reasoning is closed twice"
+        if "reasoning_end" in self.parameters and prompt.endswith("<think>\n"):
+            thought = THOUGHT if THOUGHT in stated else OTHER_THOUGHT if OTHER_THOUGHT in stated else ""
+            if not answer.startswith(f"{thought}{self.parameters['reasoning_end']}"):
+                yield "the reasoning is not closed"
+            return
+        # Some templates open an empty thought with a line break in the prompt and without one in the answer.
+        starts = (prompt + answer, prompt.rstrip() + answer)
+        rendered = self.render(upto)
+        if upto.messages[-1]["content"] == INSIDE["content"]:  # also with the reasoning apart
+            apart = ANSWER | {"reasoning_content": THOUGHT}
+            rendered += self.render(replace(upto, messages=[*before.messages, apart]))
+        if any(text.startswith(starts) or text + eos in starts for text in rendered):
+            return
+        # The template renders what is before the answer differently once the answer is there.
+        if any(text.startswith(prompt) for text in rendered) or not any(answer in text for text in rendered):
+            yield "the answer is not what the template renders"
+
+    @property
+    def eos_tokens(self) -> list[str]:
+        return list(self.tokenizer.convert_ids_to_tokens(self.template.eos_token_ids))
+
+    def render(self, row: Conversation, **more: Any) -> list[str]:
+        """What transformers renders: with arguments of calls as objects or text, and content as text or parts."""
+        found = []
+        for as_text, as_parts in product((False, True), repeat=2):
+            with suppress(Exception):  # a template can raise anything
+                found.append(self.apply(row, jinja(self.name), as_text, as_parts, tokenize=False, **more))
+        return found
+
+    def apply(self, row: Conversation, text: str, as_text: bool = False, as_parts: bool = False, **more: Any) -> Any:
+        messages = json.loads(json.dumps(row.messages))
+        for message in messages:
+            message.pop("train", None)
+            if as_parts:
+                message["content"] = [{"type": "text", "text": message["content"]}]
+            for each in message.get("tool_calls", []) if as_text else []:
+                each["function"]["arguments"] = json.dumps(each["function"]["arguments"])
+        options = self.parameters.get("options", {})
+        return self.tokenizer.apply_chat_template(
+            messages, tools=list(row.tools) or None, chat_template=FIXED_DATE + text, **options, **more
+        )
+
+    def compare_with_trl(self, row: Conversation, prompt: str, answer: str, stated: list[str]) -> str:
+        """What TRL's training template trains instead of an answer; empty if TRL has none."""
+        with suppress(FileNotFoundError):
+            training = jinja(f"{self.name}_training")
+            masked = {"return_dict": True, "return_assistant_tokens_mask": True}
+            for as_parts in (False, True):
+                with suppress(Exception):  # a template can raise anything
+                    rendered = self.apply(row, training, as_parts=as_parts, **masked)
+                    tokens = zip(rendered["input_ids"], rendered["assistant_masks"], strict=True)
+                    spans = [[one for one, _ in span] for kept, span in groupby(tokens, lambda each: each[1]) if kept]
+                    theirs = self.tokenizer.decode(spans[-1]) if spans else ""
+                    if stated[-1] in theirs:
+                        return describe(prompt, answer, theirs)
+            return "nothing"
+        return ""
+
+
+def describe(prompt: str, answer: str, theirs: str) -> str:
+    """What TRL trains instead of an answer, besides whitespace."""
+    own, whole, other = ("".join(text.split()) for text in (answer, prompt + answer, theirs))
+    if own == other:
+        return "same" if theirs == answer else "line breaks"
+    if own in other and whole.endswith(other):
+        return "the end of the prompt"
+    if other.startswith(own):
+        return "text after it"
+    return "not its EOS token" if own.startswith(other) else f"{theirs!r} for {answer!r}"
 
 
 if __name__ == "__main__":

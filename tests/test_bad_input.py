@@ -25,7 +25,7 @@ ROWS = (
     "docs/data.md lists; map your column names in dataset_columns"
 )
 FILES = "must end in .json, .jsonl, .ndjson, .csv, .tsv, .parquet (or these with .gz, .bz2, .xz, .zst), or be a folder of such files"
-COLUMNS = "prompt, completion, system, input, history, reasoning, tools, chat_template_kwargs"
+COLUMNS = "prompt, completion, system, input, history, reasoning, tools, check, chat_template_kwargs"
 RESTORE = "restore it with `dvc checkout`, or write it again"
 OTHER_MODEL = "use another causal language model, one that transformers can load"
 REPRO = "run `dvc repro` in the project's folder, which creates the inputs of a stage"
@@ -303,7 +303,7 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("compressed file cut off", "download_dataset", data("a.jsonl.gz", b"\x1f\x8b"), "data/a.jsonl.gz: can't be decompressed: Truncated compressed stream; copy or download it again"),
     ("folder with two formats", "download_dataset", lambda p: (p / "data/a").mkdir() or write(p / "data/a/a.csv", "x") or write(p / "data/a/a.jsonl", "x") or edit(p, dataset_file="data/a"), "data/a: has .csv and .jsonl files; keep one format, or list the files in `datasets`"),
     ("unknown name in columns", "download_dataset", params(dataset_columns="{prompt: a, completion: b, sytem: c}"), f"params.yaml:\n  dataset_columns: found {{'prompt': 'a', 'completion': 'b', 'sytem': 'c'}}; sytem: must be {COLUMNS}"),
-    ("reasoning next to messages in columns", "download_dataset", params(dataset_columns="{messages: a, reasoning: b}"), "params.yaml:\n  dataset_columns: found {'messages': 'a', 'reasoning': 'b'}; reasoning: must be messages, system, tools, chat_template_kwargs"),
+    ("reasoning next to messages in columns", "download_dataset", params(dataset_columns="{messages: a, reasoning: b}"), "params.yaml:\n  dataset_columns: found {'messages': 'a', 'reasoning': 'b'}; reasoning: must be messages, system, tools, check, chat_template_kwargs"),
     ("columns without a completion", "download_dataset", params(dataset_columns="{prompt: a}"), "params.yaml:\n  dataset_columns: found {'prompt': 'a'}; must name prompt and completion, messages, or text"),
     ("columns of an entry without a prompt", "download_dataset", params(datasets="[{file: a.jsonl, columns: {completion: a}}]"), "params.yaml:\n  datasets.0.columns: found {'completion': 'a'}; must name prompt and completion, messages, or text"),
     ("use of an unknown split", "download_dataset", params(datasets="[{file: a.jsonl, use: exam}]"), "params.yaml:\n  datasets.0.use: found 'exam'; must be 'train', 'validation', 'test' or 'retention'"),

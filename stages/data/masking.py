@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# Beside the tokenizer: the ids of the tokens at which the model stops, if there are others than the EOS token.
+STOP_IDS = "stop_ids.json"
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Concatenated examples.
@@ -84,6 +88,12 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: list[str], allow_speci
         "input_ids"
     ]
     return ids
+
+
+def load_stop_ids(folder: Path = Path("models/tokenizer")) -> list[int]:
+    """The tokens at which the model stops, besides the EOS token of the tokenizer."""
+    path = folder / STOP_IDS
+    return list(read_json(path)) if path.exists() else []
 
 
 def load_tokenizer(folder: Path = Path("models/tokenizer")) -> "PreTrainedTokenizerBase":

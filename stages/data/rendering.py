@@ -34,6 +34,8 @@ class Renderer:
         chat_template: the template with the options and the fixed date built in.
         calls_as_text: whether the arguments of calls are JSON text. transformers documents that they are objects, but
             some templates (DeepSeek's) can only append them.
+        content_as_parts: whether the content of messages is a list of parts, as templates of models that also read
+            images need it.
 
     Raises:
         UserError: the template does not use an option.
@@ -43,7 +45,7 @@ class Renderer:
         self, tokenizer: "PreTrainedTokenizerBase", chat_template: str, where: str, options: Mapping[str, Any]
     ):
         self.where = where
-        self.calls_as_text = False
+        self.calls_as_text = self.content_as_parts = False
         self._tokenizer = tokenizer
         self._text = chat_template
         # Each on a line of its own: `trim_blocks` removes the line break, and `lstrip_blocks` treats the template's
@@ -84,6 +86,28 @@ class Renderer:
         computed = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "store"} - tested - updated
         return meta.find_undeclared_variables(tree) - computed - PASSED - self._tokenizer.special_tokens_map.keys()
 
+    def adapt(self, flag: str, messages: Sequence[Message], text: str, row: Conversation | None = None) -> str:
+        """Render messages that have a text, with a flag if the rendering lacks the text without it.
+
+        Returns:
+            The rendering; an empty text if it never has the text.
+
+        Raises:
+            BadRowError: the template can't render the messages.
+        """
+        first_error = None
+        for value in (False, True):
+            setattr(self, flag, value)
+            try:
+                if text in (rendered := self.render(messages, row)):
+                    return rendered
+            except BadRowError as error:
+                first_error = first_error or error
+        setattr(self, flag, False)
+        if first_error:
+            raise first_error
+        return ""
+
     def render(
         self,
         messages: Sequence[Message],
@@ -113,9 +137,11 @@ class Renderer:
 
     def _for_template(self, message: Message) -> Message:
         """A message with the keys that templates know."""
-        if len(message) == len(("role", "content")):
+        if len(message) == len(("role", "content")) and not self.content_as_parts:
             return message
         message = {name: value for name, value in message.items() if name != "train"}
+        if self.content_as_parts:
+            message["content"] = [{"type": "text", "text": message["content"]}]
         if "tool_calls" in message and self.calls_as_text:
             message["tool_calls"] = [
                 {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.data.alpaca import AlpacaTemplate
 from stages.data.chat_template import ChatTemplate
+from stages.data.masking import load_stop_ids
 from stages.data.plain_text import PlainText
 from stages.runtime.errors import UserError, user_errors
 from stages.runtime.files import write_text
@@ -42,9 +43,16 @@ def select_template(name: str) -> None:
 
 
 def load_template(
-    name: str, tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, Any] | None = None
+    name: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    options: Mapping[str, Any] | None = None,
+    reasoning_end: str | None = None,
 ) -> Template:
-    """Load the template that `select_template` has selected, with the parameter `template_options`.
+    """Load the template that `select_template` has selected.
+
+    Args:
+        options, reasoning_end: the parameters `template_options` and `reasoning_end`; the latter has no effect on
+            prompts.
 
     Raises:
         UserError: the tokenizer has no chat template, the Jinja file is not a chat template, or it does not use an
@@ -56,13 +64,15 @@ def load_template(
                 f"template_options: found {dict(options)}, but template alpaca has no options; must be null"
             )
         return AlpacaTemplate(tokenizer)
+    stop_ids = load_stop_ids()
     if is_chat(name):
-        return ChatTemplate(tokenizer, _own_template(name, tokenizer), "the tokenizer's chat template", options)
+        text, where = _own_template(name, tokenizer), "the tokenizer's chat template"
+        return ChatTemplate(tokenizer, text, where, options, stop_ids, reasoning_end)
     with user_errors(SELECTED_TEMPLATE):
         text = SELECTED_TEMPLATE.read_text(encoding="utf-8")
         if "adds_bos" in text:  # the tokenizer knows it, but Jinja does not
             text = f"{{% set adds_bos = {str(bool(PlainText(tokenizer).bos)).lower()} %}}{text}"
-        return ChatTemplate(tokenizer, text, name, options)
+        return ChatTemplate(tokenizer, text, name, options, stop_ids, reasoning_end)
 
 
 def is_chat(name: str) -> bool:

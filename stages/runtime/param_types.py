@@ -65,8 +65,8 @@ def _inside(value: str) -> str:
 
 # What columns can be mapped to: those that a row needs, and those that it may have.
 COLUMNS: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("prompt", "completion"): ("system", "input", "history", "reasoning", "tools", "chat_template_kwargs"),
-    ("messages",): ("system", "tools", "chat_template_kwargs"),
+    ("prompt", "completion"): ("system", "input", "history", "reasoning", "tools", "check", "chat_template_kwargs"),
+    ("messages",): ("system", "tools", "check", "chat_template_kwargs"),
     ("text",): (),
 }
 

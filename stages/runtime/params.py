@@ -59,6 +59,7 @@ class FormatParams(StageParams):
     template_options: TemplateOptions
     max_length: MaxLength
     train_on: Literal["all_answers", "last_answer"]
+    reasoning_end: Text | None
 
 
 class SplitParams(StageParams):
