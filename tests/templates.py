@@ -55,9 +55,9 @@ ROWS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
     "question": ({"messages": [QUESTION, ANSWER]}, [["Sunny."]]),
     "system": ({"messages": [SYSTEM, QUESTION, ANSWER]}, [["Sunny."]]),
     "two turns": ({"messages": [QUESTION, ANSWER, SECOND, OTHER]}, [["Sunny."], ["Windy."]]),
-    "system, two turns": ({"messages": [SYSTEM, QUESTION, ANSWER, SECOND, OTHER]}, [["Sunny."], ["Windy."]]),
+    "two turns and system": ({"messages": [SYSTEM, QUESTION, ANSWER, SECOND, OTHER]}, [["Sunny."], ["Windy."]]),
     "reasoning": ({"messages": [QUESTION, ANSWER | {"reasoning_content": THOUGHT}]}, [[THOUGHT, "Sunny."]]),
-    "reasoning, two turns": (
+    "reasoning in two turns": (
         {
             "messages": [
                 QUESTION,
@@ -69,8 +69,8 @@ ROWS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
         [[THOUGHT, "Sunny."], [OTHER_THOUGHT, "Windy."]],
     ),
     "call": ({"messages": USE[:2], "tools": [TOOL]}, [["weather", "Bonn"]]),
-    "call, result, answer": ({"messages": USE, "tools": [TOOL]}, [["weather", "Bonn"], ["Sunny."]]),
-    "reasoning, call": (
+    "call and answer": ({"messages": USE, "tools": [TOOL]}, [["weather", "Bonn"], ["Sunny."]]),
+    "reasoning and call": (
         {"messages": [QUESTION, CALL | {"reasoning_content": THOUGHT}], "tools": [TOOL]},
         [[THOUGHT, "weather", "Bonn"]],
     ),
@@ -81,11 +81,11 @@ ROWS: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
         },
         [["weather", "Bonn", "weather", "Oslo"]],
     ),
-    "tools, no call": ({"messages": [QUESTION, ANSWER], "tools": [TOOL]}, [["Sunny."]]),
-    "reasoning inside": ({"messages": [QUESTION, INSIDE]}, [[THOUGHT, "Sunny."]]),
-    "last answer": ({"messages": [QUESTION, ANSWER, SECOND, OTHER]}, [["Windy."]]),
+    "tools without a call": ({"messages": [QUESTION, ANSWER], "tools": [TOOL]}, [["Sunny."]]),
+    "reasoning in the text": ({"messages": [QUESTION, INSIDE]}, [[THOUGHT, "Sunny."]]),
+    "last answer only": ({"messages": [QUESTION, ANSWER, SECOND, OTHER]}, [["Windy."]]),
     "weight of 0": ({"messages": [QUESTION, ANSWER | {"weight": 0}, SECOND, OTHER]}, [["Windy."]]),
-    "parts": (
+    "text as parts": (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "In Bonn?"}]}, ANSWER]},
         [["Sunny."]],
     ),
@@ -98,7 +98,7 @@ THINKS, THINKS_NOT = ({"options": {"enable_thinking": value}} for value in (True
 PARAMETERS: dict[str, dict[str, Any]] = {
     "deepseek_r1_distill": CLOSES,
     "deepseekv3": CLOSES,
-    "gemma4_v5": THINKS,
+    "gemma4_v5": THINKS | {"reasoning_end": "\n<channel|>"},
     "glm4moe": THINKS_NOT,
     "nemotron_3_5_lightning": THINKS_NOT,
     "nemotron_3_nano": THINKS_NOT,
@@ -112,9 +112,15 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """How a row of one kind is formatted with one template, and how its mask differs from that of TRL."""
+    """How a row of one kind is formatted with one template, and what TRL trains instead.
+
+    outcome: exact, the reason why the row is rejected, error (of the template) or wrong.
+    detail: of an error, or what is wrong.
+    trl: see `describe`; empty if TRL has no mask.
+    """
 
     outcome: str
+    detail: str = ""
     trl: str = ""
 
 
@@ -123,10 +129,17 @@ Table = dict[str, dict[str, Cell]]  # by template, with its parameters, and by k
 
 def main() -> None:
     results = {label: try_template(*case) for label, case in progress(list(cases().items()), "format", "template")}
-    write_json(RESULTS, {name: {kind: vars(cell) for kind, cell in cells.items()} for name, cells in results.items()})
+    stored = {label: {kind: vars(cell) for kind, cell in cells.items()} for label, cells in results.items()}
+    write_json(
+        RESULTS,
+        {
+            label: {kind: {k: v for k, v in cell.items() if v} for kind, cell in cells.items()}
+            for label, cells in stored.items()
+        },
+    )
     print(table(read_results()))
-    if wrong := [f"{label}, {kind}" for label, kind, cell in cells_of(results) if cell.outcome.startswith("wrong")]:
-        raise SystemExit("wrong:\n" + "\n".join(wrong))
+    if wrong := [f"{label}, {kind}: {cell.detail}" for label, kind, cell in cells_of(results) if cell.detail]:
+        raise SystemExit("\n".join(wrong))
 
 
 def cases() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -136,8 +149,9 @@ def cases() -> dict[str, tuple[str, dict[str, Any]]]:
     names = sorted(name for name in names if not name.endswith("_training"))
     found: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in names}
     for name, parameters in PARAMETERS.items():
-        shown = parameters.get("options", parameters)
-        found[f"{name}, {json.dumps(shown)[1:-1].replace(chr(34), '')}"] = (name, parameters)
+        stated = parameters.get("options", {}) | {key: value for key, value in parameters.items() if key != "options"}
+        shown = ", ".join(f"{key}: {json.dumps(value)}" for key, value in stated.items())
+        found[f"{name}, {shown}"] = (name, parameters)
     return dict(sorted(found.items()))
 
 
@@ -154,18 +168,28 @@ def cells_of(results: Table) -> list[tuple[str, str, Cell]]:
 
 
 def table(results: Table) -> str:
-    """Markdown: the totals without parameters, and for each template the kinds of rows that are not exact."""
+    """Markdown: the totals, the templates with the same outcomes, and those with the same differences from TRL."""
     plain = {label: cells for label, cells in results.items() if "," not in label}
-    totals = Counter(cell.outcome.partition(":")[0] for *_, cell in cells_of(plain))
-    lines = [f"{len(plain)} templates: " + ", ".join(f"{count} {outcome}" for outcome, count in totals.most_common())]
-    lines += ["", "| template | exact | not exact |", "|---|---:|---|"]
+    totals = Counter(cell.outcome for *_, cell in cells_of(plain))
+    counts = ", ".join(f"{count} `{outcome}`" for outcome, count in totals.most_common())
+    lines = [f"Without parameters, {len(plain)} templates × {len(ROWS)} kinds of rows: {counts}.", ""]
+    groups: dict[tuple[int, str], list[str]] = {}
     for label, cells in results.items():
-        other: dict[str, list[str]] = {}
+        kinds: dict[str, list[str]] = {}
         for kind, cell in cells.items():
             if cell.outcome != "exact":
-                other.setdefault(cell.outcome.partition(":")[0], []).append(kind)
-        listed = "; ".join(f"`{outcome}`: {', '.join(kinds)}" for outcome, kinds in other.items())
-        lines.append(f"| {label} | {sum(cell.outcome == 'exact' for cell in cells.values())} | {listed} |")
+                kinds.setdefault(cell.outcome, []).append(kind)
+        other = "; ".join(f"`{outcome}`: {', '.join(names)}" for outcome, names in kinds.items())
+        groups.setdefault((sum(cell.outcome == "exact" for cell in cells.values()), other), []).append(f"`{label}`")
+    lines += ["| exact | rejected | templates |", "|---:|---|---|"]
+    lines += [f"| {exact} | {other} | {', '.join(labels)} |" for (exact, other), labels in sorted(groups.items())[::-1]]
+    differences: dict[str, Counter[str]] = {}
+    for label, _, cell in cells_of(results):
+        for difference in filter(None, cell.trl.split("; ")):
+            differences.setdefault(difference, Counter())[f"`{label}`"] += 1
+    lines += ["", "| TRL trains | rows | templates |", "|---|---:|---|"]
+    for difference, rows in sorted(differences.items(), key=lambda item: -item[1].total()):
+        lines.append(f"| {difference} | {rows.total()} | {', '.join(rows)} |")
     return "\n".join(lines)
 
 
@@ -177,7 +201,7 @@ def try_template(name: str, parameters: dict[str, Any]) -> dict[str, Cell]:
     try:
         template = ChatTemplate(tokenizer, jinja(name), name, stop_ids=stop_ids, **parameters)
     except UserError as error:
-        return {kind: Cell(f"error: {error}") for kind in ROWS}
+        return {kind: Cell("error", str(error)) for kind in ROWS}
     checker = Checker(name, tokenizer, template, parameters)
     return {kind: checker.try_row(kind) for kind in ROWS}
 
@@ -198,23 +222,22 @@ class Checker:
         row, expected = ROWS[kind]
         parsed = RowParser().parse(row)
         raw = {"messages": json.dumps(parsed.messages), "tools": json.dumps(parsed.tools), "input": ""}
-        conversation = parse_conversation(raw, "last_answer" if kind == "last answer" else "all_answers")
+        conversation = parse_conversation(raw, "last_answer" if kind == "last answer only" else "all_answers")
         formatted = self.template.format([conversation], 9999)
         if formatted.errors:
-            return Cell(f"{formatted.errors[0].reason}: {formatted.errors[0]}")
+            return Cell(formatted.errors[0].reason)
         spans = [span for example in formatted.examples for span in self.texts(example.spans)]
         answers = [at for at, each in enumerate(conversation.messages) if each["role"] == "assistant"]
         answers = [at for at in answers if conversation.messages[at].get("train", True)]
         if len(spans) != len(expected):
-            return Cell(f"wrong: {len(spans)} answers are trained")
+            return Cell("wrong", f"{len(spans)} answers are trained")
         wrong, differences = [], []
         for at, stated, (prompt, answer) in zip(answers, expected, spans, strict=True):
             before, upto = (replace(conversation, messages=conversation.messages[:end]) for end in (at, at + 1))
             wrong += self.compare(before, upto, prompt, answer, stated)
             differences.append(self.compare_with_trl(upto, prompt, answer, stated))
-        return Cell(
-            "wrong: " + "; ".join(wrong) if wrong else "exact", "; ".join(dict.fromkeys(filter(None, differences)))
-        )
+        trl = "; ".join(dict.fromkeys(filter(None, differences)))
+        return Cell("wrong" if wrong else "exact", "; ".join(wrong), trl)
 
     def texts(self, spans: list[list[int]]) -> list[tuple[str, str]]:
         """The text before each answer of an example, and the text of the answer."""
@@ -240,7 +263,7 @@ class Checker:
             yield "the answer does not end at its EOS token"
         if answer.count("</think>") > 1:
             yield "the reasoning is closed twice"
-        if "reasoning_end" in self.parameters and prompt.endswith("<think>\n"):
+        if "reasoning_end" in self.parameters and prompt.endswith(("<think>\n", "<|channel>thought\n")):
             thought = THOUGHT if THOUGHT in stated else OTHER_THOUGHT if OTHER_THOUGHT in stated else ""
             if not answer.startswith(f"{thought}{self.parameters['reasoning_end']}"):
                 yield "the reasoning is not closed"
@@ -300,15 +323,19 @@ class Checker:
 
 
 def describe(prompt: str, answer: str, theirs: str) -> str:
-    """What TRL trains instead of an answer, besides whitespace."""
+    """What TRL trains instead of an answer."""
     own, whole, other = ("".join(text.split()) for text in (answer, prompt + answer, theirs))
     if own == other:
-        return "same" if theirs == answer else "line breaks"
+        return "the same" if theirs == answer else "the same, and line breaks around it"
     if own in other and whole.endswith(other):
-        return "the end of the prompt"
+        return "the same, and the end of the prompt"
     if other.startswith(own):
-        return "text after it"
-    return "not its EOS token" if own.startswith(other) else f"{theirs!r} for {answer!r}"
+        return "the same, and text after it"
+    if own.startswith(other):
+        return "the same without its EOS token"
+    if own.replace("</think>", "") in other:
+        return "the same without the end of an empty thought"
+    return "another text"
 
 
 if __name__ == "__main__":
