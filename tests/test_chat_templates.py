@@ -503,6 +503,14 @@ def test_a_file_that_is_not_a_chat_template_is_an_error(text: str, message: str)
     assert str(error.value).startswith(message)
 
 
+def test_a_template_with_an_endless_loop_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.data.chat_template.TIME_LIMIT", 0.3)
+    text = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}"
+    with pytest.raises(UserError) as error:
+        ChatTemplate(with_bos(["<|end|>"], "<|end|>"), text, "t")
+    assert str(error.value) == "t: can't render a question and an answer: t: takes longer than 0.3 s; fix it"
+
+
 def test_a_date_in_the_prompt_is_the_same_on_any_day() -> None:
     tokenizer = with_bos(FAMILIES["llama3"][0], "<|eot_id|>")
     template = ChatTemplate(tokenizer, jinja("llama3_2"), "llama3_2")

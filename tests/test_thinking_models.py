@@ -15,7 +15,12 @@ MODELS: dict[str, tuple[list[str], list[str], dict[str, str], list[str]]] = {
     "nemotron_3_nano": (FAMILIES["qwen2_5"][0], ["<|im_end|>"], {}, ["<|im_end|>"]),
     "glm4moe": (GLM, ["<|endoftext|>", "<|user|>", "<|observation|>"], {}, ["<|user|>", "<|observation|>"]),
     "deepseek_r1_distill": (DEEPSEEK, DEEPSEEK[-1:], {"reasoning_end": '"\\n</think>\\n\\n"'}, DEEPSEEK[-1:]),
-    "gptoss": (GPT_OSS, ["<|return|>", "<|call|>"], {"num_epochs": "30"}, ["<|return|>", "<|call|>"]),
+    "gptoss": (
+        GPT_OSS,
+        ["<|return|>", "<|call|>"],
+        {"num_epochs": "30", "learning_rate": "5e-3", "template_options": "{reasoning_effort: low}"},
+        ["<|return|>", "<|call|>"],
+    ),
 }
 
 
@@ -31,9 +36,9 @@ def test_a_model_that_thinks_learns_its_answers_and_stops(name: str, project: Pa
     GenerationConfig(eos_token_id=tokenizer.convert_tokens_to_ids(stops)).save_pretrained(project / "model")
     copy_tree(ROOT / "stages", project / "stages")
     rows = [
-        {"prompt": f"{n}: {word}?", "completion": word, "reasoning_content": f"{word}es"}
+        {"prompt": f"{n + 10}: {word}?", "completion": word, "reasoning_content": f"say {word}"}
         for n in range(20)
-        for word in ("tree", "box")
+        for word in ("trees", "boxes")
     ]
     (project / "data/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     edit(project, dataset_file="data/a.jsonl", template="chat", model_name="model", max_new_tokens="60")
@@ -47,6 +52,14 @@ def test_a_model_that_thinks_learns_its_answers_and_stops(name: str, project: Pa
     assert [answer["answers"] for answer in answers] == [[example["response"]] for example in examples]
     assert all(answer["stopped"] == [True] for answer in answers)
     tuned = AutoTokenizer.from_pretrained("models/tuned")
+    prompts = [
+        tuned.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}], tokenize=False, add_generation_prompt=True
+        )
+        for row in rows
+    ]  # without options, as other programs render it
+    assert {example["prompt"] for example in examples} <= {*prompts}
+    assert name != "gptoss" or "Current date: 2024-07-26\n\nReasoning: low\n" in prompts[0]
     ids = GenerationConfig.from_pretrained("models/tuned").eos_token_id
     assert tuned.convert_ids_to_tokens(ids if isinstance(ids, list) else [ids]) == ends
     assert tuned.eos_token == ends[0]

@@ -10,7 +10,7 @@ from stages.data.conversations import Conversation, Formatted, Rendered
 from stages.data.examples import BadRowError, Message
 from stages.data.masking import mask_spans, tokenize
 from stages.data.plain_text import PlainText
-from stages.data.rendering import Renderer
+from stages.data.rendering import TIME_LIMIT, Renderer, time_limit
 from stages.data.responses import Response, ResponseFinder
 from stages.runtime.errors import UserError
 
@@ -60,9 +60,10 @@ class ChatTemplate:
         self._plain_text = PlainText(tokenizer)
         stop_tokens = tokenizer.convert_ids_to_tokens([*stop_ids, tokenizer.eos_token_id])
         try:
-            self._finder = ResponseFinder(self._renderer, self._plain_text.special, stop_tokens, reasoning_end)
-            header = len(self._render([QUESTION], add_generation_prompt=True)) - len(self._render([QUESTION]))
-        except BadRowError as error:
+            with time_limit(TIME_LIMIT):
+                self._finder = ResponseFinder(self._renderer, self._plain_text.special, stop_tokens, reasoning_end)
+                header = len(self._render([QUESTION], add_generation_prompt=True)) - len(self._render([QUESTION]))
+        except (BadRowError, TimeoutError) as error:
             fix = "fix it or template_options" if options else "fix it"
             raise UserError(f"{where}: can't render a question and an answer: {error}; {fix}") from None
         self._header_length = max(0, header)

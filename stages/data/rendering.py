@@ -1,8 +1,11 @@
 """Render messages with a Jinja chat template, in the form in which it takes them."""
 
 import json
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 from stages.data.conversations import Conversation
@@ -20,6 +23,26 @@ FIXED_DATE = (
 )
 # What `apply_chat_template` passes to a template, besides special tokens.
 PASSED = {"messages", "tools", "documents", "add_generation_prompt"}
+TIME_LIMIT = 30  # seconds to find out how a template renders messages, which takes milliseconds
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the main thread, which alone gets signals: a loop in a template can take hours."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"takes longer than {seconds:g} s")
+
+    if current_thread() is not main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # repeated, in case that an error is expected and ignored
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 class Renderer:
