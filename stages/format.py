@@ -173,7 +173,7 @@ def main() -> None:
 
 def format_shard(params: FormatParams, formatted: Path, number: int, raw: Path) -> tuple[Counts, list[dict[str, Any]]]:
     """Format one shard of the raw table into the folder `formatted`; returns its counts and its rejected rows."""
-    template = load_template(params.template, load_tokenizer())
+    template = load_template(params.template, load_tokenizer(), params.template_options, params.reasoning_end)
     counts, all_rejected = Counts(), []
     with shard_writer(formatted, FORMATTED_SCHEMA, number) as writer:
         format_one = partial(format_batch, template=template, params=params)

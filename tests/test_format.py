@@ -343,6 +343,25 @@ def test_a_chat_template_takes_conversations_and_alpaca_rows(project: Path, tiny
     assert rows[1]["example_id"] != rows[2]["example_id"]
 
 
+@pytest.mark.parametrize("template", ["alpaca", "templates/plain.jinja"])
+def test_a_tokenizer_without_a_fast_version_formats_rows(template: str, project: Path) -> None:
+    from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=384, eos_token_id=1, **sizes)).save_pretrained("model")
+    ByT5Tokenizer().save_pretrained("model")
+    (project / "templates").mkdir()
+    shutil.copy(USER_FILES / "templates/plain.jinja", project / "templates")
+    edit(project, template=template)
+    (row,) = run_format(Path("model"), [GOOD])
+    assert (
+        bytes(token - 3 for token in row["input_ids"][:-1]).decode()
+        == f"{row['prompt']}{'' if template == 'alpaca' else ' '}Red."
+    )
+    assert row["input_ids"][-1] == row["labels"][-1] == 1
+    assert row["labels"].count(-100) == len(row["prompt"])
+
+
 def test_each_source_has_its_own_counts(project: Path, tiny_model: Path) -> None:
     (project / "data/mine").mkdir()
     (project / "data/mine/a.jsonl").write_text(
