@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 pytest --numprocesses $(shell $(PYTHON) -c 'import o
 	--dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help start update repro review vote chat export lm-eval publish test test-fast lint check-lock audit chaos architectures clean bench scaling verdicts
+.PHONY: help start update repro review vote chat export lm-eval publish test test-fast lint check-lock audit chaos architectures templates clean bench scaling verdicts
 # `make review` compares BASE with REV; each is a branch, a commit, an experiment or the workspace.
 BASE ?= main
 REV ?= workspace
@@ -92,6 +92,9 @@ chaos: .venv/installed-dev  ## kill the pipeline at 100 random moments and check
 
 architectures: .venv/installed-dev  ## compare every architecture in transformers with the plain model (4 min)
 	python -m tests.architectures
+
+templates: .venv/installed-dev  ## format rows of every kind with every chat template of TRL (10 s)
+	python -m tests.templates
 
 clean: $(INSTALLED)  ## delete checkpoints and leftovers of killed runs; results are kept
 	python -m tools.clean

@@ -40,7 +40,7 @@ def long_rows(num_rows: int, joined: tuple[int, int] = JOINED) -> Iterator[dict[
 def long_examples(num_examples: int, joined: tuple[int, int] = JOINED) -> list[Example]:
     """`long_rows`, formatted with the parameters of `params.yaml`."""
     params = load_params(FormatParams)
-    template = load_template(params.template, load_tokenizer())
+    template = load_template(params.template, load_tokenizer(), params.template_options, params.reasoning_end)
     rows = pa.Table.from_pylist(list(long_rows(num_examples, joined)), RAW_SCHEMA)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "long.parquet"

@@ -92,6 +92,7 @@ def raw_row(source: Source, row: dict[str, Any] | BadRowError, slice_column: str
     return {
         "messages": json.dumps(parsed.messages, ensure_ascii=False),
         "tools": json.dumps(parsed.tools, ensure_ascii=False) if parsed.tools else None,
+        "chat_template_kwargs": json.dumps(parsed.options, ensure_ascii=False) if parsed.options else None,
         "input": parsed.input,
         "slice": value or NO_SLICE,
         "check": json.dumps(parsed.check, ensure_ascii=False) if parsed.check else None,

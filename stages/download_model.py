@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from stages.data.masking import STOP_IDS
 from stages.runtime.errors import UserError, user_errors
 from stages.runtime.files import atomic_path, file_sha256, write_json
 from stages.runtime.param_types import PYPI_MODEL
@@ -146,11 +147,14 @@ def save(folder: Path, source: dict[str, Any]) -> dict[str, str]:
     }
     with atomic_path(BASE) as base, atomic_path(TOKENIZER) as partial:
         tokenizer.save_pretrained(partial)
+        token_ids, eos = set(tokenizer.get_vocab().values()), model.generation_config.eos_token_id
+        if stop_ids := token_ids.intersection(eos if isinstance(eos, list) else [eos]) - {tokenizer.eos_token_id}:
+            write_json(partial / STOP_IDS, sorted(stop_ids))
         model.save_pretrained(base)
         write_json(base / "source.json", source)
         del loaded, model  # the saved model is loaded again, in fp32
         with user_errors(where, fix):
-            results |= probe_model(where, base, sorted(set(tokenizer.get_vocab().values())))
+            results |= probe_model(where, base, sorted(token_ids))
     return results
 
 

@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, groupby, islice
@@ -20,7 +21,8 @@ import pyarrow.compute as pc
 from rich.table import Table
 from rich.text import Text
 
-from stages.data.conversations import Conversation, content_ids, parse_conversation
+from stages.data.checks import CheckTimeoutError, passes
+from stages.data.conversations import Conversation, Formatted, content_ids, parse_conversation
 from stages.data.examples import FORMATTED_SCHEMA, IGNORE_INDEX, REJECTED_SCHEMA, BadRowError
 from stages.data.masking import load_tokenizer
 from stages.data.rows import ALLOWED
@@ -38,7 +40,9 @@ from stages.runtime.text import printable
 RAW, UNREADABLE = Path("data/raw.parquet"), Path("data/unreadable.parquet")
 FORMATTED, REJECTED = Path("data/formatted.parquet"), Path("data/rejected.parquet")
 METRICS, LENGTHS = Path("metrics/format.json"), Path("metrics/lengths.csv")
-COUNT_NAMES = ("rows_in", "kept", "left_out", "examples", "truncated", "tokens", "supervised_tokens")
+COUNT_NAMES = ["rows_in", "kept", "left_out", "examples", "truncated", "tokens", "supervised_tokens"]
+COUNT_NAMES += ["checks_failing_own_answer"]
+MAX_LISTED = 5  # rows whose own answer fails their check
 LENGTH_BIN = 16  # tokens per bar in the plot of lengths
 
 
@@ -50,15 +54,22 @@ class Counts:
     reasons: for each source, rejected rows by reason.
     lengths: examples by tokens ÷ `LENGTH_BIN`.
     first_rejected: for each source, a description of the first rejected row.
+    first_failing: descriptions of the first rows whose own answer fails their check.
     """
 
     sources: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     reasons: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     lengths: Counter[int] = field(default_factory=Counter)
     first_rejected: dict[str, str] = field(default_factory=dict)
+    first_failing: list[str] = field(default_factory=list)
 
-    def count(self, examples: pa.Table, rejected: list[dict[str, Any]]) -> None:
-        """Count rows of `FORMATTED_SCHEMA` and of `REJECTED_SCHEMA`."""
+    def count(
+        self, examples: pa.Table, rejected: list[dict[str, Any]], failing: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        """Count rows of `FORMATTED_SCHEMA` and of `REJECTED_SCHEMA`, and those that `failing_checks` returns."""
+        for source, description in failing:
+            self.sources[source]["checks_failing_own_answer"] += 1
+            self.first_failing = [*self.first_failing, description][:MAX_LISTED]
         for row in rejected:
             self.first_rejected.setdefault(row["source"], describe(row))
             self.sources[row["source"]].update(rows_in=1, left_out=1)
@@ -88,6 +99,7 @@ class Counts:
             self.reasons[name].update(counts)
         self.lengths.update(later.lengths)
         self.first_rejected = later.first_rejected | self.first_rejected
+        self.first_failing = [*self.first_failing, *later.first_failing][:MAX_LISTED]
 
     @property
     def total(self) -> Counter[str]:
@@ -145,13 +157,15 @@ def main() -> None:
     total = counts.total
     bins = ((index * LENGTH_BIN, counts.lengths[index]) for index in range(max(counts.lengths) + 2))
     write_csv(LENGTHS, "tokens,examples", bins)
+    checks = f"{total['checks_failing_own_answer']:,} fail for the row's own answer; the first:"
     summary(
         {
             "rows": f"{total['rows_in']:,} → {total['kept']:,} kept, {total['left_out']:,} rejected "
             f"({listed(counts.all_reasons) or 'none'}); {total['examples']:,} examples",
             "tokens": f"{total['tokens']:,}, of which {total['supervised_tokens']:,} supervised",
             "truncated": f"{total['truncated']:,} responses, at max_length = {params.max_length:,}",
-        },
+        }
+        | ({"checks": "\n".join([checks, *counts.first_failing])} if counts.first_failing else {}),
         wrote=[FORMATTED, REJECTED, SELECTED_TEMPLATE, METRICS, LENGTHS],
         then="python -m stages.format --show 3" + (" --rejected" if total["left_out"] else ""),
     )
@@ -159,20 +173,22 @@ def main() -> None:
 
 def format_shard(params: FormatParams, formatted: Path, number: int, raw: Path) -> tuple[Counts, list[dict[str, Any]]]:
     """Format one shard of the raw table into the folder `formatted`; returns its counts and its rejected rows."""
-    template = load_template(params.template, load_tokenizer())
+    template = load_template(params.template, load_tokenizer(), params.template_options, params.reasoning_end)
     counts, all_rejected = Counts(), []
     with shard_writer(formatted, FORMATTED_SCHEMA, number) as writer:
         format_one = partial(format_batch, template=template, params=params)
         # Two threads: tokenizing releases the GIL, so that the other one can run.
-        for examples, rejected in prefetch_map(format_one, read_batches(raw), num_ahead=2):
+        for examples, rejected, failing in prefetch_map(format_one, read_batches(raw), num_ahead=2):
             writer.write(examples)
-            counts.count(examples, rejected)
+            counts.count(examples, rejected, failing)
             all_rejected += rejected
     return counts, all_rejected
 
 
-def format_batch(batch: pa.Table, template: Template, params: FormatParams) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """The rows of `FORMATTED_SCHEMA` and of `REJECTED_SCHEMA` for a batch of raw rows, in order."""
+def format_batch(
+    batch: pa.Table, template: Template, params: FormatParams
+) -> tuple[pa.Table, list[dict[str, Any]], list[tuple[str, str]]]:
+    """The rows of `FORMATTED_SCHEMA` and of `REJECTED_SCHEMA` for a batch of raw rows, in order, and failing checks."""
     conversations: dict[int, Conversation] = {}
     errors: dict[int, BadRowError] = {}
     for index, row in enumerate(batch.to_pylist()):
@@ -198,6 +214,7 @@ def format_batch(batch: pa.Table, template: Template, params: FormatParams) -> t
     origins = batch.select(["source", "source_row", "slice", "use"]).take(pa.array(rows))
     # A check is about the last answer of a row, which the last of its examples has if it is complete.
     is_last = np.append(rows[1:] != rows[:-1], True)[: len(rows)]
+    checks = batch["check"].take(pa.array(rows, mask=~is_last | encoded.truncated | ~fits))
     columns = {
         "example_id": [example_id for _, example_id in ids],
         "prompt_id": [prompt_id for prompt_id, _ in ids],
@@ -207,7 +224,7 @@ def format_batch(batch: pa.Table, template: Template, params: FormatParams) -> t
         "input_ids": pa.ListArray.from_arrays(offsets, pa.array(encoded.input_ids)),
         "labels": pa.ListArray.from_arrays(offsets, pa.array(encoded.labels)),
         "truncated": truncated,
-        "check": batch["check"].take(pa.array(rows, mask=~is_last | encoded.truncated)),
+        "check": checks,
         "other_columns": batch["other_columns"].take(pa.array(rows)),
     }
     rejected = [
@@ -216,7 +233,28 @@ def format_batch(batch: pa.Table, template: Template, params: FormatParams) -> t
         if index in errors
     ]
     assert len({*rows[fits].tolist()}) + len(rejected) == len(batch), "a row vanished"  # noqa: S101
-    return pa.table(columns, FORMATTED_SCHEMA).filter(pa.array(fits)), rejected
+    return (
+        pa.table(columns, FORMATTED_SCHEMA).filter(pa.array(fits)),
+        rejected,
+        failing_checks(formatted, checks, origins),
+    )
+
+
+def failing_checks(formatted: Formatted, checks: pa.Array, origins: pa.Table) -> list[tuple[str, str]]:
+    """The source and a description of each row whose own answer fails its check."""
+    failing = []
+    origin = (origins[name].to_pylist() for name in ("source", "source_row"))
+    rows = zip(formatted.examples, formatted.responses, checks.to_pylist(), *origin, strict=True)
+    for example, response, check, source, source_row in rows:
+        message = example.conversation.messages[-1]
+        answer = response if "tool_calls" in message else message["content"]  # without the reasoning
+        try:
+            is_right = check is None or passes(json.loads(check), answer)
+        except CheckTimeoutError:
+            is_right = False
+        if not is_right:
+            failing.append((source, f"{source}, row {source_row:,}: {check:.120} fails for {answer!r:.120}"))
+    return failing
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ def main() -> None:
     if context.sharded:
         print(f"Launcher: {params.launcher}: {context}")
     model, tokenizer = load_for_inference(Path("models") / name, params.precision, context), load_tokenizer()
-    template = load_template(params.template, tokenizer)
+    template = load_template(params.template, tokenizer, params.template_options)
     prompts = template.encode_prompts(params.sample_prompts)
     check_context_length(model, max(map(len, prompts)), "the longest of sample_prompts")
     set_seed(params.seed)

@@ -123,7 +123,7 @@ def predict_split(
 
     num_answers = params.answers_per_prompt
     prompts = [example.input_ids[: example.last_response].tolist() for example in examples for _ in range(num_answers)]
-    eos_token_ids = load_template(params.template, tokenizer).eos_token_ids
+    eos_token_ids = load_template(params.template, tokenizer, params.template_options).eos_token_ids
     settings = generation_settings(eos_token_ids, params.max_new_tokens, temperature=0.0 if num_answers == 1 else 1.0)
     set_seed(SEED)
     with autocast(params.precision, model.device, cache_enabled=not context.sharded):

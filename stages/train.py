@@ -178,7 +178,7 @@ def save_tuned(engine: "Engine", metrics: dict[str, Any], checkpoints: "Checkpoi
         for name, parameter in trainable_parameters(model).items():
             parameter.copy_(best[name])
     tokenizer = load_tokenizer()
-    template = load_template(params.template, tokenizer)
+    template = load_template(params.template, tokenizer, params.template_options)
     tokenizer.chat_template = template.chat_template  # so that other programs prompt the model as in training
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(template.eos_token_ids[0])
     with atomic_path(folder, durable=True) as partial:

@@ -25,7 +25,7 @@ ROWS = (
     "docs/data.md lists; map your column names in dataset_columns"
 )
 FILES = "must end in .json, .jsonl, .ndjson, .csv, .tsv, .parquet (or these with .gz, .bz2, .xz, .zst), or be a folder of such files"
-COLUMNS = "prompt, completion, system, input, history, reasoning, tools"
+COLUMNS = "prompt, completion, system, input, history, reasoning, tools, check, chat_template_kwargs"
 RESTORE = "restore it with `dvc checkout`, or write it again"
 OTHER_MODEL = "use another causal language model, one that transformers can load"
 REPRO = "run `dvc repro` in the project's folder, which creates the inputs of a stage"
@@ -285,6 +285,10 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("no chat template", "format", params(template="chat"), "template: found chat, but the tokenizer of this model has no chat template; set template to alpaca or to a file in templates/"),
     ("template in Latin-1", "format", lambda p: write(p / "templates/mine.jinja", "é".encode("latin-1")) or edit(p, template="templates/mine.jinja"), "templates/mine.jinja: can't be read: 'utf-8' codec can't decode byte 0xe9 in position 0: unexpected end of data; save it as UTF-8 text"),
     ("template outside templates/", "format", params(template="../alpaca.jinja"), "params.yaml:\n  template: found '../alpaca.jinja'; must be alpaca, chat (the template of the tokenizer), chat:NAME (one of several) or a file templates/NAME.jinja"),
+    ("template_options a list", "format", params(template_options="[enable_thinking]"), "params.yaml:\n  template_options: found ['enable_thinking']; must be null, or names and values such as {enable_thinking: false}"),
+    ("template_options with a value that JSON lacks", "train", params(template_options="{a: .nan}"), "params.yaml:\n  template_options: found {'a': nan}; must have values that JSON has: texts, numbers, true, false, lists"),
+    ("template_options with template alpaca", "generate", params(template_options="{enable_thinking: false}"), "template_options: found {'enable_thinking': False}, but template alpaca has no options; must be null"),
+    ("template_options misspelled", "format", lambda p: rejected(VALID, STRICT)(p) or edit(p, template_options="{enable_thinkin: false}"), f"template_options: {STRICT} does not use the option 'enable_thinkin'; it uses none"),
     ("sample_prompts text", "generate", prompts("Why?"), "params.yaml:\n  sample_prompts: found 'Why?'; must be a valid list"),
     ("sample_prompts with a lone surrogate", "generate", prompts('["\\ud800"]'), "params.yaml:\n  sample_prompts.0: found '\\ud800'; must be a valid string, unable to parse raw data as a unicode string"),
     ("sample_prompts blank", "generate", prompts('[" "]'), "params.yaml:\n  sample_prompts.0: found ' '; must not be empty"),
@@ -299,7 +303,7 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("compressed file cut off", "download_dataset", data("a.jsonl.gz", b"\x1f\x8b"), "data/a.jsonl.gz: can't be decompressed: Truncated compressed stream; copy or download it again"),
     ("folder with two formats", "download_dataset", lambda p: (p / "data/a").mkdir() or write(p / "data/a/a.csv", "x") or write(p / "data/a/a.jsonl", "x") or edit(p, dataset_file="data/a"), "data/a: has .csv and .jsonl files; keep one format, or list the files in `datasets`"),
     ("unknown name in columns", "download_dataset", params(dataset_columns="{prompt: a, completion: b, sytem: c}"), f"params.yaml:\n  dataset_columns: found {{'prompt': 'a', 'completion': 'b', 'sytem': 'c'}}; sytem: must be {COLUMNS}"),
-    ("reasoning next to messages in columns", "download_dataset", params(dataset_columns="{messages: a, reasoning: b}"), "params.yaml:\n  dataset_columns: found {'messages': 'a', 'reasoning': 'b'}; reasoning: must be messages, system, tools"),
+    ("reasoning next to messages in columns", "download_dataset", params(dataset_columns="{messages: a, reasoning: b}"), "params.yaml:\n  dataset_columns: found {'messages': 'a', 'reasoning': 'b'}; reasoning: must be messages, system, tools, check, chat_template_kwargs"),
     ("columns without a completion", "download_dataset", params(dataset_columns="{prompt: a}"), "params.yaml:\n  dataset_columns: found {'prompt': 'a'}; must name prompt and completion, messages, or text"),
     ("columns of an entry without a prompt", "download_dataset", params(datasets="[{file: a.jsonl, columns: {completion: a}}]"), "params.yaml:\n  datasets.0.columns: found {'completion': 'a'}; must name prompt and completion, messages, or text"),
     ("use of an unknown split", "download_dataset", params(datasets="[{file: a.jsonl, use: exam}]"), "params.yaml:\n  datasets.0.use: found 'exam'; must be 'train', 'validation', 'test' or 'retention'"),
@@ -334,6 +338,9 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("unknown role", "format", rejected('{"messages": [{"role": "narrator", "content": "A"}]}'), f"{REJECTED}unknown_role: 'role' of message 1 is str 'narrator'; must be a list of objects with 'role' (…) and 'content'"),
     ("weight of 2", "format", rejected('{"messages": [{"role": "assistant", "content": "A", "weight": 2}]}'), f"{REJECTED}bad_weight: 'weight' of message 1 is int 2; must be 0 or 1"),
     ("tools that are not JSON", "format", rejected(f'{VALID[:-1]}, "tools": "[{{"}}'), f"{REJECTED}bad_tools: 'tools' is '[{{'; must be a list of tools with a 'name', or such a list as JSON text"),
+    ("template options of a row that are no object", "format", rejected(f'{VALID[:-1]}, "chat_template_kwargs": [1]}}'), f"{REJECTED}bad_options: 'chat_template_kwargs' is list [1]; must be an object, such as {{\"enable_thinking\": false}}"),
+    ("template options of a row with template alpaca", "format", rejected(f'{VALID[:-1]}, "chat_template_kwargs": {{"x": 1}}}}'), f"{REJECTED}not_rendered: template alpaca does not render 'chat_template_kwargs'; a chat template may"),
+    ("template options of a row that the template does not use", "format", rejected(f'{VALID[:-1]}, "chat_template_kwargs": {{"x": 1}}}}', STRICT), f"{REJECTED}not_rendered: {STRICT} does not use the option 'x'; it uses none"),
     ("result of a tool without a call", "format", rejected('{"messages": [{"role": "user", "content": "A"}, {"role": "tool", "content": "b"}]}'), f"{REJECTED}result_without_call: message 2 is the result of a tool, but no assistant message before it has that call"),
     ("nothing to train", "format", rejected('{"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "b", "weight": 0}]}'), f"{REJECTED}nothing_to_train: no answer has a weight of 1"),
     ("tools with template alpaca", "format", rejected(f'{VALID[:-1]}, "tools": [{{"name": "f"}}]}}'), f"{REJECTED}not_rendered: template alpaca does not render 'tools'; a chat template may"),

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from stages.data.chat_template import ChatTemplate
 from stages.data.masking import load_tokenizer
+from stages.data.rendering import Renderer
 from stages.data.templates import load_template, select_template
 from tests.clone import USER_FILES, edit
 from tools import chat
@@ -67,14 +67,14 @@ def test_with_a_chat_template_a_question_follows_the_history(
     select_template("templates/plain.jinja")
     edit(folder, template="templates/plain.jinja")
     prompts: list[list[str]] = []
-    render = ChatTemplate._render
+    render = Renderer.render
 
-    def record(self: ChatTemplate, messages: list[dict[str, str]], **options: Any) -> str:
+    def record(self: Renderer, messages: list[dict[str, str]], *row: Any, **options: Any) -> str:
         if options.get("add_generation_prompt") and messages[0]["content"] != "A":  # the test of the template itself
             prompts.append([message["content"] for message in messages])
-        return render(self, messages, **options)
+        return render(self, messages, *row, **options)
 
-    monkeypatch.setattr(ChatTemplate, "_render", record)
+    monkeypatch.setattr(Renderer, "render", record)
     printed = chat_with(monkeypatch, capsys, "One.", "/base", "Two.", "/new", "Three.", "/quit")
     first = printed[0][1].strip()
     assert first

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.data.chat_template import FIXED_DATE, ChatTemplate
+from stages.data.chat_template import ChatTemplate
 from stages.data.conversations import Conversation, content_ids
+from stages.data.rendering import FIXED_DATE
 from stages.data.templates import load_template, select_template
 from stages.runtime.errors import UserError
 from tests.clone import USER_FILES, make_tokenizer
@@ -118,7 +119,8 @@ def test_a_template_without_a_special_token_after_a_response_is_an_error() -> No
         ChatTemplate(tokenizer, jinja("glm4moe"), "glm4moe")
     assert str(error.value) == (
         "glm4moe: has no special token after an answer, so generation would never stop; "
-        "must have one after each answer, such as {{ eos_token }}"
+        "must have one after each answer, such as {{ eos_token }}, or begin the next message with one that "
+        "eos_token_id in the model's generation_config.json names"
     )
 
 
@@ -144,13 +146,154 @@ def test_an_answer_that_is_rendered_differently_if_others_follow_has_an_example_
 
 
 def test_a_generation_prompt_that_is_not_in_the_training_text_rejects_the_row() -> None:
-    tokenizer = with_bos(["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"], "<｜end▁of▁sentence｜>")
-    formatted = ChatTemplate(tokenizer, jinja("deepseekv3"), "deepseekv3").format([Conversation(ONE)], 9999)
+    tokenizer = with_bos(["<|end|>"], "<|end|>")
+    text = "{% for m in messages %}{{ m.role ~ ':' ~ m.content ~ eos_token }}{% endfor %}"
+    template = ChatTemplate(tokenizer, text + "{% if add_generation_prompt %}model:{% endif %}", "t")
+    formatted = template.format([Conversation(ONE)], 9999)
     assert (formatted.errors[0].reason, str(formatted.errors[0])) == (
         "inexact_mask",
-        "deepseekv3 renders message 2 differently after a generation prompt, so no mask is exact; "
+        "t renders message 2 differently after a generation prompt, so no mask is exact; "
         "set template to a Jinja file that renders it the same",
     )
+
+
+GLM = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|system|>"]
+
+
+@pytest.mark.parametrize("eos_token", ["<|endoftext|>", "<|user|>"])
+def test_the_header_of_the_next_message_ends_an_answer_if_the_model_or_the_tokenizer_stops_there(
+    eos_token: str,
+) -> None:
+    tokenizer = with_bos(GLM, eos_token)
+    stop_ids = [] if eos_token == "<|user|>" else [0, 1, 3]
+    template = ChatTemplate(tokenizer, jinja("glm4moe"), "glm4moe", stop_ids=stop_ids)
+    assert tokenizer.convert_ids_to_tokens(template.eos_token_ids[0]) == "<|user|>"
+    formatted = template.format([Conversation(TWO)], 9999)
+    assert supervised(tokenizer, formatted.encoded.labels.tolist()) == [
+        "\n<think></think>\nRed.<|user|>",
+        "\n<think></think>\nBlue, green.<|user|>",
+    ]
+    full = tokenizer.apply_chat_template(TWO, chat_template=jinja("glm4moe"), return_dict=False)
+    assert formatted.encoded.input_ids.tolist() == [*full, 1]
+    if stop_ids:
+        assert template.eos_token_ids == [1, 3]
+        formatted = template.format([Conversation(USE, tools=TOOLS)], 9999)
+        call = "<tool_call>weather\n<arg_key>town</arg_key>\n<arg_value>Bonn</arg_value>\n</tool_call>"
+        assert supervised(tokenizer, formatted.encoded.labels.tolist()) == [
+            f"\n<think></think>\n{call}<|observation|>",
+            "\n<think></think>\nSunny.<|user|>",
+        ]
+
+
+def test_of_two_special_tokens_after_an_answer_the_one_at_which_the_model_stops_ends_it() -> None:
+    special = [*FAMILIES["cohere"][0], "<|START_RESPONSE|>", "<|END_RESPONSE|>", "<eos>"]
+    for eos_token, end in (
+        ("<|END_OF_TURN_TOKEN|>", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
+        ("<eos>", "<|END_RESPONSE|>"),
+    ):
+        tokenizer = with_bos(special, eos_token)
+        _, labels = format_one(ChatTemplate(tokenizer, jinja("cohere2"), "cohere2"), ONE)
+        assert supervised(tokenizer, labels) == [f"Red.{end}"]
+
+
+DEEPSEEK = ["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"]
+INSIDE = [ONE[0], {"role": "assistant", "content": "<think>\nRoses.\n</think>\n\nRed."}]
+THINK_TWICE = [ONE[0], {"role": "assistant", "content": "Red.", "reasoning_content": "A </think> tag."}]
+
+
+def test_a_generation_prompt_that_opens_the_reasoning_is_followed_by_the_reasoning_and_its_end() -> None:
+    tokenizer = with_bos(DEEPSEEK, DEEPSEEK[-1])
+    options = {"reasoning_end": "\n</think>\n\n"}
+    template = ChatTemplate(tokenizer, jinja("deepseekv3"), "deepseekv3", **options)  # type: ignore[arg-type]
+    rows = [
+        Conversation(ONE),
+        Conversation(THOUGHT),
+        Conversation(INSIDE),
+        Conversation(THINK_TWICE),
+        Conversation(TWO),
+    ]
+    formatted = template.format(rows, 9999)
+    assert supervised(tokenizer, formatted.encoded.labels.tolist()) == [
+        "\n</think>\n\nRed.<｜end▁of▁sentence｜>",
+        "Roses.\n</think>\n\nRed.<｜end▁of▁sentence｜>",
+        "Roses.\n</think>\n\nRed.<｜end▁of▁sentence｜>",
+        "\n</think>\n\nRed.<｜end▁of▁sentence｜>",
+        "\n</think>\n\nBlue, green.<｜end▁of▁sentence｜>",
+    ]
+    start = "<｜begin▁of▁sentence｜><｜User｜>Name a color.<｜Assistant｜>"
+    assert formatted.prompts[:3] == [f"{start}<think>\n"] * 3
+    assert formatted.prompts[-1] == (
+        f"{start}Red.<｜end▁of▁sentence｜><｜User｜>And two\nmore? {{{{ x }}}}<｜Assistant｜><think>\n"
+    )
+    assert {row: (error.reason, str(error)) for row, error in formatted.errors.items()} == {
+        3: ("closing_tag", "the reasoning of message 2 contains </think>, which ends it")
+    }
+
+
+def test_a_generation_prompt_that_opens_the_reasoning_rejects_rows_if_its_end_is_unknown() -> None:
+    tokenizer = with_bos(DEEPSEEK, DEEPSEEK[-1])
+    formatted = ChatTemplate(tokenizer, jinja("deepseekv3"), "deepseekv3").format([Conversation(ONE)], 9999)
+    assert (formatted.errors[0].reason, str(formatted.errors[0])) == (
+        "open_reasoning",
+        "the generation prompt of deepseekv3 opens the reasoning with '<think>\\n', and nothing closes it; "
+        'set reasoning_end to the text that does, such as "\\n</think>\\n\\n"',
+    )
+
+
+def test_an_empty_thought_is_that_of_the_template_if_it_has_one() -> None:
+    tokenizer, template = with_options("nemotron_3_nano", FAMILIES["qwen2_5"][0], {})
+    formatted = template.format([Conversation(ONE), Conversation(THOUGHT), Conversation(THINK_TWICE)], 9999)
+    assert supervised(tokenizer, formatted.encoded.labels.tolist()) == [
+        "</think>Red.<|im_end|>",
+        "Roses.\n</think>\nRed.<|im_end|>",
+    ]
+    assert all(prompt.endswith("<|im_start|>assistant\n<think>\n") for prompt in formatted.prompts)
+    assert formatted.errors[2].reason == "closing_tag"
+
+
+def test_reasoning_in_the_content_does_not_follow_an_empty_thought() -> None:
+    tokenizer, template = with_options("qwen3_8", FAMILIES["qwen2_5"][0], {})
+    _, labels = format_one(template, INSIDE)
+    assert supervised(tokenizer, labels) == ["Roses.\n</think>\n\nRed.<|im_end|>"]
+
+
+def test_a_row_with_reasoning_is_rejected_if_the_generation_prompt_has_closed_it() -> None:
+    _, template = with_options("qwen3", FAMILIES["qwen2_5"][0], {"enable_thinking": False})
+    assert rejected(template, THOUGHT) == (
+        "inexact_mask",
+        "the generation prompt of qwen3 leaves no place for the reasoning of message 2; set template_options, such as "
+        "{enable_thinking: true}",
+    )
+
+
+def test_an_answer_with_the_token_at_which_generation_stops_inside_is_rejected() -> None:
+    tokenizer = with_bos(["<|end|>"], "<|end|>")
+    text = "{% for m in messages %}{% if m.thinking %}{{ 'assistant:' ~ m.thinking ~ eos_token }}{% endif %}"
+    text += "{{ m.role ~ ':' ~ m.content ~ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    assert rejected(ChatTemplate(tokenizer, text, "t"), THOUGHT) == (
+        "inexact_mask",
+        "t renders message 2 with <|end|> inside, at which generation stops",
+    )
+
+
+def test_a_template_that_needs_content_as_parts_gets_parts() -> None:
+    tokenizer = with_bos(["<|im_start|>", "<end_of_utterance>"], "<end_of_utterance>")
+    template = ChatTemplate(tokenizer, jinja("smolvlm"), "smolvlm")
+    formatted = template.format([Conversation(TWO)], 9999)
+    assert supervised(tokenizer, formatted.encoded.labels.tolist()) == [
+        " Red.<end_of_utterance>",
+        " Blue, green.<end_of_utterance>",
+    ]
+    assert template.encode_prompts(["A"]) == [
+        tokenizer.encode("<|im_start|>User: A<end_of_utterance>\nAssistant:", add_special_tokens=False)
+    ]
+
+
+def test_tools_that_are_not_rendered_reject_the_row_also_if_the_prompt_opens_the_reasoning() -> None:
+    tokenizer = with_bos(DEEPSEEK, DEEPSEEK[-1])
+    template = ChatTemplate(tokenizer, jinja("deepseekv3"), "deepseekv3", reasoning_end="</think>")
+    formatted = template.format([Conversation(USE[:2], tools=TOOLS)], 9999)
+    assert str(formatted.errors[0]) == "deepseekv3 does not render the row's tools"
 
 
 WEATHER = {"name": "weather", "description": "Of a town.", "parameters": {"type": "object", "properties": {}}}
@@ -360,11 +503,97 @@ def test_a_file_that_is_not_a_chat_template_is_an_error(text: str, message: str)
     assert str(error.value).startswith(message)
 
 
+def test_a_template_with_an_endless_loop_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.data.chat_template.TIME_LIMIT", 0.3)
+    text = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}"
+    with pytest.raises(UserError) as error:
+        ChatTemplate(with_bos(["<|end|>"], "<|end|>"), text, "t")
+    assert str(error.value) == "t: can't render a question and an answer: t: takes longer than 0.3 s; fix it"
+
+
 def test_a_date_in_the_prompt_is_the_same_on_any_day() -> None:
     tokenizer = with_bos(FAMILIES["llama3"][0], "<|eot_id|>")
     template = ChatTemplate(tokenizer, jinja("llama3_2"), "llama3_2")
     formatted = template.format([Conversation(ONE)], 9999)
     assert "Today Date: 26 Jul 2024" in formatted.prompts[0]
+
+
+def with_options(name: str, special_tokens: list[str], options: dict[str, Any]) -> tuple[Any, ChatTemplate]:
+    tokenizer = with_bos(special_tokens, special_tokens[1])
+    return tokenizer, ChatTemplate(tokenizer, jinja(name), name, options)
+
+
+def test_options_change_the_prompt_and_those_of_a_row_override_them() -> None:
+    _, template = with_options("qwen3", FAMILIES["qwen2_5"][0], {"enable_thinking": False})
+    rows = [Conversation(ONE), Conversation(ONE, options={"enable_thinking": True})]
+    formatted = template.format(rows, 9999)
+    start = "<|im_start|>user\nName a color.<|im_end|>\n<|im_start|>assistant\n"
+    assert formatted.prompts == [f"{start}<think>\n\n</think>\n\n", start]
+    assert formatted.responses == ["Red.", "<think>\n\n</think>\n\nRed."]
+    assert template.encode_prompts(["Name a color."]) == [formatted.examples[0].spans[0]]
+    ids = [content_ids(example.conversation) for example in formatted.examples]
+    assert ids[0][0] == ids[1][0]
+    assert ids[0][1] != ids[1][1]
+
+
+@pytest.mark.parametrize(
+    ("name", "special_tokens", "options"),
+    [
+        ("qwen3", FAMILIES["qwen2_5"][0], {"enable_thinking": False}),
+        (
+            "muse_glimmer",
+            [*GPT_OSS, "<|eot|>"],
+            {"reasoning_strength": '"low" \'ü\n%}', "tool_namespace_descriptions": {"a": None}},
+        ),
+        ("llama3_2", FAMILIES["llama3"][0], {"date_string": "1 May 2026"}),
+        ("llama3_2", FAMILIES["llama3"][0], {}),
+    ],
+)
+def test_the_saved_template_has_the_options_and_the_fixed_date_and_a_caller_can_override_them(
+    name: str, special_tokens: list[str], options: dict[str, Any]
+) -> None:
+    tokenizer, template = with_options(name, special_tokens, options)
+
+    def render(text: str, **changed: Any) -> str:
+        prompt = {"tokenize": False, "add_generation_prompt": True}
+        return str(tokenizer.apply_chat_template(ONE[:1], chat_template=text, **prompt, **changed))
+
+    prompt = render(template.chat_template)
+    assert prompt == render(FIXED_DATE + jinja(name), **options)
+    assert template.encode_prompts(["Name a color."]) == [tokenizer.encode(prompt, add_special_tokens=False)]
+    if options:
+        assert prompt != render(jinja(name))
+    for changed in ({key: "x"} for key in options if key != "tool_namespace_descriptions"):
+        assert render(template.chat_template, **changed) == render(FIXED_DATE + jinja(name), **options | changed)
+
+
+def test_an_option_that_the_template_does_not_use_is_an_error_that_names_those_that_it_uses() -> None:
+    with pytest.raises(UserError) as error:
+        with_options("qwen3_8", FAMILIES["qwen2_5"][0], {"enable_thinkin": False})
+    assert str(error.value) == (
+        "template_options: qwen3_8 does not use the option 'enable_thinkin'; it uses add_vision_id, content, "
+        "enable_thinking, preserve_thinking, reasoning_content, reasoning_effort"
+    )
+    _, template = make_template("gemma")
+    row = Conversation(ONE, options={"messages": []})
+    assert str(template.format([row], 9999).errors[0]) == "gemma does not use the option 'messages'; it uses none"
+
+
+def test_an_option_that_makes_the_template_fail_is_an_error_and_rejects_only_its_row() -> None:
+    text = "{% if mode is defined and mode != 'a' %}{{ raise_exception('no mode ' ~ mode) }}{% endif %}" + jinja(
+        "qwen2_5"
+    )
+    tokenizer = with_bos(FAMILIES["qwen2_5"][0], "<|im_end|>")
+    with pytest.raises(UserError) as error:
+        ChatTemplate(tokenizer, text, "t", {"mode": "b"})
+    assert str(error.value) == ("t: can't render a question and an answer: t: no mode b; fix it or template_options")
+    rows = [Conversation(ONE, options={"mode": mode}) for mode in "abc"]
+    formatted = ChatTemplate(tokenizer, text, "t", {"mode": "a"}).format(rows, 9999)
+    assert [example.row for example in formatted.examples] == [0]
+    assert [(row, error.reason, str(error)) for row, error in formatted.errors.items()] == [
+        (1, "refused_by_template", "t: no mode b"),
+        (2, "refused_by_template", "t: no mode c"),
+    ]
 
 
 def test_the_input_of_an_alpaca_row_is_appended_to_the_first_question() -> None:

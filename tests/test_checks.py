@@ -1,6 +1,8 @@
 """Checks accept right answers and reject wrong ones; invalid checks are rejected with a message."""
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -31,6 +33,22 @@ PERSON = {"type": "object", "properties": {"age": {"type": "integer"}}, "require
         ({"number": {"value": 6.2, "tolerance": 0.05}}, ["about 6.2 miles", "6.25", "6.214"], ["6.26", "62"]),
         ({"number": {"value": 49, "position": "first"}}, ["49, because 7 × 7 is 49 and 8 × 8 is 64"], ["7 × 7 = 49"]),
         ({"json": {"a": [1, True]}}, ['{"a": [1, true]}', '```json\n{"a": [1.0, true]}\n```'], ['{"a": [1, 1]}', "a"]),
+        ({"number": 12193131840}, ["12,193,131,840", "1.219313184e10"], ["12193131849", "12193131840.1"]),
+        ({"number": 3.5}, ["3.5", "7/2", "3 1/2", r"\frac{7}{2}"], ["3,5", "3-5", "3.50001"]),
+        ({"number": 0.3333333333}, ["1/3"], ["0.3333"]),
+        ({"number": {"value": 3, "tolerance": 0.1}}, ["3.1", "2.9"], ["3.1000000001"]),
+        ({"equals": "caf\u00e9"}, ["cafe\u0301"], ["cafe"]),
+        ({"equals": "x2"}, ["x2"], ["x\u00b2"]),
+        ({"contains": "CAFE\u0301"}, ["un caf\u00e9"], ["cafe"]),
+        ({"excludes": "caf\u00e9"}, ["cafe"], ["cafe\u0301"]),
+        ({"regex": "^caf[e\u0301]$"}, ["cafe\u0301"], ["cafe"]),
+        ({"json": {"e\u0301": "e\u0301"}}, ['{"\u00e9": "e\\u0301"}'], ['{"e": "e"}']),
+        ({"json": 0.1}, ["0.1", "1e-1", "0.10"], ["0.1000000000000000001"]),
+        ({"json_schema": {"multipleOf": 0.01}}, ["19.99", "3", "1e300"], ["19.999", "1e-400"]),
+        ({"json_schema": {"maximum": 0.3, "enum": [0.3, 0.2]}}, ["0.30"], ["0.30000000000000000001"]),
+        ({"json_schema": {"type": "integer"}}, ["3.0", "1e2"], ["3.5"]),
+        ({"json_schema": {"format": "date"}}, ['"2024-02-29"', "3"], ['"2023-02-29"', '"tomorrow"']),
+        ({"json_schema": {"items": {"format": "ipv4"}}}, ['["127.0.0.1"]'], ['["127.0.0.256"]']),
         ({"json": None}, ["null"], ["", "NaN", "1e999"]),
         ({"json_schema": {"type": "number"}}, ["3"], ["NaN", "Infinity", "1e999", "[" * 100_000]),
         ({"json": [1, 2]}, ["[1, 2]"], ["[2, 1]", "[1, 2, 3]", "{}"]),
@@ -38,7 +56,7 @@ PERSON = {"type": "object", "properties": {"age": {"type": "integer"}}, "require
         ({"choice": {"options": ["true", "false"], "answer": "true"}}, ["True. It is not false."], ["False, not true"]),
         ({"choice": {"options": ["true", "not true"], "answer": "not true"}}, ["That is not true."], ["It is true."]),
         ({"choice": {"options": ["a", "b"], "answer": "a"}}, ["A, because"], ["c", "banana"]),
-        ({"max_words": 3}, ["One, two, three!"], ["One two three four"]),
+        ({"max_words": 3}, ["One, two, three!", "Don't stop now", "A well-known 3.14"], ["One two three four"]),
         ({"language": "de"}, ["Der Hund schläft im Garten."], ["The dog sleeps in the garden.", ""]),
         ({"contains": "a", "max_words": 2}, ["a b"], ["a b c", "b"]),
         ({"all": [{"contains": "a"}, {"contains": "b"}]}, ["a b"], ["a", "b"]),
@@ -50,6 +68,78 @@ def test_right_answers_pass_and_wrong_ones_do_not(check: dict[str, Any], right: 
     validate_check(check)
     assert [answer for answer in right if not passes(check, answer)] == []
     assert [answer for answer in wrong if passes(check, answer)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "data"),
+    [
+        ('```json \n{"a": 1}\n```', {"a": 1}),
+        ('```json\r\n{"a": 1}\r\n```', {"a": 1}),
+        ('```JSON title="x.json"\n{"a": 1}\n```', {"a": 1}),
+        ('```json {"a": 1}```', {"a": 1}),
+        ('```{"a": 1}``` is it.', {"a": 1}),
+        ('~~~\n{"a": 1}\n~~~', {"a": 1}),
+        ("````json\n5\n````", 5),
+        ("```null```", None),
+        ('Here:\n\n  ```json\n  {"a": 1}\n  ```\n\nDone. ```[2]```', {"a": 1}),
+        ('```json\n{"a": "use ```x``` here"}\n```', {"a": "use ```x``` here"}),
+        ('{"a": "use ```x``` here"}', {"a": "use ```x``` here"}),
+        ('```json\n{"a": 1}', {"a": 1}),  # the block of an unclosed fence ends with the text
+    ],
+)
+def test_json_is_read_in_any_fence(text: str, data: Any) -> None:
+    assert passes({"json": data}, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"a": 1} and so on', '```json\n{"a": 1} 2\n```', "```python\nf()\n```\n```[1]```", "``[1]``", "```[1]\n~~~"],
+)
+def test_what_is_not_only_json_is_no_json(text: str) -> None:
+    assert not passes({"any": [{"json_schema": {}}]}, text)
+
+
+LETTERS, ROMAN = ["A", "B", "C", "D"], ["I", "II", "III"]
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "named"),
+    [
+        (LETTERS, "A dog is no plant, so B", "B"),
+        (LETTERS, "It is a dog: C", "C"),
+        (LETTERS, "vitamin b, Vitamin D", "D"),
+        (LETTERS, "A is right, not B.", "A"),
+        (LETTERS, "The answer is A because a dog barks.", "A"),
+        (LETTERS, "A. Paris", "A"),
+        (LETTERS, r"\boxed{C}", "C"),
+        (LETTERS, "**(D)**", "D"),
+        (LETTERS, "b", "B"),
+        (LETTERS, "'B'", "B"),
+        (LETTERS, "b) Paris", "B"),
+        (LETTERS, "C++, the U.S.A. or a B-52", None),
+        (LETTERS, "정답은 B입니다.", "B"),
+        (LETTERS, "答えはBです。", "B"),
+        (LETTERS, "答案是B。", "B"),
+        (LETTERS, "\uff22", "B"),
+        (ROMAN, "So I think it's II.", "II"),
+        (ROMAN, "I'd say III", "III"),
+        (ROMAN, "I", "I"),
+        (["서울", "부산"], "부산입니다, 서울은 아닙니다.", "부산"),
+        (["서울", "부산"], "서울대학교", None),
+        (["남자", "여자"], "여자였습니다", "여자"),
+        (["가", "나"], "나는 가", "나"),
+        (["パリ", "ローマ"], "パリス、ローマです", "ローマ"),
+        (["東京", "大阪"], "答えは東京です", "東京"),
+        (["5", "6"], "1.5, -5 or 6", "6"),
+        (["0.45", "0.6"], "10.6 or 0.45", "0.45"),
+        (["C", "C++"], "C++", "C++"),
+        (["well-known", "new"], "It is WELL KNOWN.", "well-known"),
+        (["yes", "no"], "I know. No.", "no"),
+    ],
+)
+def test_the_option_that_is_named_first_counts(options: list[str], answer: str, named: str | None) -> None:
+    checks = [{"choice": {"options": options, "answer": option}} for option in options]
+    assert [check["choice"]["answer"] for check in checks if passes(check, answer)] == ([named] if named else [])
 
 
 @pytest.mark.parametrize(
@@ -78,6 +168,10 @@ def test_right_answers_pass_and_wrong_ones_do_not(check: dict[str, Any], right: 
             {"choice": {"options": ["A", "a."], "answer": "A"}},
             'choice: found {"options": ["A", "a."], "answer": "A"}; must be an object whose options differ in more '
             "than case and punctuation",
+        ),
+        (
+            {"json_schema": {"properties": {"format": {"format": "email"}}}},
+            "json_schema: the format 'email' is not supported; must be one of date, ipv4, ipv6, uuid",
         ),
         ({"max_words": 0}, "max_words: found 0; must be a whole number above 0"),
         ({"language": "xx"}, 'language: found "xx"; must be a language code of ISO 639-1, such as en or de'),
@@ -135,6 +229,43 @@ def test_a_check_of_an_answer_that_is_not_trained_rejects_its_row(last: dict[str
 def test_a_regular_expression_that_does_not_end_is_stopped() -> None:
     with pytest.raises(CheckTimeoutError, match=r'^the regular expression "\(a\|aa\)\+\$" takes more than 1 s$'):
         passes({"regex": "(a|aa)+$"}, "a" * 60 + "b")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "a{1000000000}",
+        "a{10000000,}",
+        "(?:(?:a{1000}){1000}){1000}",
+        "(?x)a{ 1 0 0 0 0 0 0 0 }",
+        "(?x)a{1#}\n0000000}",
+        "[ab]" * 100_000,
+        "(?:a{2}" * 25 + "){2}" * 25,
+        f"a{{{'9' * 5000}}}",
+    ],
+)
+def test_a_regular_expression_that_is_too_large_is_rejected_before_it_is_compiled(pattern: str) -> None:
+    with pytest.raises(BadRowError, match=r"regex: found .*, which is too large: |exceeds the limit|Exceeds the limit"):
+        parse_check("'check'", {"regex": pattern})
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"\d{4}-\d{2}-\d{2}", "a{0,1000000}", r"\{1000000\}", "[0-9a-f]{8}(-[0-9a-f]{4}){3}"]
+)
+def test_usual_repeat_counts_are_allowed(pattern: str) -> None:
+    assert parse_check("'check'", {"regex": pattern}) == {"regex": pattern}
+
+
+@pytest.mark.subprocess
+def test_the_largest_regular_expressions_take_bounded_memory() -> None:
+    code = (
+        "import resource; from stages.data.checks import parse_check, passes\n"
+        "start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for n in range(20): passes(parse_check('check', {'regex': f'(a){{{45000 - n}}}'}), 'a' * 1000)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) // 1024)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert int(out.stdout) < 400  # MB
 
 
 @given(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import report
-from tests import architectures, chaos
+from tests import architectures, chaos, templates
 from tests.clone import ROOT
 
 PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "LICENSES.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,6 +45,10 @@ def test_the_chaos_table_matches_the_results() -> None:
 
 def test_the_table_of_architectures_matches_the_results() -> None:
     assert block("architectures", read_page("docs/models.md")) == architectures.table(architectures.read_results())
+
+
+def test_the_table_of_templates_matches_the_results() -> None:
+    assert block("templates", read_page("docs/templates.md")) == templates.table(templates.read_results())
 
 
 def test_the_code_layout_lists_every_module() -> None:

@@ -251,6 +251,42 @@ def test_a_check_is_kept_for_the_last_answer_of_a_row_unless_it_is_truncated(pro
     ]
 
 
+def test_rows_whose_own_answer_fails_their_check_are_counted_listed_and_kept(
+    project: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "data/mine").mkdir()
+    wrong = {**GOOD, "check": {"number": 3}}
+    slow = {**GOOD, "output": "a" * 60 + "b", "check": {"regex": "(a|aa)+$"}}
+    cut = {**GOOD, "output": "Blue. " * 60, "check": {"contains": "red"}}
+    rows = [{**GOOD, "check": {"contains": "red"}}, wrong, cut, slow]
+    (project / "data/mine/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (project / "data/mine/b.jsonl").write_text("".join(json.dumps(wrong) + "\n" for _ in range(9)))
+    edit(project, dataset_file="data/mine", datasets="[{file: a.jsonl}, {file: b.jsonl}]", model_name=str(tiny_model))
+    edit(project, max_length="150")
+    for stage in (download_dataset, download_model, format_stage):
+        stage.main()
+    metrics = json.loads(Path("metrics/format.json").read_text())
+    assert (metrics["kept"], metrics["truncated"], metrics["checks_failing_own_answer"]) == (13, 1, 11)
+    assert [part["checks_failing_own_answer"] for part in metrics["sources"].values()] == [2, 9]
+    found = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    start = found.index("checks 11 fail for the row's own answer; the first:")
+    assert len([line for line in found if " fails for " in line]) == 5
+    assert "data/mine/a.jsonl, row 2: {\"number\": 3} fails for 'Red.'" in found[start + 1 : start + 6]
+
+
+def test_a_check_of_an_answer_with_reasoning_is_about_the_text_after_it(project: Path, tiny_model: Path) -> None:
+    (project / "templates").mkdir()
+    (project / "templates/t.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}:{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
+        "{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    edit(project, template="templates/t.jinja")
+    row = {"question": "Is it red?", "reasoning": "Not no.", "answer": "yes", "check": {"equals": "yes"}}
+    (found,) = run_format(tiny_model, [row])
+    assert found["response"] == "<think>Not no.</think>yes"
+    assert json.loads(Path("metrics/format.json").read_text())["checks_failing_own_answer"] == 0
+
+
 def test_show_reports_if_no_row_was_rejected(
     project: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -305,6 +341,25 @@ def test_a_chat_template_takes_conversations_and_alpaca_rows(project: Path, tiny
     # Both begin with the same question, so they must be in the same split.
     assert rows[1]["prompt_id"] == rows[2]["prompt_id"] != rows[0]["prompt_id"]
     assert rows[1]["example_id"] != rows[2]["example_id"]
+
+
+@pytest.mark.parametrize("template", ["alpaca", "templates/plain.jinja"])
+def test_a_tokenizer_without_a_fast_version_formats_rows(template: str, project: Path) -> None:
+    from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=384, eos_token_id=1, **sizes)).save_pretrained("model")
+    ByT5Tokenizer().save_pretrained("model")
+    (project / "templates").mkdir()
+    shutil.copy(USER_FILES / "templates/plain.jinja", project / "templates")
+    edit(project, template=template)
+    (row,) = run_format(Path("model"), [GOOD])
+    assert (
+        bytes(token - 3 for token in row["input_ids"][:-1]).decode()
+        == f"{row['prompt']}{'' if template == 'alpaca' else ' '}Red."
+    )
+    assert row["input_ids"][-1] == row["labels"][-1] == 1
+    assert row["labels"].count(-100) == len(row["prompt"])
 
 
 def test_each_source_has_its_own_counts(project: Path, tiny_model: Path) -> None:

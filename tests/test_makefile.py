@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
         ("bench", ["bench"]),
         ("scaling", ["bench"]),
         ("test", ["dev"]),
-        ("test-fast lint audit chaos architectures", ["dev"]),
+        ("test-fast lint audit chaos architectures templates", ["dev"]),
     ],
 )
 def test_a_target_installs_what_it_needs(folder: Path, target: str, extras: list[str]) -> None:

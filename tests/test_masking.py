@@ -4,7 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -146,6 +148,26 @@ def test_token_ids_equal_those_of_calling_the_tokenizer(tokenizer: Any) -> None:
     expected = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert len(expected) > 10
     assert tokenize(tokenizer, [text, "a"], allow_special_tokens=False)[0] == expected
+
+
+def test_threads_that_allow_special_tokens_and_threads_that_do_not_can_share_a_tokenizer(tokenizer: Any) -> None:
+    texts = ["Red.<|end|>" * 50] * 20
+    expected = {allowed: tokenize(tokenizer, texts, allowed) for allowed in (True, False)}
+    assert len(expected[True][0]) < len(expected[False][0])
+    with ThreadPoolExecutor(4) as pool:
+        flags = [True, False] * 50
+        for allowed, ids in zip(flags, pool.map(partial(tokenize, tokenizer, texts), flags), strict=True):
+            assert ids == expected[allowed]
+
+
+def test_a_tokenizer_without_a_fast_version_separates_special_tokens_from_text() -> None:
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    assert not tokenizer.is_fast
+    assert tokenize(tokenizer, [], allow_special_tokens=False) == []
+    assert tokenize(tokenizer, ["a</s>"], allow_special_tokens=True) == [[100, 1]]
+    assert tokenize(tokenizer, ["a</s>"], allow_special_tokens=False) == [[100, 63, 50, 118, 65]]
 
 
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)

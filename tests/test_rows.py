@@ -33,8 +33,9 @@ def calls(arguments: Any = CALL["function"]["arguments"], **more: Any) -> dict[s
 def parse(row: dict[str, Any], columns: dict[str, str] | None = None, train_on: Any = "all_answers") -> Conversation:
     """The conversation of a row, as the stages download_dataset and format make it."""
     parsed = RowParser(columns).parse(row)
-    raw = {"messages": json.dumps(parsed.messages), "tools": json.dumps(parsed.tools), "input": parsed.input}
-    return parse_conversation(raw, train_on)
+    texts = {"messages": parsed.messages, "tools": parsed.tools, "chat_template_kwargs": parsed.options}
+    raw = {name: json.dumps(value) for name, value in texts.items()}
+    return parse_conversation({**raw, "input": parsed.input}, train_on)
 
 
 def render(conversation: Conversation, name: str = "qwen2_5") -> tuple[list[list[int]], list[str]]:
@@ -218,6 +219,17 @@ def test_reasoning_is_supervised_with_each_answer_and_not_repeated_in_the_prompt
         assert ids == full[: len(ids)]
         assert TOKENIZER.decode(full[len(ids) :]) == "\n"
     assert "2 + 3" not in TOKENIZER.decode(examples[1])
+
+
+@pytest.mark.parametrize("options", [{"enable_thinking": False}, '{"enable_thinking": false, "mode": null}'])
+def test_template_options_of_a_row_are_passed_to_the_template(options: Any) -> None:
+    for row in ({"messages": PAIR}, {"prompt": "Add 2, 3.", "completion": "5."}):
+        _, texts = render(parse({**row, "chat_template_kwargs": options}), "qwen3")
+        assert texts == ["5."]  # the prompt has the empty thought
+    row = {"question": "Add 2, 3.", "answer": "5.", "options": options}
+    columns = {"prompt": "question", "completion": "answer", "chat_template_kwargs": "options"}
+    assert render(parse(row, columns), "qwen3")[1] == ["5."]
+    assert render(parse({"messages": PAIR, "chat_template_kwargs": None}), "qwen3")[1] == ["<think>\n\n</think>\n\n5."]
 
 
 def test_results_of_parallel_calls_are_in_the_order_of_the_calls() -> None:

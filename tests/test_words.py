@@ -2,7 +2,7 @@
 
 import pytest
 
-from stages.data.words import words
+from stages.data.words import count_words, words
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,24 @@ def test_words_of_a_text(text: str, expected: list[str]) -> None:
 def test_case_and_unicode_form_are_ignored_and_accents_are_not(text: str, word: str) -> None:
     assert words(text) == [word]
     assert words("cafe") != words("café")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("Don't stop now", 3),
+        ("A well-known co\u2011author\u2019s book", 4),
+        ("3.14, 1,000 and 2010\u20132015", 4),
+        ("U.S.A., e.g. a.b@c.de or https://example.org/a?b=c", 5),
+        ("5 + 3 = 8", 3),
+        ("20 °C, $5, 50%, C++ \u2764\ufe0f ?! ...", 5),
+        ("Hello,world...what\u2014why", 4),
+        ("用Python写3个", 5),
+        ("한국어를 배워요.", 2),
+        ("दीन दिन", 2),
+        ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", 1),
+        ("", 0),
+    ],
+)
+def test_words_are_counted_as_people_count_them(text: str, number: int) -> None:
+    assert count_words(text) == number

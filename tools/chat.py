@@ -38,7 +38,7 @@ def main() -> None:
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is not UTF-8 must not end the conversation
     tokenizer = load_tokenizer()
-    template = load_template(params.template, tokenizer)
+    template = load_template(params.template, tokenizer, params.template_options)
     models = {"tuned": load_model(Path("models/tuned"), precision=params.precision).eval()}
     print(f"{HELP}. At most {params.max_new_tokens} tokens, temperature {params.temperature:g}: params.yaml.")
     name, question, reply = "tuned", "", ""

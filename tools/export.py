@@ -61,7 +61,7 @@ def main() -> None:
     from stages.engine.models import checkpoint_dtype
 
     tokenizer = load_tokenizer(TUNED)
-    prompts = load_template(params.template, tokenizer).encode_prompts(params.sample_prompts)
+    prompts = load_template(params.template, tokenizer, params.template_options).encode_prompts(params.sample_prompts)
     expected = tuned_answers(prompts, tokenizer, params)
     dtype = str(checkpoint_dtype(TUNED)).removeprefix("torch.")
     with atomic_path(GGUF) as partial:

@@ -128,6 +128,6 @@ def _require_one_pair(conversation: Conversation) -> None:
         detail = f"found {', '.join(roles)}; template alpaca takes one instruction and one response, chat takes more"
         raise BadRowError("not_single_turn", detail)
     more = [name for message in conversation.messages for name in message if name not in ("role", "content")]
-    more += ["tools"] * bool(conversation.tools)
+    more += ["tools"] * bool(conversation.tools) + ["chat_template_kwargs"] * bool(conversation.options)
     if more:
         raise BadRowError("not_rendered", f"template alpaca does not render {more[0]!r}; a chat template may")

@@ -1,49 +1,21 @@
 """Jinja chat templates: conversations with any number of messages."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from stages.data.answer_ends import QUESTION
 from stages.data.completeness import missing_key, texts_in
 from stages.data.conversations import Conversation, Formatted, Rendered
 from stages.data.examples import BadRowError, Message
 from stages.data.masking import mask_spans, tokenize
 from stages.data.plain_text import PlainText
-from stages.runtime.errors import UserError, is_out_of_memory
+from stages.data.rendering import TIME_LIMIT, Renderer, time_limit
+from stages.data.responses import Response, ResponseFinder
+from stages.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Some chat templates write the current date into the prompt. The same data must give the same tokens on any day, so
-# they get the date that Llama 3.1's template uses as its default.
-FIXED_DATE = (
-    "{% macro strftime_now(format) %}{{ format | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July') | "
-    "replace('%m', '07') | replace('%Y', '2024') | replace('%A', 'Friday') }}{% endmacro +%}"
-)
-QUESTION: Message = {"role": "user", "content": "A"}
-ANSWER = "ANSWER"  # the response in test conversations; a special token after it is the template's EOS token
-TOOL = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}
-
-
-@dataclass(frozen=True)
-class Response:
-    """An answer in the rendering that ends with it.
-
-    text: the rendering of the messages up to this answer.
-    start, end: the positions of the first character of the response, and after its EOS token.
-    eos_token: the token that ends it.
-    """
-
-    text: str
-    start: int
-    end: int
-    eos_token: str
-
-    @property
-    def num_eos_tokens(self) -> int:
-        """How often the EOS token is in the response; reasoning may end with it, too."""
-        return self.text.count(self.eos_token, self.start, self.end)
 
 
 class ChatTemplate:
@@ -59,36 +31,44 @@ class ChatTemplate:
     Args:
         chat_template: Jinja text, as `apply_chat_template` of transformers takes it.
         where: the name of the template in messages.
+        options: variables of the template, such as `enable_thinking`.
+        stop_ids: the tokens at which the model stops, besides the EOS token of the tokenizer.
+        reasoning_end: what ends the reasoning that the generation prompt opens, if the template does not render it.
 
     Attributes:
+        chat_template: the template with its options built in.
         eos_token_ids: the tokens that end an answer: that of a text, and if it is another one, that of a tool call.
 
     Raises:
         UserError: the template can't be rendered, or has no special token after a response.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat_template: str, where: str):
-        self.chat_template = chat_template
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        chat_template: str,
+        where: str,
+        options: Mapping[str, Any] | None = None,
+        stop_ids: Collection[int] = (),
+        reasoning_end: str | None = None,
+    ):
+        self._renderer = Renderer(tokenizer, chat_template, where, options or {})
+        self._render = self._renderer.render
+        self.chat_template = self._renderer.chat_template
         self._tokenizer = tokenizer
         self._where = where
-        self._calls_as_text = False
         self._plain_text = PlainText(tokenizer)
+        stop_tokens = tokenizer.convert_ids_to_tokens([*stop_ids, tokenizer.eos_token_id])
         try:
-            exchange = self._render([QUESTION, {"role": "assistant", "content": ANSWER}])
-            header = len(self._render([QUESTION], add_generation_prompt=True)) - len(self._render([QUESTION]))
-        except BadRowError as error:
-            raise UserError(f"{where}: can't render a question and an answer: {error}; fix it") from None
-        end = self._plain_text.special.search(exchange, exchange.rfind(ANSWER) + len(ANSWER))
-        if ANSWER not in exchange or not end:
-            raise UserError(
-                f"{where}: has no special token after an answer, so generation would never stop; "
-                "must have one after each answer, such as {{ eos_token }}"
-            )
-        self._eos_token, self._after_eos = end[0], exchange[end.end() :]
+            with time_limit(TIME_LIMIT):
+                self._finder = ResponseFinder(self._renderer, self._plain_text.special, stop_tokens, reasoning_end)
+                header = len(self._render([QUESTION], add_generation_prompt=True)) - len(self._render([QUESTION]))
+        except (BadRowError, TimeoutError) as error:
+            fix = "fix it or template_options" if options else "fix it"
+            raise UserError(f"{where}: can't render a question and an answer: {error}; {fix}") from None
         self._header_length = max(0, header)
-        self._call_eos_token = self._find_call_eos_token()
-        eos_tokens = dict.fromkeys(filter(None, (self._eos_token, self._call_eos_token)))
-        self.eos_token_ids = [ids for (ids,) in tokenize(tokenizer, list(eos_tokens), allow_special_tokens=True)]
+        eos_tokens = self._finder.eos_tokens
+        self.eos_token_ids = [ids for (ids,) in tokenize(tokenizer, eos_tokens, allow_special_tokens=True)]
 
     def format(self, conversations: Sequence[Conversation], max_length: int) -> Formatted:
         """Render, tokenize and mask."""
@@ -142,24 +122,6 @@ class ChatTemplate:
             raise UserError(f"{self._where}: {error}; change the question") from None
         return tokenize(self._tokenizer, texts, allow_special_tokens=True)
 
-    def _find_call_eos_token(self) -> str | None:
-        """The special token that ends a tool call; None if the template has no tool calls.
-
-        transformers documents that arguments are objects, but some templates (DeepSeek's) need their JSON text.
-        """
-        function = {"name": "f", "arguments": {"a": ANSWER}}
-        call = {"id": "123456789", "type": "function", "function": function}  # Mistral requires nine characters
-        message = {"role": "assistant", "content": "", "tool_calls": [call]}
-        for self._calls_as_text in (False, True):
-            try:
-                rendered = self._render([QUESTION, message], tools=[{"type": "function", "function": TOOL}])
-            except BadRowError:
-                continue
-            *_, after = rendered.removesuffix(self._after_eos).rpartition(ANSWER)
-            special = self._plain_text.special.findall(after)
-            return special[-1] if special and ANSWER in rendered else None
-        return None
-
     def _render_examples(self, conversation: Conversation) -> list[tuple[Conversation, list[Response]]]:
         """Each example of a conversation with its trained responses, the last of which has the full text.
 
@@ -174,11 +136,12 @@ class ChatTemplate:
             messages[first] = {**messages[first], "content": content}
         self._plain_text.reject_special_tokens(message["content"] for message in messages)
         more = [message for message in messages if len(message) > len(("role", "content"))]
-        self._plain_text.reject_special_tokens(texts_in([more, conversation.tools]))
+        self._plain_text.reject_special_tokens(texts_in([more, conversation.tools, conversation.options]))
+        self._renderer.require_options(conversation.options)
         responses: dict[int, Response] = {}
         for at, message in enumerate(messages):
             if message["role"] == "assistant" and message.get("train", True):
-                response = responses[at] = self._render_response(messages[: at + 1], conversation.tools)
+                response = responses[at] = self._finder.find(messages[: at + 1], conversation)
                 begin = max(0, response.start - self._header_length)  # the header may have a part, such as <think>
                 self._require_complete(at, message, response.text[begin:])
         full = responses[len(messages) - 1].text
@@ -192,39 +155,15 @@ class ChatTemplate:
                     self._require_complete(at, message, last.text)
         for at, message in enumerate(messages):  # a template may drop the reasoning of an earlier answer
             if message["role"] == "assistant" and at not in responses and missing_key(message, full):
-                self._require_complete(at, message, self._render(messages[: at + 1], tools=conversation.tools))
+                self._require_complete(at, message, self._render(messages[: at + 1], conversation))
         if conversation.tools:
-            without = self._render(messages)
+            renderings = [
+                self._render(messages, replace(conversation, tools=tools)) for tools in (conversation.tools, ())
+            ]
             names = [tool["function"]["name"] for tool in conversation.tools]
-            if without == full or not all(name in full for name in names):
+            if renderings[0] == renderings[1] or not all(name in full for name in names):
                 raise BadRowError("not_rendered", f"{self._where} does not render the row's tools")
         return examples
-
-    def _render_response(self, messages: list[Message], tools: Sequence[dict[str, Any]]) -> Response:
-        """Locate the last message, an answer, in the rendering of the messages."""
-        eos_token = self._call_eos_token if messages[-1].get("tool_calls") else self._eos_token
-        if eos_token is None:
-            raise BadRowError("not_rendered", f"{self._where} can't render tool calls")
-        prompt = self._render(messages[:-1], tools=tools, add_generation_prompt=True)
-        text = self._render(messages, tools=tools)
-        if not text.startswith(prompt):
-            # A template may render earlier messages differently once the answer is there: Mistral's has the system
-            # prompt only if a question is last. The model sees this prompt, so the answer must follow it. It is the
-            # same as after a single question.
-            question = self._render([QUESTION], tools=tools, add_generation_prompt=True)
-            exchange = self._render([QUESTION, messages[-1]], tools=tools)
-            response = exchange.removeprefix(question)
-            if response == exchange or not text.endswith(response):
-                raise BadRowError(
-                    "inexact_mask",
-                    f"{self._where} renders message {len(messages):,} differently after a generation prompt, so no "
-                    "mask is exact; set template to a Jinja file that renders it the same",
-                )
-            text = prompt + response
-        end = text.removesuffix(self._after_eos).rfind(eos_token, len(prompt))
-        if end < 0:
-            raise BadRowError("not_rendered", f"{self._where} renders message {len(messages):,} without {eos_token}")
-        return Response(text, len(prompt), end + len(eos_token), eos_token)
 
     def _split_spans(
         self, full_ids: list[int], all_prompt_ids: list[list[int]], responses: list[Response]
@@ -236,12 +175,11 @@ class ChatTemplate:
         """
         spans, end = [], 0
         for prompt_ids, response in zip(all_prompt_ids, responses, strict=True):
-            start = response_end = len(prompt_ids)
+            start = len(prompt_ids)
             if full_ids[:start] != prompt_ids:
                 raise BadRowError("unclean_boundary", "the first token of a response includes the end of its prompt")
-            eos_token_id = self.eos_token_ids[0 if response.eos_token == self._eos_token else -1]
-            for _ in range(response.num_eos_tokens):
-                response_end = full_ids.index(eos_token_id, response_end) + 1
+            eos_token_id = self.eos_token_ids[self._finder.eos_tokens.index(response.eos_token)]
+            response_end = full_ids.index(eos_token_id, start) + 1
             spans += [full_ids[end:start], full_ids[start:response_end]]
             end = response_end
         return spans
@@ -255,41 +193,3 @@ class ChatTemplate:
         if name := missing_key(message, rendering):
             where = f"message {at + 1:,} ({message['role']})"
             raise BadRowError("not_rendered", f"{self._where} does not render {name!r} of {where}")
-
-    def _render(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), add_generation_prompt: bool = False
-    ) -> str:
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    [self._for_template(message) for message in messages],
-                    tools=list(tools) or None,
-                    chat_template=FIXED_DATE + self.chat_template,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                )
-            )
-        except Exception as error:  # a template can raise anything
-            if is_out_of_memory(error):
-                raise
-            raise BadRowError("refused_by_template", f"{self._where}: {error}") from None
-
-    def _for_template(self, message: Message) -> Message:
-        """A message with the keys that templates know."""
-        if len(message) == len(("role", "content")):
-            return message
-        message = {name: value for name, value in message.items() if name != "train"}
-        if "reasoning_content" in message:
-            message["thinking"] = message["reasoning_content"]  # the name in the template of gpt-oss
-        if "tool_calls" in message and self._calls_as_text:
-            message["tool_calls"] = [
-                {
-                    **call,
-                    "function": {
-                        **call["function"],
-                        "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
-                    },
-                }
-                for call in message["tool_calls"]
-            ]
-        return message

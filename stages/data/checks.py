@@ -6,21 +6,25 @@ is executed as code.
 
 import json
 import math
+import unicodedata
 from collections.abc import Callable, Mapping
-from functools import cache
+from fractions import Fraction
+from functools import cache, lru_cache
 from typing import Any
 
 import regex
 
+from stages.data.choices import first_named
 from stages.data.examples import BadRowError
-from stages.data.json_answers import has_data, is_valid, validate_schema
+from stages.data.json_answers import has_data, is_valid, validate_schema, with_exact_values
 from stages.data.messages import is_missing
+from stages.data.numerals import numbers
 from stages.data.tools import parse_json, require_json
-from stages.data.words import words
+from stages.data.words import count_words, words
 
 TIME_LIMIT = 1.0  # seconds for a regular expression and one answer
-# An optional sign, and digits with or without thousands separators and decimals. A unit may follow, as in 5km.
-NUMBER = regex.compile(r"(?<![A-Za-z\d.])[-−+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?!\d|[.,]\d)")
+SIZE_LIMIT, LENGTH_LIMIT = 500_000, 20_000  # of regular expressions; compiling takes up to 0.1 kB per character
+REPEATS = regex.compile(r"\{\s*(\d[\d\s]*)(?:(#)|[,}])")  # with the spaces and comments of verbose regular expressions
 EXAMPLE = 'must be an object such as {"contains": "Paris"} (docs/checks.md)'
 
 
@@ -78,7 +82,13 @@ def passes(check: Mapping[str, Any], answer: str) -> bool:
     Raises:
         CheckTimeoutError: a regular expression took too long for this answer.
     """
-    return all(KINDS[kind][1](value, answer.strip()) for kind, value in check.items())
+    answer = nfc(answer.strip())
+    return all(KINDS[kind][1](value, answer) for kind, value in check.items())
+
+
+def nfc(text: str) -> str:
+    """The text in Unicode form NFC, so that é as a letter with an accent equals é as one character."""
+    return unicodedata.normalize("NFC", text)
 
 
 def shown(value: Any) -> str:
@@ -93,7 +103,7 @@ def _require(valid: bool, kind: str, value: Any, allowed: str) -> None:
 
 
 def _texts(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
+    return [nfc(text) for text in ([value] if isinstance(value, str) else value)]
 
 
 def _validate_texts(kind: str) -> Callable[[Any], None]:
@@ -119,15 +129,36 @@ def _excludes(value: Any, answer: str) -> bool:
 
 def _validate_regex(value: Any) -> None:
     _require(isinstance(value, str), "regex", value, "a regular expression")
+    if len(value) > LENGTH_LIMIT or _written_out(value) > SIZE_LIMIT:
+        raise ValueError(
+            f"regex: found {shown(value)}, which is too large: its length must be at most {LENGTH_LIMIT:,}, and "
+            f"multiplied by its repeat counts, such as 5 in {{5}} or {{5,9}}, at most {SIZE_LIMIT:,}"
+        )
     try:
-        regex.compile(value)
+        _compiled(value)
     except regex.error as error:
         raise ValueError(f"regex: found {shown(value)}, which does not compile: {error}") from None
 
 
+def _written_out(pattern: str) -> float:
+    """An upper bound of the length of a regular expression with its repetitions written out, as compiling does.
+
+    Also counts that are not nested are multiplied; only a complete parser could tell.
+    """
+    counts = REPEATS.findall(pattern)
+    if any(comment for _, comment in counts):  # it could hide more digits
+        return math.inf
+    return len(pattern) * math.prod(max(1, int("".join(count.split()))) for count, _ in counts)
+
+
+@lru_cache(8)  # instead of the cache of the package, which could take much memory
+def _compiled(pattern: str) -> "regex.Pattern[str]":
+    return regex.compile(nfc(pattern), cache_pattern=False)
+
+
 def _regex(value: str, answer: str) -> bool:
     try:
-        return regex.search(value, answer, timeout=TIME_LIMIT) is not None
+        return _compiled(value).search(answer, timeout=TIME_LIMIT) is not None
     except (MemoryError, RecursionError):  # a recursive expression
         return False
     except TimeoutError:
@@ -145,12 +176,14 @@ def _validate_number(value: Any) -> None:
 
 def _number(value: Any, answer: str) -> bool:
     fields = value if isinstance(value, dict) else {"value": value}
-    found = [float(text.replace(",", "").replace("−", "-")) for text in NUMBER.findall(answer)]
-    if not found:
+    found = numbers(answer)
+    number = found[0 if fields.get("position") == "first" else -1] if found else None
+    if number is None:
         return False
-    number = found[0 if fields.get("position") == "first" else -1]
-    # As decimal numbers are rarely exact in binary, a tolerance of 0.05 includes a difference of 0.05.
-    return math.isclose(number, fields["value"], rel_tol=1e-9, abs_tol=fields.get("tolerance", 0) + 1e-12)
+    expected = Fraction(str(fields["value"]))
+    # An integer is exact. Other numbers are often rounded, such as 0.3333333333 for 1/3.
+    tolerance = Fraction(str(fields.get("tolerance", 0))) + (abs(expected) / 10**9 if expected % 1 else 0)
+    return abs(number - expected) <= tolerance
 
 
 def _validate_schema(value: Any) -> None:
@@ -167,24 +200,13 @@ def _validate_choice(value: Any) -> None:
     _require(is_distinct, "choice", value, "an object whose options differ in more than case and punctuation")
 
 
-def _choice(value: dict[str, Any], answer: str) -> bool:
-    """Whether the option that is named first is the right one. Of two that begin at the same word, the longer one."""
-    found = words(answer)
-    named = []
-    for option in value["options"]:
-        own = words(option)
-        starts = (at for at in range(len(found)) if found[at : at + len(own)] == own)
-        named += [(at, -len(own), option) for at in starts][:1]
-    return bool(named) and min(named)[2] == value["answer"]
-
-
 def _validate_max_words(value: Any) -> None:
     valid = isinstance(value, int | float) and not isinstance(value, bool) and value >= 1 and value % 1 == 0
     _require(valid, "max_words", value, "a whole number above 0")
 
 
 def _max_words(value: int, answer: str) -> bool:
-    return len(words(answer)) <= value
+    return count_words(answer) <= value
 
 
 @cache
@@ -233,9 +255,9 @@ KINDS: dict[str, tuple[Callable[[Any], None], Callable[[Any, str], bool]]] = {
     "excludes": (_validate_texts("excludes"), _excludes),
     "regex": (_validate_regex, _regex),
     "number": (_validate_number, _number),
-    "json": (lambda _: None, has_data),
+    "json": (with_exact_values, has_data),
     "json_schema": (_validate_schema, is_valid),
-    "choice": (_validate_choice, _choice),
+    "choice": (_validate_choice, lambda value, answer: first_named(value["options"], answer) == value["answer"]),
     "max_words": (_validate_max_words, _max_words),
     "language": (_validate_language, _language),
     "all": (_validate_checks("all"), lambda checks, answer: all(passes(check, answer) for check in checks)),

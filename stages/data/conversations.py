@@ -3,8 +3,8 @@
 import hashlib
 import json
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import regex
@@ -22,11 +22,13 @@ class Conversation:
 
     input: the `input` of an Alpaca row, or an empty string.
     tools: the tools that the answers may call.
+    options: of the chat template, such as `enable_thinking`.
     """
 
     messages: Sequence[Message]
     input: str = ""
     tools: Sequence[dict[str, Any]] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> str | None:
@@ -40,7 +42,7 @@ class Conversation:
     def up_to(self, answer: int) -> "Conversation":
         """The messages up to one answer, which alone is trained."""
         earlier = [{**each, "train": False} if each["role"] == "assistant" else each for each in self.messages[:answer]]
-        return Conversation([*earlier, self.messages[answer]], self.input, self.tools)
+        return replace(self, messages=[*earlier, self.messages[answer]])
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ def parse_conversation(
         if BLANK.fullmatch(message["content"]) and message["role"] != "tool" and "tool_calls" not in message:
             reason = "empty_response" if message["role"] in ("assistant", "text") else "empty_instruction"
             raise BadRowError(reason, f"message {number} ({message['role']}) is empty")
-    return Conversation(messages, row["input"].strip(), json.loads(row["tools"]) if row["tools"] else ())
+    tools, options = (json.loads(row.get(name) or "null") for name in ("tools", "chat_template_kwargs"))
+    return Conversation(messages, row["input"].strip(), tools or (), options or {})
 
 
 def content_ids(conversation: Conversation) -> tuple[str, str]:
@@ -130,6 +133,8 @@ def content_ids(conversation: Conversation) -> tuple[str, str]:
     if conversation.tools or any(len(message) > len(("role", "content")) for message in conversation.messages):
         keys = [{**message, "role": "", "content": ""} for message in conversation.messages]
         more = [json.dumps([keys, conversation.tools], sort_keys=True)]
+    if conversation.options:
+        more.append(json.dumps(conversation.options, sort_keys=True))
     if len(others) == 1 and not more:
         return prompt_id, content_hash(prompt_id, others[0]["content"])
     texts = (message[name] for message in others for name in ("role", "content"))

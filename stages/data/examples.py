@@ -22,6 +22,7 @@ RAW_SCHEMA = pa.schema(
         # As JSON text, because the keys of messages differ and the arguments of tools can have any structure.
         ("messages", pa.string()),
         ("tools", pa.string()),  # null if the row has none
+        ("chat_template_kwargs", pa.string()),  # options of the chat template, as JSON; null if the row has none
         ("input", pa.string()),  # the `input` of Alpaca rows
         ("slice", pa.string()),  # the value of `slice_column`
         ("check", pa.string()),  # the check of the last answer, as JSON; null if the row has none

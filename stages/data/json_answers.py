@@ -1,41 +1,72 @@
 """Answers that are JSON: compared as data, or validated by a schema."""
 
 import json
-import math
+import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
 import regex
 
-FENCED = regex.compile(r"```\w*\n(.*?)\n?```", regex.DOTALL)
+from stages.data.numerals import exact
+
+FENCE = regex.compile(r"`{3,}|~{3,}")
+# What follows the fence before the JSON: the name of a language, a line about the block, or nothing.
+INFOS = [regex.compile(rf"{info}\s*") for info in ("[a-zA-Z]*", r"[^\n]*\n", "")]
 # Keywords of a JSON schema that could read other documents, or whose regular expressions would have no time limit.
 UNSUPPORTED_KEYWORDS = {"$ref", "$dynamicRef", "pattern", "patternProperties"}
+FORMATS = ("date", "ipv4", "ipv6", "uuid")  # others need more packages, or accept nearly every text
 NAMED_SCHEMAS, NOT_SCHEMAS = {"properties", "dependentSchemas", "$defs"}, {"enum", "const", "default", "examples"}
+DECODER = json.JSONDecoder(parse_float=exact, parse_constant=exact)  # raises ValueError for NaN, Infinity and 1e999
 
 
 def answer_data(answer: str) -> Any:
-    """The answer, or the first fenced block in it, as JSON data.
+    """The answer, or the first fenced block in it, as JSON data with exact numbers.
 
     Raises:
         ValueError: it is not JSON.
     """
-
-    def number(text: str) -> float:
-        if not math.isfinite(value := float(text)):  # Python also reads NaN, Infinity and 1e999
-            raise ValueError(f"{text} is not a JSON number")
-        return value
-
-    fenced = FENCED.search(answer)
     try:
-        return json.loads(fenced[1] if fenced else answer, parse_float=number, parse_constant=number)
+        try:
+            return with_exact_values(DECODER.decode(answer))
+        except ValueError:
+            if not (fence := FENCE.search(answer)):
+                raise
+        # JSON may contain a fence, so the block ends after the JSON.
+        for info in INFOS:
+            start = match.end() if (match := info.match(answer, fence.end())) else len(answer)
+            try:
+                data, end = DECODER.raw_decode(answer, start)
+            except ValueError:
+                continue
+            after = answer[end:].lstrip()
+            if not after or after.startswith(fence[0]):
+                return with_exact_values(data)
+        raise ValueError("the fenced block is not JSON")
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def with_exact_values(data: Any) -> Any:
+    """JSON data with exact numbers instead of floating-point ones, and with texts in Unicode form NFC.
+
+    Raises:
+        ValueError: it has a number such as Infinity.
+    """
+    if isinstance(data, float):
+        return exact(repr(data))
+    if isinstance(data, str):
+        return unicodedata.normalize("NFC", data)
+    if isinstance(data, list):
+        return [with_exact_values(each) for each in data]
+    if isinstance(data, dict):
+        return {with_exact_values(key): with_exact_values(value) for key, value in data.items()}
+    return data
 
 
 def has_data(value: Any, answer: str) -> bool:
     """Whether the answer is JSON with this value."""
     try:
-        return _same_data(answer_data(answer), value)
+        return _same_data(answer_data(answer), with_exact_values(value))
     except ValueError:
         return False
 
@@ -59,23 +90,28 @@ def validate_schema(value: Any) -> None:
     """
     from jsonschema import Draft202012Validator, SchemaError
 
-    if found := UNSUPPORTED_KEYWORDS.intersection(keywords(value)):
+    found = list(keywords(value))
+    if unsupported := UNSUPPORTED_KEYWORDS.intersection(keyword for keyword, _ in found):
         raise ValueError(
-            f"json_schema: {min(found)} is not supported; must be a schema without references and patterns"
+            f"json_schema: {min(unsupported)} is not supported; must be a schema without references and patterns"
         )
     try:
         Draft202012Validator.check_schema(value)
     except SchemaError as error:
         raise ValueError(f"json_schema: not a valid JSON schema: {error.message}") from None
+    with_exact_values(value)
+    for name in (name for keyword, name in found if keyword == "format"):
+        if name not in FORMATS:
+            raise ValueError(f"json_schema: the format {name!r} is not supported; must be one of {', '.join(FORMATS)}")
 
 
-def keywords(schema: Any) -> Iterator[str]:
-    """The keywords of a JSON schema and of the schemas in it."""
+def keywords(schema: Any) -> Iterator[tuple[str, Any]]:
+    """The keywords of a JSON schema and of the schemas in it, with their values."""
     if isinstance(schema, list):
         for each in schema:
             yield from keywords(each)
     elif isinstance(schema, dict):
-        yield from schema
+        yield from schema.items()
         for keyword, value in schema.items():
             if keyword in NAMED_SCHEMAS and isinstance(value, dict):
                 yield from keywords([*value.values()])
@@ -85,9 +121,10 @@ def keywords(schema: Any) -> Iterator[str]:
 
 def is_valid(schema: Any, answer: str) -> bool:
     """Whether the answer is JSON that is valid under the schema."""
-    from jsonschema import Draft202012Validator
+    from jsonschema import Draft202012Validator, FormatChecker
 
+    validator = Draft202012Validator(with_exact_values(schema), format_checker=FormatChecker(FORMATS))
     try:
-        return bool(Draft202012Validator(schema).is_valid(answer_data(answer)))
+        return bool(validator.is_valid(answer_data(answer)))
     except (ValueError, OverflowError, RecursionError):
         return False

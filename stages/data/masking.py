@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,11 @@ from stages.runtime.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+# Beside the tokenizer: the ids of the tokens at which the model stops, if there are others than the EOS token.
+STOP_IDS = "stop_ids.json"
+TOKENIZING = Lock()  # threads share a tokenizer, and whether it allows special tokens is a flag of it
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,12 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: list[str], allow_speci
     Args:
         allow_special_tokens: whether text that looks like a special token becomes one. False for text from the data.
     """
-    if tokenizer.is_fast:
+    if not texts:  # an error for tokenizers without a fast version
+        return []
+    with TOKENIZING:
+        if not tokenizer.is_fast:
+            encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=not allow_special_tokens)
+            return list(encoded["input_ids"])
         # The same as calling the tokenizer, but 1.6 times as fast because it does not compute character offsets.
         backend = tokenizer.backend_tokenizer
         if backend.padding or backend.truncation or backend.encode_special_tokens is allow_special_tokens:
@@ -80,10 +91,12 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: list[str], allow_speci
             backend.no_truncation()
             backend.encode_special_tokens = not allow_special_tokens
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, split_special_tokens=not allow_special_tokens)[
-        "input_ids"
-    ]
-    return ids
+
+
+def load_stop_ids(folder: Path = Path("models/tokenizer")) -> list[int]:
+    """The tokens at which the model stops, besides the EOS token of the tokenizer."""
+    path = folder / STOP_IDS
+    return list(read_json(path)) if path.exists() else []
 
 
 def load_tokenizer(folder: Path = Path("models/tokenizer")) -> "PreTrainedTokenizerBase":

@@ -9,7 +9,7 @@ from typing import Any
 from stages.data.checks import parse_check
 from stages.data.examples import BadRowError, Message
 from stages.data.messages import PAIR_ROLES, REASONING, describe, is_missing, parse_messages, require_text
-from stages.data.tools import check_tool_results, order_results, parse_tool_calls, parse_tools
+from stages.data.tools import check_tool_results, order_results, parse_json, parse_tool_calls, parse_tools, require_json
 from stages.runtime.errors import UserError
 
 # The number of a row in its source, counted from 1, and its fields by name, or the error if it could not be parsed.
@@ -31,6 +31,7 @@ SCHEMAS = (
     ("text",),
 )
 SYSTEM, TOOLS, INPUT = ("system", "system_prompt"), ("tools", "functions"), ("input", "context")
+OPTIONS = "chat_template_kwargs"  # the name in TRL
 MEANINGS = {
     **dict.fromkeys(("messages", "conversations", "conversation"), "messages"),
     **dict.fromkeys(("instruction", "prompt", "question", "query"), "user message"),
@@ -43,9 +44,10 @@ MEANINGS = {
     "history": "earlier messages",
     "text": "plain text",
     "check": "check of the last answer",
+    OPTIONS: "options of the chat template",
 }
 # Columns that change what a row means and that no template of a language model can express.
-UNSUPPORTED = {"image", "images", "video", "videos", "audio", "audios", "chat_template_kwargs"}
+UNSUPPORTED = {"image", "images", "video", "videos", "audio", "audios"}
 
 ALLOWED = (
     "every row needs 'instruction' and 'output', 'prompt' and 'completion', 'messages', or other columns that "
@@ -62,6 +64,7 @@ class ParsedRow:
     input: the `input` of an Alpaca row.
     tools: descriptions of the tools, as `apply_chat_template` takes them.
     check: the check of the last answer (see `checks`).
+    options: of the chat template.
     other_columns: the columns that are not read.
     """
 
@@ -69,6 +72,7 @@ class ParsedRow:
     input: str = ""
     tools: Sequence[dict[str, Any]] = ()
     check: dict[str, Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     other_columns: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -177,7 +181,8 @@ class RowParser:
         if check and (messages[-1]["role"] != "assistant" or not messages[-1].get("train", True)):
             name = self._own_name("check")
             raise BadRowError("invalid_check", f"{name}: the last message must be an answer that is trained")
-        return ParsedRow(order_results(messages), input_text, tools, check)
+        options = parse_options(self._own_name(OPTIONS), fields[OPTIONS]) if OPTIONS in fields else {}
+        return ParsedRow(order_results(messages), input_text, tools, check, options)
 
     def _pair(self, schema: tuple[str, ...], fields: Mapping[str, Any]) -> tuple[list[Message], str]:
         """A question and its answer, each a text or a list of messages; and the input that belongs to the question."""
@@ -222,6 +227,20 @@ def parse_slice(row: dict[str, Any] | BadRowError, column: str) -> str | None:
     return require_text(repr(column), str(value).strip(), "must be text") or None
 
 
+def parse_options(where: str, options: Any) -> dict[str, Any]:
+    """The options of a row for the chat template. Null is none, because tables give every row the same keys.
+
+    Raises:
+        BadRowError: this is not an object, or its JSON text.
+    """
+    found = parse_json(options)
+    if not isinstance(found, dict):
+        raise BadRowError(
+            "bad_options", f'{where} is {describe(options)}; must be an object, such as {{"enable_thinking": false}}'
+        )
+    return require_json(where, {name: value for name, value in found.items() if value is not None})
+
+
 def find_schema(columns: Iterable[str]) -> tuple[str, ...]:
     """The first schema with all columns present; if there is none, the most similar one, to report what is missing."""
     names = set(columns)
@@ -238,4 +257,4 @@ def optional_columns(schema: tuple[str, ...]) -> tuple[str, ...]:
     if schema == ("text",):
         return ()
     own = ("history", *REASONING) if len(schema) > 1 else ()
-    return (*SYSTEM, *TOOLS, "check", *own, *(INPUT if schema[0] == "instruction" else ()))
+    return (*SYSTEM, *TOOLS, OPTIONS, "check", *own, *(INPUT if schema[0] == "instruction" else ()))

@@ -3,11 +3,13 @@
 With every template, the token ids before a response are the same in training and at inference.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.data.alpaca import AlpacaTemplate
 from stages.data.chat_template import ChatTemplate
+from stages.data.masking import load_stop_ids
 from stages.data.plain_text import PlainText
 from stages.runtime.errors import UserError, user_errors
 from stages.runtime.files import write_text
@@ -40,21 +42,37 @@ def select_template(name: str) -> None:
     write_text(SELECTED_TEMPLATE, text)
 
 
-def load_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> Template:
+def load_template(
+    name: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    options: Mapping[str, Any] | None = None,
+    reasoning_end: str | None = None,
+) -> Template:
     """Load the template that `select_template` has selected.
 
+    Args:
+        options, reasoning_end: the parameters `template_options` and `reasoning_end`; the latter has no effect on
+            prompts.
+
     Raises:
-        UserError: the tokenizer has no chat template, or the Jinja file is not a chat template.
+        UserError: the tokenizer has no chat template, the Jinja file is not a chat template, or it does not use an
+            option.
     """
     if name == "alpaca":
+        if options:
+            raise UserError(
+                f"template_options: found {dict(options)}, but template alpaca has no options; must be null"
+            )
         return AlpacaTemplate(tokenizer)
+    stop_ids = load_stop_ids()
     if is_chat(name):
-        return ChatTemplate(tokenizer, _own_template(name, tokenizer), "the tokenizer's chat template")
+        text, where = _own_template(name, tokenizer), "the tokenizer's chat template"
+        return ChatTemplate(tokenizer, text, where, options, stop_ids, reasoning_end)
     with user_errors(SELECTED_TEMPLATE):
         text = SELECTED_TEMPLATE.read_text(encoding="utf-8")
         if "adds_bos" in text:  # the tokenizer knows it, but Jinja does not
             text = f"{{% set adds_bos = {str(bool(PlainText(tokenizer).bos)).lower()} %}}{text}"
-        return ChatTemplate(tokenizer, text, name)
+        return ChatTemplate(tokenizer, text, name, options, stop_ids, reasoning_end)
 
 
 def is_chat(name: str) -> bool:

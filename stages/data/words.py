@@ -18,6 +18,12 @@ WORD = regex.compile(
     )
 )
 
+# A word as people count them: don't, well-known, 3.14, e.g. and example.org/a are one, 5 + 3 are two.
+COUNTED = regex.compile(
+    rf"[{WITHOUT_SPACES}]\p{{M}}*|(?:(?![{WITHOUT_SPACES}])[\p{{L}}\p{{N}}]\p{{M}}*"
+    r"(?:(?:://|(?<=\d)[,–](?=\d)|['’.@_/&+:=?%#\u200c\u2010-])(?=[\p{L}\p{N}]))?)+"
+)
+
 
 def words(text: str) -> list[str]:
     """The words of a text, ignoring case, punctuation and Unicode form; single characters in scripts without spaces.
@@ -26,5 +32,15 @@ def words(text: str) -> list[str]:
         >>> words("It's −5 °C, 巴黎!")
         ['it', 's', '-5', '°', 'c', '巴', '黎']
     """
-    found: list[str] = WORD.findall(unicodedata.normalize("NFKC", text).replace("\N{MINUS SIGN}", "-").casefold())
+    found: list[str] = WORD.findall(normalized(text).casefold())
     return found
+
+
+def count_words(text: str) -> int:
+    """The number of words as people count them, without operators and other symbols."""
+    return len(COUNTED.findall(normalized(text)))
+
+
+def normalized(text: str) -> str:
+    """The text in Unicode form NFKC and with one kind of minus sign."""
+    return unicodedata.normalize("NFKC", text).replace("\N{MINUS SIGN}", "-")

@@ -1,8 +1,9 @@
 """The types of parameters, with the values that each allows."""
 
+import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
@@ -46,6 +47,16 @@ def _template(value: str) -> str:
     return value
 
 
+def _template_options(value: object) -> object:
+    if value is not None and not (isinstance(value, dict) and all(isinstance(name, str) for name in value)):
+        raise ValueError("must be null, or names and values such as {enable_thinking: false}")
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        raise ValueError("must have values that JSON has: texts, numbers, true, false, lists") from None
+    return value or {}
+
+
 def _inside(value: str) -> str:
     if Path(value).is_absolute() or ".." in Path(value).parts:
         raise ValueError("must be a path inside the folder dataset_file")
@@ -54,8 +65,8 @@ def _inside(value: str) -> str:
 
 # What columns can be mapped to: those that a row needs, and those that it may have.
 COLUMNS: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("prompt", "completion"): ("system", "input", "history", "reasoning", "tools"),
-    ("messages",): ("system", "tools"),
+    ("prompt", "completion"): ("system", "input", "history", "reasoning", "tools", "check", "chat_template_kwargs"),
+    ("messages",): ("system", "tools", "check", "chat_template_kwargs"),
     ("text",): (),
 }
 
@@ -80,6 +91,7 @@ Text = Annotated[str, Field(pattern=r"\S")]  # not blank
 PathInside = Annotated[Text, AfterValidator(_inside)]
 ModelName = Annotated[Text, AfterValidator(_model_name)]
 Template = Annotated[Text, AfterValidator(_template)]
+TemplateOptions = Annotated[dict[str, Any], PlainValidator(_template_options)]
 Launcher = Annotated[Text, Field(pattern=r"^[^\n]+$")]
 MaxLength = Annotated[int, Field(ge=2, le=1_000_000_000)]
 Precision = Literal["auto", "fp32", "bf16"]

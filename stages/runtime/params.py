@@ -6,11 +6,7 @@ Each stage has a model with exactly the parameters that it declares in `dvc.yaml
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    Field,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import Field, ValidationInfo, field_validator
 
 from stages.runtime.param_errors import find_problems, parse_params, raise_problems, unknown_parameter
 from stages.runtime.param_types import (
@@ -30,6 +26,7 @@ from stages.runtime.param_types import (
     TargetModules,
     Temperature,
     Template,
+    TemplateOptions,
     Text,
 )
 
@@ -56,8 +53,10 @@ class DownloadModelParams(StageParams):
 
 class FormatParams(StageParams):
     template: Template
+    template_options: TemplateOptions
     max_length: MaxLength
     train_on: Literal["all_answers", "last_answer"]
+    reasoning_end: Text | None
 
 
 class SplitParams(StageParams):
@@ -93,6 +92,7 @@ class TrainingParams(BatchParams):
     """The parameters of a training run, except its seed."""
 
     template: Template
+    template_options: TemplateOptions
     gradient_accumulation_steps: PositiveInt
     learning_rate: PositiveFloat
     lr_scheduler: Literal["linear", "cosine", "constant"]
@@ -139,6 +139,7 @@ class TrainParams(TrainingParams):
 
 class PredictParams(BatchParams):
     template: Template
+    template_options: TemplateOptions
     launcher: Launcher
     max_new_tokens: PositiveInt
     answers_per_prompt: PositiveInt
@@ -167,6 +168,7 @@ class SeedParams(StageParams):
 
 class GenerateParams(BatchParams):
     template: Template
+    template_options: TemplateOptions
     launcher: Launcher
     sample_prompts: Annotated[list[Text], Field(min_length=1)]
     max_new_tokens: PositiveInt

@@ -12,7 +12,7 @@ from tests.clone import ROOT
 
 USER_FILES = ("data/instructions.jsonl", "data/retention.jsonl")
 USER_FILES += ("gates.yaml", "must_pass.yaml", "params.yaml", "scorers.py")
-DEMO = "0071481e4077d2957153e8f2f431a1fe3640274c077934008916d0808b646d0f"
+DEMO = "72f5dff05f00b8cf9fb900cdfc8abbe79b9dd2af649fec38814521ed4a85072a"
 
 contents = [(ROOT / name).read_bytes() if (ROOT / name).exists() else b"missing" for name in USER_FILES]
 found = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
