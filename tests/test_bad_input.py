@@ -289,6 +289,7 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("template_options with a value that JSON lacks", "train", params(template_options="{a: .nan}"), "params.yaml:\n  template_options: found {'a': nan}; must have values that JSON has: texts, numbers, true, false, lists"),
     ("template_options with template alpaca", "generate", params(template_options="{enable_thinking: false}"), "template_options: found {'enable_thinking': False}, but template alpaca has no options; must be null"),
     ("template_options misspelled", "format", lambda p: rejected(VALID, STRICT)(p) or edit(p, template_options="{enable_thinkin: false}"), f"template_options: {STRICT} does not use the option 'enable_thinkin'; it uses none"),
+    ("reasoning_end with line breaks that YAML has not read", "format", params(reasoning_end="'\\n</think>'"), "params.yaml:\n  reasoning_end: found '\\\\n</think>'; has a backslash and n for a line break; write it in params.yaml, in double quotes"),
     ("sample_prompts text", "generate", prompts("Why?"), "params.yaml:\n  sample_prompts: found 'Why?'; must be a valid list"),
     ("sample_prompts with a lone surrogate", "generate", prompts('["\\ud800"]'), "params.yaml:\n  sample_prompts.0: found '\\ud800'; must be a valid string, unable to parse raw data as a unicode string"),
     ("sample_prompts blank", "generate", prompts('[" "]'), "params.yaml:\n  sample_prompts.0: found ' '; must not be empty"),

@@ -91,10 +91,11 @@ def _find_next_header(
     """The special token that begins the next message, as in GLM-4.5, if it is one at which the model stops."""
     text = renderer.render(messages, row)
     try:
-        header = renderer.render([*messages, following], row).removeprefix(text)
+        longer = renderer.render([*messages, following], row)
     except BadRowError:
         return None
+    header = longer.removeprefix(text)
     found = special.match(header.lstrip())
-    if not found or found[0] not in stop_tokens:
+    if not longer.startswith(text) or not found or found[0] not in stop_tokens:
         return None
     return AnswerEnd(found[0], next_header=header[: header.index(found[0])] + found[0])

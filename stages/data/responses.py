@@ -1,5 +1,6 @@
 """Locate answers in what a chat template renders: the prompt of inference, and what the model should write there."""
 
+import re
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ class ResponseFinder:
 
     def _split_reasoning(self, answer: Message) -> Message:
         """An answer whose reasoning is in its content, between the tags of the template, with it apart."""
-        opening_tag = self._closing_tag.replace("</", "<")
+        opening_tag = self._closing_tag.replace("/", "")
         content = answer["content"]
         if not self._closing_tag or "reasoning_content" in answer or not content.startswith(opening_tag):
             return answer
@@ -162,10 +163,10 @@ class ResponseFinder:
         )
 
     def _find_closing_tag(self) -> str:
-        """The text that ends the reasoning before an answer; empty if there is none, or special tokens end it."""
+        """The tag that ends the reasoning before an answer, such as `</think>`; empty if something else ends it."""
         reply = {**REPLY, "reasoning_content": THOUGHT}
         with suppress(BadRowError):
             _, found, after = self._render([QUESTION, reply]).partition(THOUGHT)
             between = after.partition(ANSWER)[0].strip() if found else (self._reasoning_end or "").strip()
-            return "" if self._special.search(between) else between
+            return between if re.fullmatch(r"</\w+>|\[/\w+\]", between) and not self._special.search(between) else ""
         return ""

@@ -57,6 +57,12 @@ def _template_options(value: object) -> object:
     return value or {}
 
 
+def _reasoning_end(value: str) -> str:
+    if "\\n" in value:  # as `dvc exp run -S` writes it
+        raise ValueError("has a backslash and n for a line break; write it in params.yaml, in double quotes")
+    return value
+
+
 def _inside(value: str) -> str:
     if Path(value).is_absolute() or ".." in Path(value).parts:
         raise ValueError("must be a path inside the folder dataset_file")
@@ -92,6 +98,7 @@ PathInside = Annotated[Text, AfterValidator(_inside)]
 ModelName = Annotated[Text, AfterValidator(_model_name)]
 Template = Annotated[Text, AfterValidator(_template)]
 TemplateOptions = Annotated[dict[str, Any], PlainValidator(_template_options)]
+ReasoningEnd = Annotated[Text, AfterValidator(_reasoning_end)]
 Launcher = Annotated[Text, Field(pattern=r"^[^\n]+$")]
 MaxLength = Annotated[int, Field(ge=2, le=1_000_000_000)]
 Precision = Literal["auto", "fp32", "bf16"]

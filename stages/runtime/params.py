@@ -20,6 +20,7 @@ from stages.runtime.param_types import (
     PositiveInt,
     PositiveSteps,
     Precision,
+    ReasoningEnd,
     Seed,
     StageParams,
     Steps,
@@ -56,7 +57,7 @@ class FormatParams(StageParams):
     template_options: TemplateOptions
     max_length: MaxLength
     train_on: Literal["all_answers", "last_answer"]
-    reasoning_end: Text | None
+    reasoning_end: ReasoningEnd | None
 
 
 class SplitParams(StageParams):
