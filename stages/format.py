@@ -11,31 +11,26 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.table import Table
-from rich.text import Text
 
 from stages.data.checks import CheckTimeoutError, passes
 from stages.data.conversations import Conversation, Formatted, content_ids, parse_conversation
 from stages.data.examples import FORMATTED_SCHEMA, IGNORE_INDEX, REJECTED_SCHEMA, BadRowError
 from stages.data.masking import load_tokenizer
-from stages.data.rows import ALLOWED
-from stages.data.sources import open_sources
+from stages.data.show import describe, show_columns, show_formatted, show_rejected
 from stages.data.tables import parquet_writer, read_batches, shard_writer, sharded, shards
 from stages.data.templates import SELECTED_TEMPLATE, Template, load_template, select_template
 from stages.runtime.errors import UserError, user_errors
 from stages.runtime.files import write_csv, write_json
 from stages.runtime.parallel import map_processes, prefetch_map
-from stages.runtime.params import DownloadDatasetParams, FormatParams, load_params
+from stages.runtime.params import FormatParams, load_params
 from stages.runtime.run import run
-from stages.runtime.terminal import console, summary
-from stages.runtime.text import printable
+from stages.runtime.terminal import summary
 
 RAW, UNREADABLE = Path("data/raw.parquet"), Path("data/unreadable.parquet")
 FORMATTED, REJECTED = Path("data/formatted.parquet"), Path("data/rejected.parquet")
@@ -257,67 +252,8 @@ def failing_checks(formatted: Formatted, checks: pa.Array, origins: pa.Table) ->
     return failing
 
 
-def describe(row: dict[str, Any]) -> str:
-    """One line about a rejected row."""
-    return "{source}, row {source_row:,}: {reason}: {detail}".format(**row)
-
-
-def show_rejected(number: int) -> None:
-    """Print the first rejected rows and their reasons."""
-    out = console()
-    rows = list(islice(chain.from_iterable(batch.to_pylist() for batch in read_batches(REJECTED)), number))
-    for row in rows:
-        out.print(Text(printable(describe(row))))
-    if not rows:
-        out.print(f"{REJECTED}: no row was rejected")
-
-
-def show(number: int) -> None:
-    """Print the first formatted examples: which text is masked and which is supervised."""
-    out, tokenizer = console(), load_tokenizer()
-    for row in islice(chain.from_iterable(batch.to_pylist() for batch in read_batches(FORMATTED)), number):
-        table = Table.grid(padding=(0, 2))
-        cut = ", cut at max_length" if row["truncated"] else ""
-        out.print(Text(f"{row['source']}, row {row['source_row']:,}: {len(row['input_ids']):,} tokens{cut}", "bold"))
-        tokens = zip(row["input_ids"], row["labels"], strict=True)
-        for masked, span in groupby(tokens, key=lambda token: token[1] == IGNORE_INDEX):
-            ids = [token_id for token_id, _ in span]
-            text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-            name, style = ("masked", "dim") if masked else ("supervised", "green")
-            table.add_row(f"  {name}, {len(ids):,}", Text(printable(text), style))
-        out.print(table)
-
-
-def show_columns() -> None:
-    """Print what the columns of each dataset become, with its first row, before a template renders it."""
-    out = console()
-    for source in open_sources(load_params(DownloadDatasetParams)):
-        number, row = next(source.rows(), (0, None))
-        if row is None:
-            raise UserError(f"{source.name}: has no rows; {ALLOWED}")
-        table = Table.grid(padding=(0, 2))
-        out.print(Text(f"{source.name}, row {number:,}", "bold"))
-        try:
-            parsed = source.parser.parse(row)
-        except BadRowError as error:
-            out.print(Text(printable(f"  {error.reason}: {error}")))
-            continue
-        assert isinstance(row, dict)  # noqa: S101  (otherwise it can't be parsed)
-        for name, meaning in source.parser.meanings([*row]).items():
-            table.add_row(f"  {printable(name)}", meaning, style="dim" if meaning == "not read" else "")
-        for tool in parsed.tools:
-            table.add_row("  → tool", Text(printable(json.dumps(tool["function"], ensure_ascii=False))))
-        for message in parsed.messages:
-            trained = message["role"] == "text" or (message["role"] == "assistant" and message.get("train", True))
-            stated = {name: value for name, value in message.items() if name not in ("role", "train") and value}
-            content = stated.pop("content", "")
-            text = "\n".join([content, *(f"{name}: {json.dumps(stated[name], ensure_ascii=False)}" for name in stated)])
-            table.add_row(f"  → {message['role']}", Text(printable(text.strip()), "green" if trained else "dim"))
-        out.print(table)
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description="Render the template, tokenize and mask, or print rows.")
     parser.add_argument("--show", type=int, metavar="N", help="print the first N formatted examples instead of running")
     parser.add_argument("--rejected", action="store_true", help="with --show: print rejected rows and their reasons")
     parser.add_argument("--columns", action="store_true", help="print what each column of the dataset becomes instead")
@@ -329,4 +265,6 @@ if __name__ == "__main__":
         run(main)
     if options.show is None or options.show < 1:
         parser.error("--show: must be 1 or more rows, as in --show 3 --rejected")
-    run(lambda: (show_rejected if options.rejected else show)(options.show), exclusive=False)
+    if options.rejected:
+        run(lambda: show_rejected(REJECTED, options.show), exclusive=False)
+    run(lambda: show_formatted(FORMATTED, options.show), exclusive=False)
