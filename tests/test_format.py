@@ -161,14 +161,14 @@ def test_show_distinguishes_masked_and_supervised_tokens(
 ) -> None:
     run_format(tiny_model, [GOOD, GOOD, {"instruction": "", "output": "Blue."}])
     capsys.readouterr()
-    format_stage.show(1)
+    format_stage.show_formatted(format_stage.FORMATTED, 1)
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines[0].startswith("data/a.jsonl, row 1: ")
     assert lines[1].split("Below")[0].split()[0] == "masked,"
     assert sum("Name a color." in line for line in lines) == 1
     assert lines[-1].split()[0] == "supervised,"
     assert lines[-1].endswith("  Red.<|end|>")
-    format_stage.show_rejected(3)
+    format_stage.show_rejected(format_stage.REJECTED, 3)
     assert capsys.readouterr().out == "data/a.jsonl, row 3: empty_instruction: message 1 (user) is empty\n"
 
 
@@ -292,7 +292,7 @@ def test_show_reports_if_no_row_was_rejected(
 ) -> None:
     run_format(tiny_model, [GOOD])
     capsys.readouterr()
-    format_stage.show_rejected(3)
+    format_stage.show_rejected(format_stage.REJECTED, 3)
     assert capsys.readouterr().out == "data/rejected.parquet: no row was rejected\n"
 
 
