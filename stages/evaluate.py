@@ -72,7 +72,7 @@ def main() -> None:
     schema = pa.schema([*PREDICTIONS_SCHEMA, *((PREFIX + scorer, pa.float64()) for scorer in scorers)])
     parts = dict(iter(rows.groupby("split", sort=False)))
     metrics = {split: metrics_by_slice(part) for split, part in parts.items()}
-    write_parquet(predictions, rows.to_dict("records"), schema)
+    write_parquet(predictions, rows.astype(object).where(rows.notna(), None).to_dict("records"), schema)
     wrote = [predictions]
     if "/" not in name:
         metrics_file, losses_file = (Path(f"metrics/evaluate/{name}.{suffix}") for suffix in ("json", "csv"))

@@ -79,7 +79,7 @@ def all_metrics(rows: "pd.DataFrame") -> list[Metric]:
     num_answers = int(rows["num_answers"].max()) if "num_answers" in rows else 1
     powers = (2**exponent for exponent in range(1, num_answers.bit_length()))
     scorers = [column for column in rows if column.startswith(PREFIX)]
-    has_reasoning = "reasoning" in rows and (rows["reasoning"].notna() | (rows["open_reasoning"] > 0)).any()
+    has_reasoning = "reasoning" in rows and (rows["reasoning"].notna() | (rows["open_reasoning"].fillna(0) > 0)).any()
     return [
         *METRICS,
         *([OPEN_REASONING] if has_reasoning else []),
