@@ -135,7 +135,7 @@ def answered(project: Path) -> Path:
             scoring.append({**keys, "check": checks[name], "other_columns": '{"kind": "easy"}'})
             counts = {"loss": 1.0, "tokens": 2, "correct_tokens": 1, "reference_fits": True}
             more = {"answers": answers[name], "answer_tokens": [3, 5], "stopped": [True, False]}
-            more |= dict.fromkeys(("reasoning", "calls"), [None, None]) | {"open_reasoning": [False, False]}
+            more |= {"reasoning": [None] * 2, "calls": [None] * 2, "open_reasoning": [False] * 2}
             rows.append(keys | counts | more)
     write_parquet(evaluate.SCORING, scoring, SCORING_SCHEMA)
     for model in ("base", "replicates/1"):

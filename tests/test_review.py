@@ -548,7 +548,7 @@ def test_both_sides_are_scored_by_the_checks_of_the_reviewed_revision(folder: Pa
 def test_scorers_run_on_both_sides_only_in_the_workspace(folder: Path) -> None:
     at(folder, "single")
     Path("scorers.py").write_text("def length(prompt, answer, reference, row):\n    return len(answer)\n")
-    rows = pd.read_parquet("data/predictions/tuned.parquet").assign(score_length=2.0)
+    rows = pd.read_parquet("data/predictions/tuned.parquet").assign(score_length=2.0).dropna(axis="columns", how="all")
     schema = pa.schema([*PREDICTIONS_SCHEMA, ("score_length", pa.float64())])
     write_parquet(Path(PREDICTIONS), rows.to_dict("records"), schema)
     run(folder, "dvc", "commit", "--force", "--quiet")
