@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from review.comparison import Comparison, compare_revisions
+from review.rescoring import Rescoring
 from review.revisions import Revision
 from review.runs import PREDICTIONS, REPLICATE
 from stages.data.alpaca import render_alpaca
@@ -543,6 +545,27 @@ def test_both_sides_are_scored_by_the_checks_of_the_reviewed_revision(folder: Pa
             '| `checks: Say id0.` | `{"contains": "answer"}` | `{"contains": "answer 1"}` |'
         )
         assert f"Answers of both sides are scored by the checks of {revision}." in Path("review.md").read_text()
+
+
+def test_an_answer_whose_reasoning_never_closes_also_fails_when_it_is_scored_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    same = {"split": "test", "slice": "s", "prompt": "Q", "response": "Red.", "source": "a.jsonl", "source_row": 1}
+    same |= {"check": '{"max_words": 3}', "other_columns": "{}", "truncated": False, "reference_fits": True}
+    rescoring = Rescoring({"main"}, {("test", name): same | {"example_id": name} for name in "abc"}, {}, set())
+    revision: Any = SimpleNamespace(name="main", read_table=lambda path, _: pd.read_parquet(path))
+    columns = {"split": "test", "example_id": ["a", "b"], "answer": ["", "Red."], "num_answers": 1, "passed": 0}
+    predictions = pd.DataFrame(columns)
+    assert rescoring.apply(revision, PREDICTIONS, predictions)["passed"].tolist() == [1, 1]  # an older revision
+    predictions["open_reasoning"] = [1.0, 0.0]
+    assert rescoring.apply(revision, PREDICTIONS, predictions)["passed"].tolist() == [0, 1]
+    (tmp_path / "data/answers").mkdir(parents=True)
+    answers = pd.DataFrame({"split": "test", "example_id": ["a", "b"], "answers": [["", "Red."], ["", ""]]})
+    answers["open_reasoning"] = [[True, False], None]  # an older revision has no such column
+    answers.to_parquet("data/answers/tuned.parquet")
+    predictions["num_answers"] = 2
+    assert rescoring.apply(revision, PREDICTIONS, predictions)["passed"].tolist() == [1, 2]
 
 
 def test_scorers_run_on_both_sides_only_in_the_workspace(folder: Path) -> None:

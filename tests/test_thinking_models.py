@@ -27,8 +27,8 @@ MODELS: dict[str, tuple[list[str], list[str], dict[str, str], list[str]]] = {
 # Special tokens around the name of a channel.
 CHANNELS = (
     "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}\n{% else %}A:{% if m.reasoning_content %}"
-    "<|channel|>analysis<|message|>{{ m.reasoning_content }}{% endif %}<|channel|>final<|message|>{{ m.content }}<|end|>"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    "<|channel|>analysis<|message|>{{ m.reasoning_content }}{% endif %}<|channel|>final<|message|>{{ m.content }}"
+    "<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
 )
 
 
