@@ -97,6 +97,19 @@ def test_json_is_a_final_text_although_calls_of_llama_are_json() -> None:
     assert parser.parse("", '{"name": "f", "parameters": {}}') == AnswerParts('{"name": "f", "parameters": {}}')
 
 
+def test_words_that_a_template_writes_before_answers_and_calls_do_not_split_a_text_that_contains_them() -> None:
+    tokenizer = make_tokenizer(["<|end|>"], eos_token="<|end|>")
+    template = ChatTemplate(
+        tokenizer,
+        "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% if m.tool_calls %} Calling "
+        "{{ m.tool_calls[0].function | tojson }}{% else %} Answer: {{ m.content }}{% endif %}{% else %}{{ m.content }}"
+        "{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
+        "t",
+    )
+    for text in ("Red. Answer: no", "Calling a friend", "Answer: Red"):
+        assert template.answer_parser.parse("assistant:", text) == AnswerParts(text)
+
+
 def test_without_reasoning_and_calls_the_text_is_all_of_the_answer() -> None:
     tokenizer = make_tokenizer(["<|end|>"], eos_token="<|end|>")
     text = " <think>a</think> <tool_call>b "

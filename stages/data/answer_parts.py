@@ -52,10 +52,11 @@ class AnswerFormat:
     call: str = ""
 
     @classmethod
-    def of_template(cls, renderer: Renderer, reasoning_end: str | None) -> "AnswerFormat":
+    def of_template(cls, renderer: Renderer, special: re.Pattern[str], reasoning_end: str | None) -> "AnswerFormat":
         """Find the format in renderings of test conversations.
 
         Args:
+            special: matches special tokens.
             reasoning_end: what ends the reasoning that the generation prompt opens, if the template does not render it.
 
         Raises:
@@ -68,9 +69,15 @@ class AnswerFormat:
         if closing and closing in call:  # an empty thought
             call = call.rpartition(closing)[2].strip()
         header = reply.removeprefix(prompt).partition(ANSWER)[0].strip() if reply.startswith(prompt) else ""
-        # What precedes an answer without reasoning can also be an empty thought, or its end.
-        if (closing and not closing.endswith(header)) or (opening and prompt.rstrip().endswith(opening)):
+        # What precedes an answer without reasoning can also be an empty thought, or its end. Words can be in any text.
+        if (
+            (closing and not closing.endswith(header))
+            or (opening and prompt.rstrip().endswith(opening))
+            or not special.search(header)
+        ):
             header = ""
+        if not header and not call.startswith("<") and not special.search(call):
+            call = ""
         return cls(opening, closing, header, call)
 
     def split(self, prompt: str, answer: str) -> AnswerParts:

@@ -68,7 +68,7 @@ class ChatTemplate:
             with time_limit(TIME_LIMIT):
                 self._finder = ResponseFinder(self._renderer, self._plain_text.special, stop_tokens, reasoning_end)
                 header = len(self._render([QUESTION], add_generation_prompt=True)) - len(self._render([QUESTION]))
-                answer_format = AnswerFormat.of_template(self._renderer, reasoning_end)
+                answer_format = AnswerFormat.of_template(self._renderer, self._plain_text.special, reasoning_end)
         except (BadRowError, TimeoutError) as error:
             fix = "fix it or template_options" if options else "fix it"
             raise UserError(f"{where}: can't render a question and an answer: {error}; {fix}") from None
