@@ -20,6 +20,7 @@ SCORING = "data/scoring.parquet"
 SCORED = ("checked", "passed", "exact_match", "rouge_l", "repetition")  # columns that depend on checks and code
 SCORING_CODE = (str(SCORERS), "stages/evaluate.py", "stages/data", "stages/scoring")
 Key = tuple[str, str]  # split and example id
+Answers = tuple[list[str], list[bool]]  # all answers to an example, and whether the reasoning of each never closes
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,15 @@ class Rescoring:
         return pd.DataFrame([row | new for row, new in zip(rows, scored, strict=True)])
 
     def _score(
-        self, row: Mapping[str, Any], answers: Mapping[Key, list[str]], scorers: Mapping[str, Scorer]
+        self, row: Mapping[str, Any], answers: Mapping[Key, Answers], scorers: Mapping[str, Scorer]
     ) -> dict[str, Any]:
         key = row["split"], row["example_id"]
         if key not in self.rows or key not in answers:
             return {"passed": None, **dict.fromkeys(PREFIX + name for name in scorers)}
-        inputs = dict.fromkeys(PREDICTIONS_SCHEMA.names) | {"answer_tokens": [], "stopped": []} | self.rows[key]
-        scores = score_row(inputs | {"answers": answers[key]}, scorers)
+        found, is_open = answers[key]
+        unused: dict[str, Any] = {"answer_tokens": [], "stopped": [], "reasoning": [None], "calls": [None]}
+        inputs = dict.fromkeys(PREDICTIONS_SCHEMA.names) | unused | self.rows[key]
+        scores = score_row(inputs | {"answers": found, "open_reasoning": is_open}, scorers)
         return {name: scores[name] for name in (*SCORED, *(PREFIX + name for name in scorers))}
 
 
@@ -103,12 +106,22 @@ def _rows(revision: Revision) -> dict[Key, dict[str, Any]]:
     return {(row["split"], row["example_id"]): row for row in rows}
 
 
-def _answers(revision: Revision, path: str, predictions: pd.DataFrame) -> dict[Key, list[str]]:
-    """All answers to each example. Predictions have only the first one."""
+def _answers(revision: Revision, path: str, predictions: pd.DataFrame) -> dict[Key, Answers]:
+    """All answers to each example. Predictions have only the first one. Older ones do not tell reasoning apart."""
     if (predictions["num_answers"] == 1).all():
-        return {(row["split"], row["example_id"]): [row["answer"]] for row in _records(predictions)}
-    table = revision.read_table(path.replace("predictions", "answers", 1), ["split", "example_id", "answers"])
-    return {} if table is None else {(row.split, row.example_id): [*row.answers] for row in table.itertuples()}
+        return {
+            (row["split"], row["example_id"]): ([row["answer"]], [bool(row.get("open_reasoning"))])
+            for row in _records(predictions)
+        }
+    columns = ["split", "example_id", "answers", "open_reasoning"]
+    table = revision.read_table(path.replace("predictions", "answers", 1), columns)
+    return {
+        (row["split"], row["example_id"]): (
+            [*row["answers"]],
+            [False] * len(row["answers"]) if row["open_reasoning"] is None else [*row["open_reasoning"]],
+        )
+        for row in ([] if table is None else _records(table))
+    }
 
 
 def _records(table: pd.DataFrame) -> list[dict[Any, Any]]:

@@ -12,7 +12,7 @@ from review.rescoring import Rescoring
 from review.revisions import Revision
 from review.runs import METRICS_FILE, RevisionRuns, find_runs, metrics_of_split, read_runs
 from review.statistics import SIGNIFICANCE, Difference, Runs, compare, holm
-from stages.scoring.metrics import METRICS, Metric, all_metrics, column_metric
+from stages.scoring.metrics import METRICS, OPEN_REASONING, Metric, all_metrics, column_metric
 
 MIN_EXAMPLES, MIN_SHARE = 30, 0.5  # of the test examples; with fewer in common, every verdict is "undecided"
 MEASURE_NOISE = "dvc exp run -S 'replicate_seeds=[1,2]'"  # with other numbers if one is the seed of train
@@ -108,7 +108,7 @@ def compare_predictions(
 
 def metrics_of_files(*files: Mapping[str, Any]) -> list[Metric]:
     """The metrics that have a standard error in metrics files; those of `scorers.py` and pass@k follow `METRICS`."""
-    built_in = {metric.name: metric for metric in METRICS}
+    built_in = {metric.name: metric for metric in (*METRICS, OPEN_REASONING)}
     names = [name.removesuffix("_se") for file in files for name in file if name.endswith("_se")]
     others = {name: column_metric(name, name, 1) for name in names if name not in built_in and name != "perplexity"}
     return [*(built_in | others).values()]

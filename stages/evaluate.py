@@ -22,7 +22,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.files import write_csv, write_json
 from stages.runtime.run import run
 from stages.runtime.terminal import progress, summary
-from stages.scoring.metrics import METRICS, all_metrics, metrics_by_slice
+from stages.scoring.metrics import METRICS, OPEN_REASONING, all_metrics, metrics_by_slice
 from stages.scoring.scorers import PREFIX, SCORERS, Scorer, load_scorers, score
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SPLITS, SCORING = ("test", "retention"), Path("data/scoring.parquet")
 EXAMPLE_COLUMNS = ["example_id", "prompt_id", "source", "source_row", "slice", "prompt", "response", "truncated"]
 ANSWER_COLUMNS = ["split", "example_id", "loss", "tokens", "correct_tokens", "reference_fits"]
-ANSWER_COLUMNS += ["answers", "answer_tokens", "stopped"]
+ANSWER_COLUMNS += ["answers", "reasoning", "calls", "open_reasoning", "answer_tokens", "stopped"]
 NGRAM = 4  # words of the sequences that `repetition` counts
 # Values of several answers to a prompt are means over them.
 PREDICTIONS_SCHEMA = pa.schema(
@@ -43,7 +43,10 @@ PREDICTIONS_SCHEMA = pa.schema(
         ("loss", pa.float64()),  # mean over the example's supervised tokens, in nats
         ("tokens", pa.int64()),  # supervised tokens
         ("correct_tokens", pa.int64()),
-        ("answer", pa.string()),  # the first one
+        ("answer", pa.string()),  # the final text of the first one
+        ("reasoning", pa.string()),  # of the first answer; null if it has none
+        ("calls", pa.string()),  # the tool calls of the first answer; null if it has none
+        ("open_reasoning", pa.float64()),  # whether the reasoning never closes, so that there is no final text
         ("num_answers", pa.int64()),
         ("answer_tokens", pa.float64()),  # without the EOS token
         ("stopped", pa.float64()),
@@ -69,7 +72,7 @@ def main() -> None:
     schema = pa.schema([*PREDICTIONS_SCHEMA, *((PREFIX + scorer, pa.float64()) for scorer in scorers)])
     parts = dict(iter(rows.groupby("split", sort=False)))
     metrics = {split: metrics_by_slice(part) for split, part in parts.items()}
-    write_parquet(predictions, rows.to_dict("records"), schema)
+    write_parquet(predictions, rows.astype(object).where(rows.notna(), None).to_dict("records"), schema)
     wrote = [predictions]
     if "/" not in name:
         metrics_file, losses_file = (Path(f"metrics/evaluate/{name}.{suffix}") for suffix in ("json", "csv"))
@@ -91,7 +94,14 @@ def check_names(scorers: Iterable[str]) -> None:
     Raises:
         UserError: one has.
     """
-    reserved = {"examples", "supervised_tokens", "perplexity", "slices", "retention", *(each.name for each in METRICS)}
+    reserved = {
+        "examples",
+        "supervised_tokens",
+        "perplexity",
+        "slices",
+        "retention",
+        *(each.name for each in (*METRICS, OPEN_REASONING)),
+    }
     for name in scorers:
         if name in reserved or name.startswith("pass_at_") or name.endswith("_se"):
             raise UserError(f"{SCORERS}: {name} is the name of a metric; rename the function")
@@ -129,13 +139,14 @@ def score_answers(path: Path, scorers: Mapping[str, Scorer]) -> "pd.DataFrame":
 
 def score_row(row: dict[str, Any], scorers: Mapping[str, Scorer]) -> dict[str, Any]:
     """The predictions of one example, in the order of `PREDICTIONS_SCHEMA`, and then the values of the scorers."""
-    answers, reference = row["answers"], row["response"]
+    answers, is_open, reference = row["answers"], row["open_reasoning"], row["response"]
     check = json.loads(row["check"]) if row["check"] else None
     location = {name: row[name] for name in ("example_id", "source", "source_row", "slice")}
     columns = location | {"check": check} | json.loads(row["other_columns"])
     values: dict[str, list[float]] = {
         "answer_tokens": row["answer_tokens"],
         "stopped": row["stopped"],
+        "open_reasoning": is_open,
         "exact_match": [answer == reference for answer in answers],
         "rouge_l": [rouge_l(answer, reference) for answer in answers],
         "repetition": [repetition(answer) for answer in answers],
@@ -146,10 +157,16 @@ def score_row(row: dict[str, Any], scorers: Mapping[str, Scorer]) -> dict[str, A
         values[PREFIX + name] = [value for value in found if value is not None]
     scores = row | {
         "answer": answers[0],
+        "reasoning": row["reasoning"][0],
+        "calls": row["calls"][0],
         "num_answers": len(answers),
         "reference_fits": row["reference_fits"] and not row["truncated"],
         "checked": check is not None,
-        "passed": sum(is_right(where, check, answer) for answer in answers) if check is not None else 0,
+        "passed": sum(
+            not no_text and is_right(where, check, answer) for answer, no_text in zip(answers, is_open, strict=True)
+        )
+        if check is not None
+        else 0,
         **{name: fmean(known) if known else None for name, known in values.items()},
     }
     return {name: scores[name] for name in (*PREDICTIONS_SCHEMA.names, *(PREFIX + name for name in scorers))}

@@ -239,10 +239,7 @@ def failing_checks(formatted: Formatted, checks: pa.Array, origins: pa.Table) ->
     """The source and a description of each row whose own answer fails its check."""
     failing = []
     origin = (origins[name].to_pylist() for name in ("source", "source_row"))
-    rows = zip(formatted.examples, formatted.responses, checks.to_pylist(), *origin, strict=True)
-    for example, response, check, source, source_row in rows:
-        message = example.conversation.messages[-1]
-        answer = response if "tool_calls" in message else message["content"]  # without the reasoning
+    for answer, check, source, source_row in zip(formatted.responses, checks.to_pylist(), *origin, strict=True):
         try:
             is_right = check is None or passes(json.loads(check), answer)
         except CheckTimeoutError:

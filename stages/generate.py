@@ -35,13 +35,13 @@ def main() -> None:
     if context.sharded:
         print(f"Launcher: {params.launcher}: {context}")
     model, tokenizer = load_for_inference(Path("models") / name, params.precision, context), load_tokenizer()
-    template = load_template(params.template, tokenizer, params.template_options)
+    template = load_template(params.template, tokenizer, params.template_options, params.reasoning_end)
     prompts = template.encode_prompts(params.sample_prompts)
     check_context_length(model, max(map(len, prompts)), "the longest of sample_prompts")
     set_seed(params.seed)
     settings = generation_settings(template.eos_token_ids, params.max_new_tokens, params.temperature, params.top_p)
     with autocast(params.precision, model.device, cache_enabled=not context.sharded):
-        answers = generate_answers(model, tokenizer, prompts, settings, params.tokens_per_batch)
+        answers = generate_answers(model, template.answer_parser, prompts, settings, params.tokens_per_batch)
     context.shutdown()
     if not context.is_main_process:
         return
@@ -49,7 +49,11 @@ def main() -> None:
     parts = [f"# Answers of the {name} model\n\nAt most {params.max_new_tokens} tokens, {shown}.\n"]
     for instruction, answer in zip(params.sample_prompts, answers, strict=True):
         end = "" if answer.stopped else f"\n*(cut at {answer.num_tokens} tokens)*\n"
-        parts.append(f"## {heading(instruction)}\n\n{block(answer.text)}\n{end}")
+        thought = ""
+        if answer.parts.reasoning is not None:
+            state = "never ends, so there is no answer" if answer.parts.is_open else "is not shown"
+            thought = f"*(the reasoning, {len(answer.parts.reasoning):,} characters, {state})*\n\n"
+        parts.append(f"## {heading(instruction)}\n\n{thought}{block(answer.parts.text)}\n{end}")
     path = Path(f"metrics/samples/{name}.md")
     write_text(path, "\n".join(parts))
     stopped = sum(answer.stopped for answer in answers)

@@ -40,7 +40,10 @@ ANSWERS_SCHEMA = pa.schema(
         ("tokens", pa.int64()),  # supervised tokens
         ("correct_tokens", pa.int64()),
         ("reference_fits", pa.bool_()),  # whether the reference with its EOS token fits into max_new_tokens
-        ("answers", pa.list_(pa.string())),
+        ("answers", pa.list_(pa.string())),  # the final text of each answer
+        ("reasoning", pa.list_(pa.string())),  # of each answer; null if it has none
+        ("calls", pa.list_(pa.string())),  # the tool calls of each answer; null if it has none
+        ("open_reasoning", pa.list_(pa.bool_())),  # whether the reasoning of each answer never closes
         ("answer_tokens", pa.list_(pa.int64())),  # of each answer, without the EOS token
         ("stopped", pa.list_(pa.bool_())),  # whether each answer ends with EOS
     ]
@@ -123,12 +126,13 @@ def predict_split(
 
     num_answers = params.answers_per_prompt
     prompts = [example.input_ids[: example.last_response].tolist() for example in examples for _ in range(num_answers)]
-    eos_token_ids = load_template(params.template, tokenizer, params.template_options).eos_token_ids
-    settings = generation_settings(eos_token_ids, params.max_new_tokens, temperature=0.0 if num_answers == 1 else 1.0)
+    template = load_template(params.template, tokenizer, params.template_options, params.reasoning_end)
+    temperature = 0.0 if num_answers == 1 else 1.0
+    settings = generation_settings(template.eos_token_ids, params.max_new_tokens, temperature)
     set_seed(SEED)
     with autocast(params.precision, model.device, cache_enabled=not context.sharded):
         scores = score_tokens(model, batches, examples)
-        answers = iter(generate_answers(model, tokenizer, prompts, settings, params.tokens_per_batch))
+        answers = iter(generate_answers(model, template.answer_parser, prompts, settings, params.tokens_per_batch))
     rows = []
     for example, score in zip(examples, scores, strict=True):
         own = list(islice(answers, num_answers))
@@ -139,7 +143,10 @@ def predict_split(
                 "tokens": score.num_tokens,
                 "correct_tokens": score.num_correct,
                 "reference_fits": len(example.input_ids) - example.last_response <= params.max_new_tokens,
-                "answers": [answer.text for answer in own],
+                "answers": [answer.parts.text for answer in own],
+                "reasoning": [answer.parts.reasoning for answer in own],
+                "calls": [answer.parts.calls for answer in own],
+                "open_reasoning": [answer.parts.is_open for answer in own],
                 "answer_tokens": [answer.num_tokens for answer in own],
                 "stopped": [answer.stopped for answer in own],
             }

@@ -529,7 +529,7 @@ def test_options_change_the_prompt_and_those_of_a_row_override_them() -> None:
     formatted = template.format(rows, 9999)
     start = "<|im_start|>user\nName a color.<|im_end|>\n<|im_start|>assistant\n"
     assert formatted.prompts == [f"{start}<think>\n\n</think>\n\n", start]
-    assert formatted.responses == ["Red.", "<think>\n\n</think>\n\nRed."]
+    assert formatted.responses == ["Red.", "Red."]  # the second one is trained with an empty thought
     assert template.encode_prompts(["Name a color."]) == [formatted.examples[0].spans[0]]
     ids = [content_ids(example.conversation) for example in formatted.examples]
     assert ids[0][0] == ids[1][0]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig
 
+from stages.data.answer_parts import AnswerParser, AnswerParts
 from stages.engine import decoding
 from stages.engine.decoding import (
     METHODS,
@@ -37,8 +38,9 @@ def tokenizer(tiny_model: Path) -> Any:
 def test_answer_ends_before_the_eos_token(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = tokenizer.encode("ab")
     monkeypatch.setattr(decoding, "generate", lambda *_: [[a, 0], [a, b, b]])
-    answers = generate_answers(None, tokenizer, [[7], [8, 9]], generation_settings([0], 3), 1000)  # type: ignore[arg-type]
-    assert answers == [Answer("a", 1, stopped=True), Answer("abb", 3, stopped=False)]
+    parser = AnswerParser(tokenizer)
+    answers = generate_answers(None, parser, [[7], [8, 9]], generation_settings([0], 3), 1000)  # type: ignore[arg-type]
+    assert answers == [Answer(AnswerParts("a"), 1, stopped=True), Answer(AnswerParts("abb"), 3, stopped=False)]
 
 
 def test_answers_are_in_the_order_of_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,8 +125,9 @@ def test_answer_ends_when_the_context_is_full(name: str, method: Method) -> None
 
 def test_batch_gives_the_same_answers_as_single_prompts(model: Any, tokenizer: Any) -> None:
     settings = generation_settings([0], 8)
-    together = generate_answers(model, tokenizer, PROMPTS, settings, 1000)
-    assert together == [generate_answers(model, tokenizer, [prompt], settings, 1000)[0] for prompt in PROMPTS]
+    parser = AnswerParser(tokenizer)
+    together = generate_answers(model, parser, PROMPTS, settings, 1000)
+    assert together == [generate_answers(model, parser, [prompt], settings, 1000)[0] for prompt in PROMPTS]
     assert all(answer.num_tokens == 8 or answer.stopped for answer in together)
 
 
@@ -132,7 +135,8 @@ def test_samples_depend_on_the_seed(model: Any, tokenizer: Any) -> None:
     def sample(seed: int) -> list[str]:
         torch.manual_seed(seed)
         settings = generation_settings([0], 8, temperature=1.0, top_p=0.9)
-        return [answer.text for answer in generate_answers(model, tokenizer, PROMPTS, settings, 1000)]
+        answers = generate_answers(model, AnswerParser(tokenizer), PROMPTS, settings, 1000)
+        return [answer.parts.text for answer in answers]
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -134,6 +135,7 @@ def answered(project: Path) -> Path:
             scoring.append({**keys, "check": checks[name], "other_columns": '{"kind": "easy"}'})
             counts = {"loss": 1.0, "tokens": 2, "correct_tokens": 1, "reference_fits": True}
             more = {"answers": answers[name], "answer_tokens": [3, 5], "stopped": [True, False]}
+            more |= {"reasoning": [None] * 2, "calls": [None] * 2, "open_reasoning": [False] * 2}
             rows.append(keys | counts | more)
     write_parquet(evaluate.SCORING, scoring, SCORING_SCHEMA)
     for model in ("base", "replicates/1"):
@@ -170,6 +172,24 @@ def test_metrics_are_those_of_the_test_split_its_slices_and_the_retention_set(
     assert (metrics["retention"]["examples"], metrics["retention"]["pass_rate"]) == (1, 1.0)
     assert "slices" not in metrics["retention"]  # there is one
     assert Path("metrics/evaluate/base.csv").read_text() == "tokens,base_loss\n2,1\n2,1\n"
+
+
+def test_an_answer_whose_reasoning_never_closes_fails_and_a_metric_counts_it(
+    answered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scoring = pd.read_parquet(evaluate.SCORING).assign(check='{"max_words": 3}')  # an empty text would pass
+    write_parquet(evaluate.SCORING, scoring.to_dict("records"), SCORING_SCHEMA)
+    assert run_evaluate(monkeypatch)["sum"]["passed"] == 2
+    assert "open_reasoning" not in json.loads(Path("metrics/evaluate/base.json").read_text())
+    path = Path("data/answers/base.parquet")
+    table = pq.read_table(path).to_pylist()
+    table[0] |= {"answers": ["", "It is 7."], "reasoning": ["7 or", None], "open_reasoning": [True, False]}
+    write_parquet(path, table, ANSWERS_SCHEMA)
+    row = run_evaluate(monkeypatch)["sum"]
+    assert row[["answer", "reasoning", "open_reasoning", "passed"]].tolist() == ["", "7 or", 0.5, 1]
+    metrics = json.loads(Path("metrics/evaluate/base.json").read_text())
+    assert (metrics["open_reasoning"], metrics["pass_rate"]) == (0.25, 0.75)
+    assert "open_reasoning" not in metrics["retention"]
 
 
 def test_a_replicate_has_predictions_and_no_metrics(answered: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -283,7 +283,7 @@ def test_a_check_of_an_answer_with_reasoning_is_about_the_text_after_it(project:
     edit(project, template="templates/t.jinja")
     row = {"question": "Is it red?", "reasoning": "Not no.", "answer": "yes", "check": {"equals": "yes"}}
     (found,) = run_format(tiny_model, [row])
-    assert found["response"] == "<think>Not no.</think>yes"
+    assert (found["prompt"], found["response"]) == ("user:Is it red?<|end|>assistant:", "yes")
     assert json.loads(Path("metrics/format.json").read_text())["checks_failing_own_answer"] == 0
 
 

@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 
 from stages import download_model, generate
+from stages.data.answer_parts import AnswerParts
+from stages.engine import decoding
+from stages.engine.decoding import Answer
+from stages.runtime.params import GenerateParams, load_params
 from tests.clone import edit
 
 
@@ -25,6 +29,28 @@ def test_each_prompt_is_a_heading_with_its_answer_below_and_the_seed_determines_
     edit(project, seed="43")
     generate.main()
     assert Path("metrics/samples/base.md").read_text() != first
+
+
+def test_samples_are_final_texts_and_say_if_there_is_reasoning(
+    project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit(project, model_name=str(tiny_model))
+    download_model.main()
+    prompts = load_params(GenerateParams).sample_prompts
+    answers = [
+        Answer(AnswerParts("yes"), 2, stopped=True),
+        Answer(AnswerParts("yes", "not no"), 9, stopped=True),
+        *[Answer(AnswerParts("", "not", is_open=True), 5, stopped=False)] * (len(prompts) - 2),
+    ]
+    monkeypatch.setattr(decoding, "generate_answers", lambda *_: answers)
+    monkeypatch.setattr(sys, "argv", ["generate", "base"])
+    generate.main()
+    parts = Path("metrics/samples/base.md").read_text().split("\n## ")
+    assert [part.partition("\n\n")[2] for part in parts[1:4]] == [
+        "    yes\n",
+        "*(the reasoning, 6 characters, is not shown)*\n\n    yes\n",
+        "*(the reasoning, 3 characters, never ends, so there is no answer)*\n\n    (empty)\n\n*(cut at 5 tokens)*\n",
+    ]
 
 
 def test_a_model_other_than_base_and_tuned_is_rejected(monkeypatch: pytest.MonkeyPatch, project: Path) -> None:

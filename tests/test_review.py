@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import pytest
 from review import plots
 from review.__main__ import main
 from review.comparison import Comparison, compare_revisions
+from review.rescoring import Rescoring
 from review.revisions import Revision
 from review.runs import PREDICTIONS, REPLICATE
 from stages.data.alpaca import render_alpaca
@@ -548,7 +550,7 @@ def test_both_sides_are_scored_by_the_checks_of_the_reviewed_revision(folder: Pa
     write_scoring(folder, rows[rows["split"] == "test"], check='{"contains": "answer 1"}')  # 11 of 100 answers
     right = rows["answer"].str.contains("answer 1") | (rows["split"] == "retention")
     for path in (PREDICTIONS, REPLICATE.format(seed=1), REPLICATE.format(seed=2)):
-        table = pd.read_parquet(path).assign(passed=right.astype(int))
+        table = pd.read_parquet(path).assign(passed=right.astype(int)).dropna(axis="columns", how="all")
         write_parquet(Path(path), table.to_dict("records"), PREDICTIONS_SCHEMA)
     run(folder, "dvc", "commit", "--force", "--quiet")
     commit(folder, "stricter checks")
@@ -564,10 +566,31 @@ def test_both_sides_are_scored_by_the_checks_of_the_reviewed_revision(folder: Pa
         assert f"Answers of both sides are scored by the checks of {revision}." in Path("review.md").read_text()
 
 
+def test_an_answer_whose_reasoning_never_closes_also_fails_when_it_is_scored_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    same = {"split": "test", "slice": "s", "prompt": "Q", "response": "Red.", "source": "a.jsonl", "source_row": 1}
+    same |= {"check": '{"max_words": 3}', "other_columns": "{}", "truncated": False, "reference_fits": True}
+    rescoring = Rescoring({"main"}, {("test", name): same | {"example_id": name} for name in "abc"}, {}, set())
+    revision: Any = SimpleNamespace(name="main", read_table=lambda path, _: pd.read_parquet(path))
+    columns = {"split": "test", "example_id": ["a", "b"], "answer": ["", "Red."], "num_answers": 1, "passed": 0}
+    predictions = pd.DataFrame(columns)
+    assert rescoring.apply(revision, PREDICTIONS, predictions)["passed"].tolist() == [1, 1]  # an older revision
+    predictions["open_reasoning"] = [1.0, 0.0]
+    assert rescoring.apply(revision, PREDICTIONS, predictions)["passed"].tolist() == [0, 1]
+    (tmp_path / "data/answers").mkdir(parents=True)
+    answers = pd.DataFrame({"split": "test", "example_id": ["a", "b"], "answers": [["", "Red."], ["", ""]]})
+    answers["open_reasoning"] = [[True, False], None]  # an older revision has no such column
+    answers.to_parquet("data/answers/tuned.parquet")
+    predictions["num_answers"] = 2
+    assert rescoring.apply(revision, PREDICTIONS, predictions)["passed"].tolist() == [1, 2]
+
+
 def test_scorers_run_on_both_sides_only_in_the_workspace(folder: Path) -> None:
     at(folder, "single")
     Path("scorers.py").write_text("def length(prompt, answer, reference, row):\n    return len(answer)\n")
-    rows = pd.read_parquet("data/predictions/tuned.parquet").assign(score_length=2.0)
+    rows = pd.read_parquet("data/predictions/tuned.parquet").assign(score_length=2.0).dropna(axis="columns", how="all")
     schema = pa.schema([*PREDICTIONS_SCHEMA, ("score_length", pa.float64())])
     write_parquet(Path(PREDICTIONS), rows.to_dict("records"), schema)
     run(folder, "dvc", "commit", "--force", "--quiet")

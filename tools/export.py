@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from stages.data.answer_parts import AnswerParser
 from stages.data.examples import SCORING_SCHEMA, Split
 from stages.data.masking import load_tokenizer
 from stages.data.tables import read_table
@@ -61,7 +62,8 @@ def main() -> None:
     from stages.engine.models import checkpoint_dtype
 
     tokenizer = load_tokenizer(TUNED)
-    prompts = load_template(params.template, tokenizer, params.template_options).encode_prompts(params.sample_prompts)
+    template = load_template(params.template, tokenizer, params.template_options, params.reasoning_end)
+    prompts = template.encode_prompts(params.sample_prompts)
     expected = tuned_answers(prompts, tokenizer, params)
     dtype = str(checkpoint_dtype(TUNED)).removeprefix("torch.")
     with atomic_path(GGUF) as partial:
@@ -80,12 +82,12 @@ def main() -> None:
             quantize(program, GGUF, partial, quantization)
             found = gguf_answers(partial, prompts, params.max_new_tokens)
             results[f"{quantization} agrees"] = agreement_in_words(expected, found)
-            results |= pass_rates({dtype: GGUF, quantization: partial}, tokenizer, params.max_new_tokens)
+            results |= pass_rates({dtype: GGUF, quantization: partial}, template.answer_parser, params.max_new_tokens)
     write_text(CARD, card(dtype, results))
     summary(results, wrote=[*wrote, CARD], then="docs/export.md says how to run it")
 
 
-def pass_rates(files: dict[str, Path], tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int) -> dict[str, str]:
+def pass_rates(files: dict[str, Path], parser: AnswerParser, max_new_tokens: int) -> dict[str, str]:
     """For each file, the share of its greedy answers to the test prompts with a check that pass it."""
     scoring = read_table(SCORING, SCORING_SCHEMA.names).to_pylist()
     checks = {row["example_id"]: json.loads(row["check"]) for row in scoring if row["split"] == "test" and row["check"]}
@@ -96,9 +98,11 @@ def pass_rates(files: dict[str, Path], tokenizer: "PreTrainedTokenizerBase", max
     rates = []
     for name, path in files.items():
         num_passed = 0
-        for example, ids in zip(examples, gguf_answers(path, prompts, max_new_tokens), strict=True):
-            answer = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-            num_passed += is_right(f"{TEST}, example {example.example_id}", checks[example.example_id], answer)
+        answers = gguf_answers(path, prompts, max_new_tokens)
+        for example, prompt, ids in zip(examples, prompts, answers, strict=True):
+            parts, check = parser.read(prompt, ids), checks[example.example_id]
+            where = f"{TEST}, example {example.example_id}"
+            num_passed += not parts.is_open and is_right(where, check, parts.text)
         rates.append(f"{num_passed / len(examples):.3f} ({name})")
     return {"pass rate": f"{', '.join(rates)}, over {len(examples):,} test examples with a check"}
 

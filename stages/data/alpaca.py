@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from stages.data.answer_parts import AnswerParser
 from stages.data.conversations import Conversation, Formatted, Rendered
 from stages.data.examples import BadRowError, Message
 from stages.data.masking import mask_spans, tokenize
@@ -75,6 +76,7 @@ class AlpacaTemplate:
         self.eos_token_ids: list[int] = [tokenizer.eos_token_id]
         self._tokenizer = tokenizer
         self._plain_text = PlainText(tokenizer)
+        self.answer_parser = AnswerParser(tokenizer)
         self.chat_template = alpaca_as_jinja(bool(self._plain_text.bos))
 
     def format(self, conversations: Sequence[Conversation], max_length: int) -> Formatted:

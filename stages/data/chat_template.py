@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stages.data.answer_ends import QUESTION
+from stages.data.answer_parts import AnswerFormat, AnswerParser
 from stages.data.completeness import missing_key, texts_in
 from stages.data.conversations import Conversation, Formatted, Rendered
 from stages.data.examples import BadRowError, Message
@@ -34,13 +35,16 @@ class ChatTemplate:
         options: variables of the template, such as `enable_thinking`.
         stop_ids: the tokens at which the model stops, besides the EOS token of the tokenizer.
         reasoning_end: what ends the reasoning that the generation prompt opens, if the template does not render it.
+        response_template: that of the tokenizer, if the template is the tokenizer's, too.
 
     Attributes:
         chat_template: the template with its options built in.
         eos_token_ids: the tokens that end an answer: that of a text, and if it is another one, that of a tool call.
+        answer_parser: splits answers into reasoning, tool calls and final text.
 
     Raises:
-        UserError: the template can't be rendered, or has no special token after a response.
+        UserError: the template can't be rendered, or has no special token after a response; or the response template is
+            invalid.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class ChatTemplate:
         options: Mapping[str, Any] | None = None,
         stop_ids: Collection[int] = (),
         reasoning_end: str | None = None,
+        response_template: Mapping[str, Any] | None = None,
     ):
         self._renderer = Renderer(tokenizer, chat_template, where, options or {})
         self._render = self._renderer.render
@@ -63,10 +68,12 @@ class ChatTemplate:
             with time_limit(TIME_LIMIT):
                 self._finder = ResponseFinder(self._renderer, self._plain_text.special, stop_tokens, reasoning_end)
                 header = len(self._render([QUESTION], add_generation_prompt=True)) - len(self._render([QUESTION]))
+                answer_format = AnswerFormat.of_template(self._renderer, self._plain_text.special, reasoning_end)
         except (BadRowError, TimeoutError) as error:
             fix = "fix it or template_options" if options else "fix it"
             raise UserError(f"{where}: can't render a question and an answer: {error}; {fix}") from None
         self._header_length = max(0, header)
+        self.answer_parser = AnswerParser(tokenizer, answer_format, response_template)
         eos_tokens = self._finder.eos_tokens
         self.eos_token_ids = [ids for (ids,) in tokenize(tokenizer, eos_tokens, allow_special_tokens=True)]
 
@@ -97,8 +104,8 @@ class ChatTemplate:
                 continue
             prompts = [response.text[: response.start] for response in responses]
             answers = [
-                self._plain_text.special.sub("", response.text[response.start : response.end]).strip()
-                for response in responses
+                self.answer_parser.parse(prompt, response.text[response.start : response.end]).text
+                for prompt, response in zip(prompts, responses, strict=True)
             ]
             examples.append(Rendered(row, conversation, prompts, answers, spans))
         examples = sorted((each for each in examples if each.row not in errors), key=lambda each: each.row)

@@ -8,12 +8,11 @@ from os.path import commonprefix
 from re import Pattern
 
 from stages.data.answer_ends import ANSWER, QUESTION, REPLY, find_call_end, find_text_end
+from stages.data.answer_parts import THOUGHT
 from stages.data.conversations import Conversation
 from stages.data.examples import BadRowError, Message
 from stages.data.rendering import Renderer
 from stages.runtime.errors import UserError
-
-THOUGHT = "THOUGHT"  # the reasoning in test conversations
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,9 @@ def load_template(
     stop_ids = load_stop_ids()
     if is_chat(name):
         text, where = _own_template(name, tokenizer), "the tokenizer's chat template"
-        return ChatTemplate(tokenizer, text, where, options, stop_ids, reasoning_end)
+        return ChatTemplate(
+            tokenizer, text, where, options, stop_ids, reasoning_end, getattr(tokenizer, "response_template", None)
+        )
     with user_errors(SELECTED_TEMPLATE):
         text = SELECTED_TEMPLATE.read_text(encoding="utf-8")
         if "adds_bos" in text:  # the tokenizer knows it, but Jinja does not

@@ -13,11 +13,11 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
 
+from stages.data.answer_parts import AnswerParser, AnswerParts
 from stages.engine.attention import PackedLayout, use_packed_attention
 from stages.engine.models import context_length, probing
 from stages.runtime.errors import UserError, is_out_of_memory
@@ -55,11 +55,11 @@ Method = Callable[[PreTrainedModel, Sequence[TokenIds], GenerationConfig], list[
 class Answer:
     """One answer.
 
-    text, num_tokens: without the EOS token.
+    num_tokens: without the EOS token.
     stopped: whether EOS was generated within `max_new_tokens`.
     """
 
-    text: str
+    parts: AnswerParts
     num_tokens: int
     stopped: bool
 
@@ -90,18 +90,22 @@ def within_context(settings: GenerationConfig, model: PreTrainedModel, prompt: T
 
 def generate_answers(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    parser: AnswerParser,
     prompts: Sequence[TokenIds],
     settings: GenerationConfig,
     tokens_per_batch: int,
 ) -> list[Answer]:
     """Generate answers, in the order of `prompts`, which are token ids."""
     answers = []
-    for new_ids in generate(model, prompts, settings, tokens_per_batch):
+    for prompt, new_ids in zip(prompts, generate(model, prompts, settings, tokens_per_batch), strict=True):
         stopped = new_ids[-1] in (settings.eos_token_id or [])
         kept = new_ids[:-1] if stopped else new_ids
-        text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        answers.append(Answer(str(text).strip(), len(kept), stopped))
+        answers.append(Answer(parser.read(prompt, kept, new_ids[len(kept) :]), len(kept), stopped))
+    if parser.num_unmatched:
+        print(
+            f"{parser.num_unmatched:,} of {len(answers):,} answers do not match the tokenizer's response_template; "
+            "their whole text is the final text"
+        )
     return answers
 
 

@@ -141,6 +141,7 @@ class TrainParams(TrainingParams):
 class PredictParams(BatchParams):
     template: Template
     template_options: TemplateOptions
+    reasoning_end: Text | None
     launcher: Launcher
     max_new_tokens: PositiveInt
     answers_per_prompt: PositiveInt
@@ -170,6 +171,7 @@ class SeedParams(StageParams):
 class GenerateParams(BatchParams):
     template: Template
     template_options: TemplateOptions
+    reasoning_end: Text | None
     launcher: Launcher
     sample_prompts: Annotated[list[Text], Field(min_length=1)]
     max_new_tokens: PositiveInt

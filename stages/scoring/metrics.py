@@ -70,13 +70,19 @@ METRICS = (
 )
 
 
+# Only of predictions with reasoning.
+OPEN_REASONING = per_example("open_reasoning", -1, "open_reasoning")
+
+
 def all_metrics(rows: "pd.DataFrame") -> list[Metric]:
     """The metrics of predictions: `METRICS`, pass@k if there are several answers, and those of `scorers.py`."""
     num_answers = int(rows["num_answers"].max()) if "num_answers" in rows else 1
     powers = (2**exponent for exponent in range(1, num_answers.bit_length()))
     scorers = [column for column in rows if column.startswith(PREFIX)]
+    has_reasoning = "reasoning" in rows and (rows["reasoning"].notna() | (rows["open_reasoning"].fillna(0) > 0)).any()
     return [
         *METRICS,
+        *([OPEN_REASONING] if has_reasoning else []),
         *map(pass_at, powers),
         *(column_metric(column.removeprefix(PREFIX), column, 1) for column in scorers),
     ]
