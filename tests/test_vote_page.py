@@ -79,6 +79,7 @@ def test_the_page_in_a_browser() -> None:
 
         def shown() -> tuple[Pair, list[str]]:
             """The pair on the page, and its answers in their order there. Markup in them is shown as text."""
+            expect(page.locator("#prompt pre")).not_to_have_text("")  # until the page has its state
             pair = by_prompt[page.locator("#prompt pre").inner_text()]
             answers = page.locator(".answer pre").all_inner_texts()
             assert sorted(answers) == sorted([pair.before, pair.after])
