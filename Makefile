@@ -38,7 +38,7 @@ update: $(INSTALLED)  ## merge a newer version of this pipeline from the git rem
 		merge --no-edit upstream/main
 
 repro: $(INSTALLED)  ## run the stages that changed
-	python -m stages.runtime.preflight  # DVC deletes outputs before a stage checks its parameters
+	python -m stages.runtime.preflight  # what DVC reports badly or late
 	dvc repro
 	@echo "Disk used by results and checkpoints (how to free it: README, Disk):"
 	@du -sh .dvc/cache .scratch 2>/dev/null || true  # one of them may be missing

@@ -44,7 +44,8 @@ def main() -> None:
     write_text(PAGE, markup.page(report.markdown(comparison, results, images), title, figures))
 
     lines = {f"outdated {name}": "; ".join(stages) for name, stages in comparison.outdated.items()}
-    lines |= {"not compared" + " " * number: warning for number, warning in enumerate(comparison.warnings())}
+    if warnings := comparison.warnings():
+        lines["not compared"] = " ".join(warnings)
     lines["verdict"] = report.headline(comparison)
     if any(result.verdict == "unknown" for result in comparison.test.metrics):
         lines["run noise"] = f"not known; to measure it: {MEASURE_NOISE}"

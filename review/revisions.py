@@ -37,6 +37,7 @@ class Revision:
             raise UserError(f"BASE or REV is empty; must be a commit, branch, tag or experiment, or {WORKSPACE}")
         self.name = name
         self.missing: dict[str, str] = {}
+        self._parsed: dict[str, dict[str, Any]] = {}
         try:
             self.repo = open_project(name)
             _ = self.repo.index.data  # resolves the revision and reads its pipeline
@@ -72,8 +73,11 @@ class Revision:
         return self._attempt(path, lambda: dict(json.loads(self.read(path) or b"{}"))) or {}
 
     def read_yaml(self, path: str) -> dict[str, Any]:
-        with user_errors(f"{path} of {self.name}", "fix it"):
-            return dict(parse_yaml(self.read(path) or b"{}") or {})
+        """A YAML mapping, which is parsed once, because each part of a review reads `dvc.lock`."""
+        if path not in self._parsed:
+            with user_errors(f"{path} of {self.name}", "fix it"):
+                self._parsed[path] = dict(parse_yaml(self.read(path) or b"{}") or {})
+        return self._parsed[path]
 
     def read_table(self, path: str, columns: list[str] | None = None) -> pd.DataFrame | None:
         """A table, which may be a folder of shards; columns that it lacks have missing values."""

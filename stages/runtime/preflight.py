@@ -1,7 +1,7 @@
 """Check what DVC can't report well, or only after stages have run. `make` runs it before `dvc repro`.
 
-DVC inserts parameters into `dvc.yaml` and deletes the outputs of a stage before the stage can check its parameters, and
-it meets a repository of another user only when all stages have run.
+DVC inserts parameters into `dvc.yaml` before the stage `check_params` can check them, and it meets a repository of
+another user only when all stages have run.
 """
 
 import os
