@@ -221,6 +221,9 @@ def format_batch(
         "truncated": truncated,
         "check": checks,
         "other_columns": batch["other_columns"].take(pa.array(rows)),
+        "questions": [example.conversation.questions for example in formatted.examples],
+        "prompt_tokens": [sum(map(len, example.spans[::2])) for example in formatted.examples],
+        "answer_tokens": [sum(map(len, example.spans[1::2])) for example in formatted.examples],
     }
     rejected = [
         {**location, "reason": errors[index].reason, "detail": str(errors[index])}

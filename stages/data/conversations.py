@@ -39,6 +39,12 @@ class Conversation:
     def first_question(self) -> Message:
         return next(message for message in self.messages if message["role"] in ("user", "text"))
 
+    @property
+    def questions(self) -> list[str]:
+        """The texts of the user messages, the first one followed by the `input`; or the plain text."""
+        first, *later = [message["content"] for message in self.messages if message["role"] in ("user", "text")]
+        return ["\n\n".join(filter(None, [first, self.input])), *later]
+
     def up_to(self, answer: int) -> "Conversation":
         """The messages up to one answer, which alone is trained."""
         earlier = [{**each, "train": False} if each["role"] == "assistant" else each for each in self.messages[:answer]]

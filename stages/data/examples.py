@@ -56,7 +56,15 @@ SPLIT_SCHEMA = pa.schema(
     ]
 )
 SCORING_FIELDS = [RAW_SCHEMA.field(name) for name in ("check", "other_columns")]
-FORMATTED_SCHEMA = pa.schema([*SPLIT_SCHEMA, *SCORING_FIELDS])
+FORMATTED_SCHEMA = pa.schema(
+    [
+        *SPLIT_SCHEMA,
+        *SCORING_FIELDS,
+        ("questions", pa.list_(pa.string())),  # the user messages, the first with the `input`; or the plain text
+        ("prompt_tokens", pa.int32()),  # masked tokens before truncation
+        ("answer_tokens", pa.int32()),  # supervised tokens before truncation
+    ]
+)
 # How the answers of the test and retention splits are scored. It is a table of its own, so that editing a check neither
 # trains nor generates answers again.
 SCORING_SCHEMA = pa.schema([("split", pa.string()), ("example_id", pa.string()), *SCORING_FIELDS])
