@@ -9,7 +9,6 @@ The rows are read twice, because all these prompts must be known before the firs
 per CPU core works on the shards of a large table.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ import pyarrow as pa
 
 from stages.data.examples import SCORING_SCHEMA, SPLIT_SCHEMA
 from stages.data.near_duplicates import NearDuplicates
+from stages.data.splits import SPLITS, choose_splits
 from stages.data.tables import read_batches, shard_writer, sharded, shards
 from stages.runtime.errors import UserError
 from stages.runtime.files import remove, write_json
@@ -31,7 +31,6 @@ from stages.runtime.run import run
 from stages.runtime.terminal import summary
 
 FORMATTED, METRICS = Path("data/formatted.parquet"), Path("metrics/split.json")
-SPLITS = {name: Path(f"data/{name}.parquet") for name in ("train", "validation", "test", "retention")}
 SCORING = Path("data/scoring.parquet")
 EVALUATED = ("test", "retention")  # the splits that a model answers
 INDEX = Path(".scratch/.prompts.partial")  # of the evaluated splits; exists only while the stage runs
@@ -158,21 +157,6 @@ def split_shard(
 
 def _location(prompts: pa.Table, at: int) -> str:
     return f"{prompts['source'][at]}, row {prompts['source_row'][at].as_py():,}"
-
-
-def choose_splits(batch: pa.Table, params: SplitParams) -> list[str]:
-    """The split of each row: the one that its dataset is used for, or else that of its prompt."""
-    pairs = zip(batch["use"].to_pylist(), batch["prompt_id"].to_pylist(), strict=True)
-    return [use or choose_split(prompt_id, params) for use, prompt_id in pairs]
-
-
-def choose_split(prompt_id: str, params: SplitParams) -> str:
-    """The split of a prompt: its seeded hash, as a number in [0, 1), is compared with the fractions."""
-    digest = hashlib.sha256(f"{params.split_seed}:{prompt_id}".encode()).digest()
-    position = int.from_bytes(digest[:8]) / 2**64
-    if position < params.test_fraction:
-        return "test"
-    return "validation" if position < params.test_fraction + params.validation_fraction else "train"
 
 
 def check_counts(counts: Counter[str], params: SplitParams) -> None:

@@ -24,6 +24,7 @@ EVERY_STAGE = [
     "download_dataset",
     "download_model",
     "format",
+    "score_rows",
     "split",
     "train",
     "predict@base",

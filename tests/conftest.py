@@ -106,7 +106,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
         file = folder / f"data/{name}.jsonl"
         file.write_text("".join(file.read_text(encoding="utf-8").splitlines(True)[:num_rows]), encoding="utf-8")
     edit(folder, model_name=str(tiny_model), max_length="512")
-    run_pipeline(folder, "download_dataset", "download_model", "format", "split")
+    run_pipeline(folder, "download_dataset", "download_model", "format", "score_rows", "split")
     return folder
 
 

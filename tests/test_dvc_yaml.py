@@ -46,6 +46,7 @@ def test_the_pipeline_has_these_stages() -> None:
         "download_dataset",
         "download_model",
         "format",
+        "score_rows",
         "split",
         "train",
         "predict",

@@ -23,8 +23,11 @@ def test_a_stage_sees_only_its_own_parameters(project: Path) -> None:
     assert params.model_dump() == {
         "validation_fraction": 0.25,
         "test_fraction": 0.125,
-        "drop_near_duplicates": False,
         "split_seed": 7,
+        "drop_near_duplicates": False,
+        "train_fraction": 1.0,
+        "score_rows": False,
+        "drop_worst_fraction": 0.0,
     }
     with pytest.raises(AttributeError):
         params.learning_rate  # type: ignore[attr-defined] # noqa: B018

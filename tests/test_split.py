@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from stages import split
 from stages.data.conversations import content_hash
 from stages.data.examples import FORMATTED_SCHEMA
+from stages.data.splits import choose_split
 from stages.data.tables import parquet_writer
 from stages.runtime.errors import UserError
-from stages.runtime.params import SplitParams
+from stages.runtime.params import SplitFractions
 from tests.clone import edit
 
 NO_RETENTION = {"retention": 0, "retention_near_duplicates": 0}  # in the metrics
-PARAMS = SplitParams(validation_fraction=0.1, test_fraction=0.2, drop_near_duplicates=False, split_seed=42)
+PARAMS = SplitFractions(validation_fraction=0.1, test_fraction=0.2, split_seed=42)
 
 
 def formatted(
@@ -51,7 +52,7 @@ def run_split(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
 
 
 def test_the_split_of_a_prompt_is_fixed() -> None:
-    splits = [split.choose_split(prompt, PARAMS) for prompt in ("a", "b", "f", "1", "2", "3")]
+    splits = [choose_split(prompt, PARAMS) for prompt in ("a", "b", "f", "1", "2", "3")]
     assert splits == ["train", "train", "validation", "test", "train", "train"]
 
 
@@ -86,7 +87,7 @@ def test_training_examples_that_nearly_match_the_retention_set_are_counted(proje
 
 
 def test_the_sizes_of_the_splits_are_random_around_their_fractions() -> None:
-    splits = [split.choose_split(str(i), PARAMS) for i in range(20_000)]
+    splits = [choose_split(str(i), PARAMS) for i in range(20_000)]
     assert splits.count("test") == pytest.approx(4000, abs=250)
     assert splits.count("validation") == pytest.approx(2000, abs=200)
 
@@ -94,14 +95,14 @@ def test_the_sizes_of_the_splits_are_random_around_their_fractions() -> None:
 def test_another_seed_gives_another_split() -> None:
     other = PARAMS.model_copy(update={"split_seed": 43})
     prompts = [str(i) for i in range(200)]
-    assert [split.choose_split(p, PARAMS) for p in prompts] != [split.choose_split(p, other) for p in prompts]
+    assert [choose_split(p, PARAMS) for p in prompts] != [choose_split(p, other) for p in prompts]
 
 
 @given(prompt=st.text(), larger=st.floats(0.2, 0.8))
 def test_a_larger_test_fraction_keeps_all_prompts_of_the_test_split(prompt: str, larger: float) -> None:
     params = PARAMS.model_copy(update={"test_fraction": larger})
-    if split.choose_split(prompt, PARAMS) == "test":
-        assert split.choose_split(prompt, params) == "test"
+    if choose_split(prompt, PARAMS) == "test":
+        assert choose_split(prompt, params) == "test"
 
 
 def test_added_rows_never_move_existing_ones(project: Path) -> None:

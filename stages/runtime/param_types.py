@@ -90,6 +90,7 @@ Columns = Annotated[dict[str, str], AfterValidator(_columns)]
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 # A value of 1 or more counts optimizer steps; below 1 it is a fraction of the run.
 Steps = Annotated[float, Field(ge=0, le=1_000_000_000), AfterValidator(_steps)]
 PositiveSteps = Annotated[Steps, Field(gt=0)]

@@ -17,6 +17,7 @@ from stages.runtime.param_types import (
     MaxLength,
     ModelName,
     PositiveFloat,
+    PositiveFraction,
     PositiveInt,
     PositiveSteps,
     Precision,
@@ -56,14 +57,16 @@ class FormatParams(StageParams):
     template: Template
     template_options: TemplateOptions
     max_length: MaxLength
+    long_rows: Literal["truncate", "reject", "error"]
     train_on: Literal["all_answers", "last_answer"]
     reasoning_end: ReasoningEnd | None
 
 
-class SplitParams(StageParams):
+class SplitFractions(StageParams):
+    """The parameters that determine the split of a row."""
+
     validation_fraction: Fraction
     test_fraction: Fraction
-    drop_near_duplicates: bool
     split_seed: Seed
 
     @field_validator("test_fraction")
@@ -77,6 +80,20 @@ class SplitParams(StageParams):
         return test
 
 
+class SplitParams(SplitFractions):
+    drop_near_duplicates: bool
+    train_fraction: PositiveFraction
+    score_rows: bool
+    drop_worst_fraction: Fraction
+
+    @field_validator("drop_worst_fraction")
+    @classmethod
+    def _has_scores(cls, worst: float, info: ValidationInfo) -> float:
+        if worst and not info.data.get("score_rows", True):
+            raise ValueError("must be 0 without scores of the rows; set score_rows: true")
+        return worst
+
+
 class BatchParams(StageParams):
     """The size of batches, which limits the memory of training, evaluation and generation."""
 
@@ -87,6 +104,14 @@ class BatchParams(StageParams):
     def tokens_per_batch(self) -> int:
         """Tokens of the largest micro-batch in training."""
         return self.batch_size * self.max_length
+
+
+class ScoreRowsParams(BatchParams, SplitFractions):
+    score_rows: bool
+    template: Template
+    template_options: TemplateOptions
+    launcher: Launcher
+    precision: Precision
 
 
 class TrainingParams(BatchParams):
@@ -185,6 +210,7 @@ STAGES: tuple[type[StageParams], ...] = (
     DownloadDatasetParams,
     DownloadModelParams,
     FormatParams,
+    ScoreRowsParams,
     SplitParams,
     TrainParams,
     PredictParams,
