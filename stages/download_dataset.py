@@ -6,7 +6,7 @@
 import heapq
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import date, time, timedelta
 from decimal import Decimal
 from itertools import chain, islice
@@ -36,13 +36,13 @@ def main() -> None:
     limited = progress(islice(mixture, params.max_examples), "read", "row", params.max_examples)
     retention = open_retention(params)
     rows = chain(limited, ((retention, row) for row in retention.rows()) if retention else ())
-    num_rows, slices = 0, set[str]()  # without those of the retention set
+    taken, slices = Counter[str](), set[str]()  # without those of the retention set
     with parquet_writer(RAW, RAW_SCHEMA) as raw, parquet_writer(UNREADABLE, REJECTED_SCHEMA) as unreadable:
         while batch := list(islice(rows, ROWS_PER_GROUP)):
             good, bad = [], []
             for source, (source_row, row) in batch:
                 location = {"source": source.name, "source_row": source_row}
-                num_rows += source is not retention
+                taken[source.name] += source is not retention
                 try:
                     good.append(raw_row(source, row, params.slice_column) | location)
                     if source is not retention:
@@ -56,7 +56,7 @@ def main() -> None:
                     f"slice_column: found more than {MAX_SLICES} values of {params.slice_column!r}; must be a column "
                     "with few values, or source"
                 )
-        if not num_rows:
+        if not taken.total():
             raise UserError(f"{metadata['source']}: has no rows; {ALLOWED}")
         if slices == {NO_SLICE}:
             raise UserError(
@@ -67,11 +67,15 @@ def main() -> None:
     for source in sources:
         unread.update({printable(name): count for name, count in source.parser.unread.items()})
     unread.pop(params.slice_column, None)
+    if sizes := metadata.get("rows_in_source", {}):
+        metadata["rows_taken"] = {name: taken[name] for name in sizes}
     write_json(SOURCE, metadata | {"columns_not_read": sorted(unread)})
+    limit = f"; max_examples = {taken.total():,}" if taken.total() == params.max_examples else ""
     summary(
         {
             "source": metadata["source"],
-            "rows": f"{raw.num_rows:,} read, {unreadable.num_rows:,} unreadable",
+            "rows": f"{raw.num_rows:,} read, {unreadable.num_rows:,} unreadable{limit}",
+            **({"datasets": describe_shares(taken, sizes)} if sizes else {}),
             "retention set": retention.name if retention else "none",
             "not read": ", ".join(f"{name} ({count:,})" for name, count in unread.most_common())
             or "none of the columns",
@@ -132,8 +136,16 @@ def mix(
         key: ", ".join(str(source.metadata[key] or "not stated") for source in sources)
         for key in ("source", "revision", "licence")
     }
-    metadata["rows_taken"] = {source.name: taken for source, (taken, _) in zip(sources, shares, strict=True)}
+    metadata["rows_in_source"] = {source.name: size for source, (_, size) in zip(sources, shares, strict=True)}
     return interleave(sources, shares), metadata
+
+
+def describe_shares(taken: Mapping[str, int], sizes: Mapping[str, int]) -> str:
+    """For each source, a line with the rows that were taken and those left out."""
+    left_out = {
+        name: f", {size - taken[name]:,} left out" if taken[name] < size else "" for name, size in sizes.items()
+    }
+    return "\n".join(f"{name}: {taken[name]:,} of {size:,} rows{left_out[name]}" for name, size in sizes.items())
 
 
 def choose_shares(sources: list[Source], entries: list[DatasetParams]) -> list[tuple[int, int]]:

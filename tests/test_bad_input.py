@@ -24,7 +24,8 @@ ROWS = (
     "every row needs 'instruction' and 'output', 'prompt' and 'completion', 'messages', or other columns that "
     "docs/data.md lists; map your column names in dataset_columns"
 )
-FILES = "must end in .json, .jsonl, .ndjson, .csv, .tsv, .parquet (or these with .gz, .bz2, .xz, .zst), or be a folder of such files"
+FILES = "must end in .json, .jsonl, .ndjson, .csv, .tsv (or these with .gz, .bz2, .xz, .zst, .zip), .parquet, .arrow, .feather, or be a folder of such files"
+QUOTES = 'quote fields with " and double it inside, or save the file as JSON Lines, as docs/data.md shows'
 COLUMNS = "prompt, completion, system, input, history, reasoning, tools, check, chat_template_kwargs"
 RESTORE = "restore it with `dvc checkout`, or write it again"
 OTHER_MODEL = "use another causal language model, one that transformers can load"
@@ -95,6 +96,18 @@ def used_for(split: str) -> Setup:
         column = table.schema.get_field_index("use")
         used = pa.array([split] * len(table), pa.string())
         pq.write_table(table.set_column(column, "use", used), project / "data/formatted.parquet")
+
+    return setup
+
+
+def folder(files: dict[str, str]) -> Setup:
+    """Set dataset_file to a folder with these files."""
+
+    def setup(project: Path) -> None:
+        for name, content in files.items():
+            (project / "data/a" / name).parent.mkdir(parents=True, exist_ok=True)
+            write(project / "data/a" / name, content)
+        edit(project, dataset_file="data/a")
 
     return setup
 
@@ -300,9 +313,22 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("dataset_file missing", "download_dataset", params(dataset_file="data/none.jsonl"), "dataset_file: 'data/none.jsonl' is not a file or folder; name one, or a Hub dataset in dataset_name"),
     ("dataset_file an empty folder", "download_dataset", lambda p: (p / "data/a").mkdir() or edit(p, dataset_file="data/a"), f"dataset_file: found 'data/a'; {FILES}"),
     ("dataset_file a pipe", "download_dataset", lambda p: os.mkfifo(p / "data/a.jsonl") or edit(p, dataset_file="data/a.jsonl"), "dataset_file: 'data/a.jsonl' is not a file or folder; name one, or a Hub dataset in dataset_name"),
-    ("dataset_file in another format", "download_dataset", data("a.xlsx", "x"), f"dataset_file: found 'data/a.xlsx'; {FILES}"),
+    ("dataset_file in another format", "download_dataset", data("a.foo", "x"), f"dataset_file: found 'data/a.foo'; {FILES}"),
+    ("dataset_file an archive", "download_dataset", data("a.tar.gz", "x"), f"dataset_file: found 'data/a.tar.gz'; {FILES}; unpack the archive"),
+    ("dataset_file a zip archive that is damaged", "download_dataset", data("a.zip", "PK"), f"dataset_file: found 'data/a.zip'; {FILES}; unpack the archive"),
+    ("dataset_file a spreadsheet", "download_dataset", data("a.xlsx", "x"), f"dataset_file: found 'data/a.xlsx'; {FILES}; save the sheet as CSV"),
+    ("dataset_file plain text", "download_dataset", data("a.txt", "x"), f"dataset_file: found 'data/a.txt'; {FILES}; name it after its format, or write plain text as JSON Lines: {{\"text\": \"...\"}}"),
+    ("dataset_file YAML", "download_dataset", data("a.yaml", "x"), f"dataset_file: found 'data/a.yaml'; {FILES}; convert it to JSON"),
+    ("dataset_file a pickle", "download_dataset", data("a.pkl", "x"), f"dataset_file: found 'data/a.pkl'; {FILES}; load it where it was written, and save it as Parquet; pickles are never loaded"),
+    ("folder with a spreadsheet", "download_dataset", folder({"a.csv": "x", "b.xlsx": "x"}), "data/a/b.xlsx: is in a folder of data; save the sheet as CSV, or move it out of the folder"),
+    ("folder with plain text only", "download_dataset", folder({"a.txt": "x"}), f"dataset_file: found 'data/a'; {FILES}; name it after its format, or write plain text as JSON Lines: {{\"text\": \"...\"}}"),
+    ("folder with saved datasets", "download_dataset", folder({"train/a.arrow": "", "train/state.json": "{}", "test/a.arrow": "", "test/state.json": "{}"}), "data/a: has datasets of save_to_disk; name one of data/a/test, data/a/train, or list them in `datasets`"),
+    ("saved dataset without a shard", "download_dataset", folder({"a.arrow": "", "state.json": '{"_data_files": [{"filename": "b.arrow"}]}'}), "data/a/b.arrow: is missing; copy the folder again, with the files that state.json names"),
+    ("saved dataset with a damaged state", "download_dataset", folder({"a.arrow": "", "state.json": "{}"}), f"data/a/state.json: can't be read: '_data_files'; {RESTORE}"),
+    ("Parquet that is compressed once more", "download_dataset", data("a.parquet.gz", "x"), "data/a.parquet.gz: .parquet files are compressed inside; decompress it"),
+    ("Arrow stream cut off", "download_dataset", data("a.arrow", b"\xff\xff\xff\xff"), f"data/a.arrow: can't be read: …; {RESTORE}"),
     ("compressed file cut off", "download_dataset", data("a.jsonl.gz", b"\x1f\x8b"), "data/a.jsonl.gz: can't be decompressed: Truncated compressed stream; copy or download it again"),
-    ("folder with two formats", "download_dataset", lambda p: (p / "data/a").mkdir() or write(p / "data/a/a.csv", "x") or write(p / "data/a/a.jsonl", "x") or edit(p, dataset_file="data/a"), "data/a: has .csv and .jsonl files; keep one format, or list the files in `datasets`"),
+    ("folder with two formats", "download_dataset", folder({"a.csv": "x", "a.jsonl": "x"}), "data/a: has .csv and .jsonl files; keep one format, or list the files in `datasets`"),
     ("unknown name in columns", "download_dataset", params(dataset_columns="{prompt: a, completion: b, sytem: c}"), f"params.yaml:\n  dataset_columns: found {{'prompt': 'a', 'completion': 'b', 'sytem': 'c'}}; sytem: must be {COLUMNS}"),
     ("reasoning next to messages in columns", "download_dataset", params(dataset_columns="{messages: a, reasoning: b}"), "params.yaml:\n  dataset_columns: found {'messages': 'a', 'reasoning': 'b'}; reasoning: must be messages, system, tools, check, chat_template_kwargs"),
     ("columns without a completion", "download_dataset", params(dataset_columns="{prompt: a}"), "params.yaml:\n  dataset_columns: found {'prompt': 'a'}; must name prompt and completion, messages, or text"),
@@ -318,9 +344,16 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("CSV without output", "download_dataset", data("a.csv", "instruction,text\nA,b\n"), f"data/a.csv: column 'output' is missing; found instruction, text; {ROWS}"),
     ("CSV column with an escape sequence", "download_dataset", data("a.csv", "\x1b]0;owned\x07,output\nA,b\n"), f"data/a.csv: column 'instruction' is missing; found \\x1b]0;owned\\x07, output; {ROWS}"),
     ("CSV with a column twice", "download_dataset", data("a.csv", "instruction,output,output\nA,b,c\n"), "data/a.csv: column 'output' occurs 2 times; keep one of them"),
-    ("CSV header with a bad quote", "download_dataset", data("a.csv", '"instruction"x,output\nA,b\n'), "data/a.csv:1: not valid CSV: ',' expected after '\"'; quote fields with \" and double it inside"),
+    ("CSV header with a bad quote", "download_dataset", data("a.csv", '"instruction"x,output\nA,b\n'), f"data/a.csv:1: not valid CSV: ',' expected after '\"'; {QUOTES}"),
     ("dataset_name that is a local folder", "download_dataset", params(dataset_name="data"), "dataset_name: 'data' is also a local path; rename that path, or set dataset_file to a file"),
-    ("CSV with an unclosed quote", "download_dataset", data("a.csv", 'instruction,output\nA,"b'), "data/a.csv:2: not valid CSV: unexpected end of data; quote fields with \" and double it inside"),
+    ("CSV with an unclosed quote", "download_dataset", data("a.csv", 'instruction,output\nA,"b'), f"data/a.csv:2: not valid CSV: unexpected end of data; {QUOTES}"),
+    ("TSV with a quote that could swallow rows", "download_dataset", data("a.tsv", 'instruction\toutput\nA\t"b\nA\tb"\n'), "data/a.tsv:2: a quoted field begins here and ends in line 3, but lines in it can also be rows, with quotes as plain characters; if quotes enclose fields, quote the names in the header, too; if not, save the file as JSON Lines, as docs/data.md shows"),
+    ("CSV with carriage returns only", "download_dataset", data("a.csv", "instruction,output\rA,b\r"), "data/a.csv:1: lines end with a carriage return only; save the file with line feeds"),
+    ("CSV with a carriage return in a row", "download_dataset", data("a.csv", "instruction,output\nA,b\rA,b\n"), f"data/a.csv:2: not valid CSV: a carriage return outside quotes; {QUOTES}"),
+    ("CSV in UTF-16 without a byte order mark", "download_dataset", data("a.csv", "instruction,output\nA,b\n".encode("utf-16-le")), "data/a.csv:1: has a zero byte, as in UTF-16; save the file as UTF-8 and run again"),
+    ("CSV with another delimiter", "download_dataset", data("a.csv", "instruction~output\nA~b\n"), f"data/a.csv: column 'instruction' is missing; found instruction~output; {ROWS}; columns must be separated by commas, semicolons, tabs or vertical bars"),
+    ("JSON with columns of different lengths", "download_dataset", data("a.json", '{"instruction": ["A", "B"], "output": ["b"]}'), "data/a.json: columns 'instruction' and 'output' have different rows; each must have a value for each row"),
+    ("JSON with rows that are shorter than the list of columns", "download_dataset", data("a.json", '{"columns": ["instruction", "output"], "index": [0], "data": [["A"]]}'), "data/a.json: can't be read: zip() argument 2 is shorter than argument 1; write one object for each row"),
     ("CSV in Latin-1", "download_dataset", data("a.csv", "instruction,output\nA,b\né,b\n".encode("latin-1")), "data/a.csv:3: not UTF-8: found byte 0xe9; save the file as UTF-8 and run again"),
     ("JSONL in Latin-1", "download_dataset", data("a.jsonl", f'{VALID}\n{{"instruction": "é"}}'.encode("latin-1")), "data/a.jsonl:2: not UTF-8: found byte 0xe9; save the file as UTF-8 and run again"),
     ("JSON in Latin-1", "download_dataset", data("a.json", '[\n{"instruction": "é", "output": "b"}]'.encode("latin-1")), "data/a.json:2: not UTF-8: found byte 0xe9; save the file as UTF-8 and run again"),

@@ -138,7 +138,7 @@ def test_a_hub_dataset_is_used_instead_of_the_file(clone: Path) -> None:
     [
         ("", "DATA: found ''; must be a file, a folder or the id of a dataset on the Hub: make start DATA=path/to/"),
         ("no.csv", "DATA: found 'no.csv'; must be a file, a folder or the id of a dataset on the Hub: make start"),
-        ("Makefile", "DATA: found 'Makefile'; must end in .json, .jsonl, .ndjson, .csv, .tsv, .parquet (or"),
+        ("Makefile", "DATA: found 'Makefile'; must end in .json, .jsonl, .ndjson, .csv, .tsv (or these"),
         ("../rows", "DATA: '../rows' is not copied to data/: it is a folder; copy it yourself, and name the copy"),
         ("../instructions.jsonl", "is not copied to data/: another data/instructions.jsonl exists; copy it yourself"),
         ("../train.parquet", "DATA: git ignores data/train.parquet, often because a stage writes a file of this name;"),

@@ -130,14 +130,14 @@ class RowParser:
         """Check the columns of a table.
 
         Raises:
-            UserError: a column of the schema is missing, or one that is read occurs twice.
+            UserError: a column of the schema is missing, or one occurs twice.
         """
         for name in self.columns.values() if self.columns is not None else find_schema(names):
             if name not in names:
                 found = textwrap.shorten(", ".join(names), 300, placeholder=" ...") or "none"
                 raise UserError(f"{where}: column {name!r} is missing; found {found}; {ALLOWED}")
-        for name in filter(self.reads, names):
-            if (count := list(names).count(name)) > 1:
+        for name, count in Counter(names).items():
+            if count > 1:
                 raise UserError(f"{where}: column {name!r} occurs {count} times; keep one of them")
 
     def meanings(self, names: Iterable[str]) -> dict[str, str]:

@@ -6,15 +6,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.data.readers import COMPRESSED, READERS, file_format, without_nulls
+from stages.data.readers import READERS, without_nulls
 from stages.data.rows import ALLOWED, Row, RowParser
+from stages.data.text_files import COMPRESSED, TEXT_FORMATS, file_format
 from stages.runtime.errors import UserError, user_errors
+from stages.runtime.files import read_json
 from stages.runtime.param_types import DatasetParams
 from stages.runtime.params import DownloadDatasetParams
 from stages.runtime.text import printable
 
 OTHER_DATASET = "use another dataset, one with JSON, CSV or Parquet files"
 GLOB = re.compile(r"[*?\[]")
+FORMATS = (
+    f"must end in {', '.join(TEXT_FORMATS)} (or these with {', '.join(COMPRESSED)}, .zip), "
+    f"{', '.join(name for name in READERS if name not in TEXT_FORMATS)}, or be a folder of such files"
+)
+# What to do with files that hold data in other formats. They are never skipped in a folder.
+WAYS_OUT = {
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "unpack the archive"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), "save the sheet as CSV"),
+    **dict.fromkeys(
+        (".pkl", ".pickle"), "load it where it was written, and save it as Parquet; pickles are never loaded"
+    ),
+}
+OTHER_WAYS_OUT = WAYS_OUT | {
+    ".txt": 'name it after its format, or write plain text as JSON Lines: {"text": "..."}',
+    **dict.fromkeys((".yaml", ".yml", ".toml", ".xml"), "convert it to JSON"),
+}
 
 
 @dataclass(frozen=True)
@@ -85,8 +103,9 @@ def open_files(
     read = READERS[file_format(files[0])]
 
     def rows() -> Iterator[Row]:
-        offset = number = 0
+        offset = 0
         for file in files:
+            number = 0
             for number, row in read(file, slice_column, parser):
                 yield offset + number, row
             offset += number
@@ -101,28 +120,54 @@ def find_files(path: Path, parameter: str) -> list[Path]:
         UserError: there is none, or they have several formats.
     """
     if path.is_dir():
-        files = [file for file in path.rglob("*") if file_format(file) in READERS]
+        if shards := _saved_shards(path):
+            return shards
+        files = [file for file in path.rglob("*") if file.is_file()]
         files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        for file in sorted(files):
+            if way_out := WAYS_OUT.get(file.suffix.lower()) or WAYS_OUT.get(file_format(file)):
+                raise UserError(f"{file}: is in a folder of data; {way_out}, or move it out of the folder")
+        files = [file for file in files if file_format(file) in READERS] or files
     elif path.is_file():
         files = [path]
     elif GLOB.search(path.name):
-        files = [file for file in path.parent.glob(path.name) if not file.name.startswith(".")]
+        files = [file for file in path.parent.glob(path.name) if not file.name.startswith(".") and file.is_file()]
     else:
         hub = "a Hub dataset in dataset_name" if parameter == "dataset_file" else "a dataset with `use: retention`"
         raise UserError(f"{parameter}: {str(path)!r} is not a file or folder; name one, or {hub}")
-    files = sorted(file for file in files if file.is_file())
+    files.sort()
     formats = sorted({file_format(file) for file in files})
     if not files or not set(formats) <= READERS.keys():
-        raise UserError(
-            f"{parameter}: found {str(path)!r}; must end in {', '.join(READERS)} (or these with "
-            f"{', '.join(COMPRESSED)}), or be a folder of such files"
-        )
+        ways_out = [OTHER_WAYS_OUT[name] for name in formats if name in OTHER_WAYS_OUT]
+        raise UserError("; ".join([f"{parameter}: found {str(path)!r}", FORMATS, *ways_out[:1]]))
     if len(formats) > 1:
         raise UserError(f"{path}: has {' and '.join(formats)} files; keep one format, or list the files in `datasets`")
     for file in files:
         if file.stat().st_size == 0:
             raise UserError(f"{file}: is empty; {ALLOWED}")
+        if formats[0] not in TEXT_FORMATS and file.suffix.lower() in COMPRESSED:
+            raise UserError(f"{file}: {formats[0]} files are compressed inside; decompress it")
     return files
+
+
+def _saved_shards(folder: Path) -> list[Path]:
+    """The files of a dataset that `save_to_disk` of datasets wrote, in their order; none for another folder.
+
+    Raises:
+        UserError: such datasets are in the folder, as in that of a `DatasetDict`.
+    """
+    saved = sorted({file.parent for file in folder.rglob("*.arrow") if file.with_name("state.json").is_file()})
+    if saved == [folder]:
+        with user_errors(folder / "state.json"):
+            shards = [folder / shard["filename"] for shard in read_json(folder / "state.json")["_data_files"]]
+        for shard in shards:
+            if not shard.is_file():
+                raise UserError(f"{shard}: is missing; copy the folder again, with the files that state.json names")
+        return shards
+    if saved:
+        names = ", ".join(map(str, saved))
+        raise UserError(f"{folder}: has datasets of save_to_disk; name one of {names}, or list them in `datasets`")
+    return []
 
 
 def open_hub(

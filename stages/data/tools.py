@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from stages.data.examples import BadRowError, Message
+from stages.data.strict_json import JSON, checked
 
 TOOLS_ALLOWED = "must be a list of tools with a 'name', or such a list as JSON text"
 # The names of the arguments in the formats of OpenAI, xLAM, LangChain and Anthropic.
@@ -83,13 +84,20 @@ def order_results(messages: Sequence[Message]) -> list[Message]:
 
 
 def parse_json(value: Any) -> Any:
-    """The value of a JSON text; other values, and texts that are not JSON, are returned unchanged."""
+    """The value of a JSON text; other values, and texts that are not JSON, are returned unchanged.
+
+    Raises:
+        BadRowError: the JSON has an object with two equal keys, or a number that is too large.
+    """
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):  # also integers of more than 4,300 digits
+        found = checked(JSON.decode(value))
+    except (ValueError, RecursionError):
         return value
+    if isinstance(found, BadRowError):
+        raise found
+    return found
 
 
 def require_json(where: str, value: dict[str, Any], reason: str = "bad_tools") -> dict[str, Any]:
