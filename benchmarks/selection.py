@@ -44,7 +44,7 @@ def main() -> None:
     finally:
         subprocess.run(["git", "rm", "--quiet", "--cached", "--force", str(SWAPPED_FILE)], check=True)
         SWAPPED_FILE.unlink()
-    results = {
+    results: dict[str, Any] = {
         "selection": {
             "swapped": len(swapped),
             "dropped": dropped(swapped),
@@ -119,8 +119,8 @@ def tables(results: dict[str, Any]) -> str:
         lines.append(f"| {name} | {signed(found['difference'])} | {interval(found)} | {found['verdict']} |")
     lines += [
         "",
-        f"{selection['swapped']:,} training rows had swapped answers. Of the {dropped['rows']:,} rows that were dropped, "
-        f"{dropped['swapped']:,} were swapped ones.",
+        f"{selection['swapped']:,} training rows had swapped answers. {dropped['rows']:,} rows were dropped, and "
+        f"{dropped['swapped']:,} of these had swapped answers.",
         "",
         "| train_fraction | rows | test losses | all rows against it | verdict |",
         "|---" * 5 + "|",
