@@ -2,11 +2,11 @@
 
 The split of a row depends on a seeded hash of its normalized prompt alone. Adding rows never moves others, and the
 hash never puts equal prompts in different splits. Rows of a dataset with `use` belong to that split instead. Training
-examples that match or nearly match a prompt of the test split or the retention set are counted, and dropped if
-`drop_near_duplicates` is set. `data/scoring.parquet` has what is needed to score the answers to these prompts.
+examples with a user message that equals or nearly matches one of the test split or the retention set are counted, and
+dropped if `drop_near_duplicates` is set. `data/scoring.parquet` has what is needed to score the answers.
 
-The rows are read twice, because all these prompts must be known before the first training row is written. One process
-per CPU core works on the shards of a large table.
+The rows are read twice, because the user messages of these splits must be known before the first training row is
+written. One process per CPU core works on the shards of a large table.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stages.data.examples import SCORING_SCHEMA, SPLIT_SCHEMA
-from stages.data.near_duplicates import NearDuplicates
+from stages.data.near_duplicates import QUESTION_FIELDS, NearDuplicates, list_questions
 from stages.data.tables import read_batches, shard_writer, sharded, shards
 from stages.runtime.errors import UserError
 from stages.runtime.files import remove, write_json
@@ -34,12 +34,13 @@ FORMATTED, METRICS = Path("data/formatted.parquet"), Path("metrics/split.json")
 SPLITS = {name: Path(f"data/{name}.parquet") for name in ("train", "validation", "test", "retention")}
 SCORING = Path("data/scoring.parquet")
 EVALUATED = ("test", "retention")  # the splits that a model answers
-INDEX = Path(".scratch/.prompts.partial")  # of the evaluated splits; exists only while the stage runs
+INDEX = Path(".scratch/.questions.partial")  # of the evaluated splits; exists only while the stage runs
 LOCATION = ("source", "source_row")
-PROMPTS_SCHEMA = pa.schema(
-    [SPLIT_SCHEMA.field("prompt"), ("split", pa.string()), *(SPLIT_SCHEMA.field(name) for name in LOCATION)]
+QUESTIONS_SCHEMA = pa.schema(
+    [*QUESTION_FIELDS, ("split", pa.string()), *(SPLIT_SCHEMA.field(name) for name in LOCATION)]
 )
-Nearest = tuple[float, str]  # the similarity of the most similar prompts, and their rows in the sources
+COUNTS = ("near_duplicates", "retention_near_duplicates", "equal_questions", "leaked_rows_in_train")
+Nearest = tuple[float, str]  # the similarity of the most similar questions, and their rows in the sources
 
 
 def main() -> None:
@@ -56,38 +57,44 @@ def main() -> None:
             counts.update(shard_counts)
             nearest = max(nearest, match, key=lambda match: match[0])
         check_counts(counts, params)
-    names = ("rows_in", "duplicates", "near_duplicates", "retention_near_duplicates", *SPLITS)
-    write_json(METRICS, {name: counts[name] for name in names})
+    write_json(METRICS, {name: counts[name] for name in ("rows_in", "duplicates", *COUNTS, *SPLITS)})
     listed = ", ".join(f"{counts[name]:,} {name}" for name in SPLITS)
-    near = f"training examples that nearly match a prompt: {counts['near_duplicates']:,} of the test split, "
-    near += f"{counts['retention_near_duplicates']:,} of the retention set"
-    if nearest[0]:
-        near += "; dropped" if params.drop_near_duplicates else "; kept"
-        near += f"; nearest: {nearest[1]}, similarity {nearest[0]:.2f}"
     summary(
         {
             "examples": f"{counts['rows_in']:,} → {listed}; {counts['duplicates']:,} duplicates dropped",
-            "near-duplicates": near,
+            "leakage": describe_leakage(counts, nearest),
         },
         wrote=[*SPLITS.values(), SCORING, METRICS],
         then="dvc repro",
     )
 
 
+def describe_leakage(counts: Counter[str], nearest: Nearest) -> str:
+    """How many training examples have an evaluated question, and what to do about it."""
+    text = f"training examples with a question of the test split: {counts['near_duplicates']:,}, of the retention set: "
+    text += f"{counts['retention_near_duplicates']:,}"
+    if nearest[0]:
+        text += f"; {counts['equal_questions']:,} of them equal; nearest: {nearest[1]}, similarity {nearest[0]:.2f}"
+        remaining = counts["leaked_rows_in_train"]
+        advice = f"still in train: {remaining:,}; to drop them, set drop_near_duplicates: true"
+        text += f"; {advice if remaining else 'all dropped'}"
+    return text
+
+
 def scan_shards(params: SplitParams, formatted: list[Path]) -> list[npt.NDArray[np.int64]]:
-    """For each shard, the rows that repeat an earlier row of their split. Also indexes the prompts of `EVALUATED`.
+    """For each shard, the rows that repeat an earlier row of their split. Also indexes the questions of `EVALUATED`.
 
     Memory: 24 bytes per row, and about 80 while they are sorted.
     """
     ids: list[npt.NDArray[np.uint64]] = []
 
-    def evaluated_prompts() -> Iterator[pa.Table]:
-        """The prompts of each shard. Its example ids are collected on the way, so that the scan reads it once."""
-        for shard_ids, prompts in map_processes(partial(scan_shard, params), formatted, desc="scan"):
+    def evaluated_questions() -> Iterator[pa.Table]:
+        """The questions of each shard. Its example ids are collected on the way, so that the scan reads it once."""
+        for shard_ids, questions in map_processes(partial(scan_shard, params), formatted, desc="scan"):
             ids.append(shard_ids)
-            yield prompts
+            yield questions
 
-    NearDuplicates.build(INDEX, evaluated_prompts(), PROMPTS_SCHEMA)
+    NearDuplicates.build(INDEX, evaluated_questions(), QUESTIONS_SCHEMA)
     all_ids = np.concatenate(ids)
     order = np.lexsort(all_ids.T)  # stable, so the first of several equal rows stays first
     ordered = all_ids[order]
@@ -98,26 +105,22 @@ def scan_shards(params: SplitParams, formatted: list[Path]) -> list[npt.NDArray[
 
 
 def scan_shard(params: SplitParams, shard: Path) -> tuple[npt.NDArray[np.uint64], pa.Table]:
-    """The split and the example id of each row of a shard, uint64 (rows, 3), and its distinct evaluated prompts."""
-    ids, prompts = [np.empty((0, 3), np.uint64)], [PROMPTS_SCHEMA.empty_table()]
-    for batch in read_batches(shard, ["example_id", "prompt_id", "use", "prompt", *LOCATION]):
+    """The split and the example id of each row of a shard, uint64 (rows, 3), and its distinct evaluated questions."""
+    ids, rows = [np.empty((0, 3), np.uint64)], []
+    for batch in read_batches(shard, ["example_id", "prompt_id", "use", "questions", *LOCATION]):
         digits = "".join(batch["example_id"].to_pylist())  # 32 hexadecimal digits each, which are two integers
         splits = choose_splits(batch, params)
         numbers = np.array([[list(SPLITS).index(split)] for split in splits], np.uint64).reshape(-1, 1)
         ids.append(np.hstack([numbers, np.frombuffer(bytes.fromhex(digits), np.uint64).reshape(-1, 2)]))
         evaluated = pa.array([split in EVALUATED for split in splits], pa.bool_())
-        with_split = batch.append_column("split", pa.array(splits, pa.string()))
-        prompts.append(with_split.select(PROMPTS_SCHEMA.names).filter(evaluated))
-    # Equal prompts have equal keys in the index and would use up the limit of candidates per band.
-    distinct = pa.concat_tables(prompts).group_by("prompt", use_threads=False)
-    first = distinct.aggregate([(name, "first") for name in PROMPTS_SCHEMA.names[1:]])
-    return np.concatenate(ids), first.rename_columns(PROMPTS_SCHEMA.names)
+        rows += batch.append_column("split", pa.array(splits, pa.string())).filter(evaluated).to_pylist()
+    return np.concatenate(ids), list_questions(rows, QUESTIONS_SCHEMA)
 
 
 def split_shard(
     params: SplitParams, folders: dict[Path, Path], number: int, shard: Path, duplicates: npt.NDArray[np.int64]
 ) -> tuple[Counter[str], Nearest]:
-    """Write one shard of each split; returns its counts and its nearest pair of prompts."""
+    """Write one shard of each split; returns its counts and its nearest pair of questions."""
     evaluated, duplicate = NearDuplicates(INDEX), set(duplicates.tolist())
     counts = Counter(duplicates=len(duplicate))
     nearest: Nearest = (0.0, "")
@@ -134,14 +137,16 @@ def split_shard(
                     members[split].append(row)
             counts["rows_in"] += len(batch)
 
-            train = batch.select(["prompt", *LOCATION]).take(pa.array(members["train"], pa.int64()))
-            matches = evaluated.find(train["prompt"].to_pylist())
+            train = batch.select(["questions", *LOCATION]).take(pa.array(members["train"], pa.int64()))
+            matches = evaluated.find(train["questions"].to_pylist())
             for at, match in enumerate(matches):
                 if match:
-                    split = evaluated.prompts["split"][match[1]].as_py()
+                    split = evaluated.questions["split"][match[1]].as_py()
                     counts["near_duplicates" if split == "test" else "retention_near_duplicates"] += 1
+                    counts["equal_questions"] += match[0] == 1
+                    counts["leaked_rows_in_train"] += not params.drop_near_duplicates
                     if match[0] > nearest[0]:
-                        locations = _location(train, at), _location(evaluated.prompts, match[1])
+                        locations = _location(train, at), _location(evaluated.questions, match[1])
                         nearest = match[0], "{} in train to {} in {}".format(*locations, split)
             if params.drop_near_duplicates:
                 pairs = zip(members["train"], matches, strict=True)
@@ -156,8 +161,8 @@ def split_shard(
     return counts, nearest
 
 
-def _location(prompts: pa.Table, at: int) -> str:
-    return f"{prompts['source'][at]}, row {prompts['source_row'][at].as_py():,}"
+def _location(rows: pa.Table, at: int) -> str:
+    return f"{rows['source'][at]}, row {rows['source_row'][at].as_py():,}"
 
 
 def choose_splits(batch: pa.Table, params: SplitParams) -> list[str]:

@@ -18,14 +18,17 @@ from stages.runtime.errors import UserError
 from stages.runtime.params import SplitParams
 from tests.clone import edit
 
-NO_RETENTION = {"retention": 0, "retention_near_duplicates": 0}  # in the metrics
+NO_LEAKAGE = {"near_duplicates": 0, "retention_near_duplicates": 0, "equal_questions": 0, "leaked_rows_in_train": 0}
 PARAMS = SplitParams(validation_fraction=0.1, test_fraction=0.2, drop_near_duplicates=False, split_seed=42)
 
 
 def formatted(
-    name: str, prompt_id: str, prompt: str | None = None, source_row: int = 1, use: str | None = None
+    name: str, prompt_id: str, question: str | None = None, source_row: int = 1, use: str | None = None, *later: str
 ) -> dict[str, Any]:
-    """A row of `formatted.parquet`. Equal names and prompt ids give equal examples."""
+    """A row of `formatted.parquet`. Equal names and prompt ids give equal examples.
+
+    later: user messages after the first one.
+    """
     return {
         "example_id": content_hash(prompt_id, name),
         "prompt_id": prompt_id,
@@ -33,7 +36,8 @@ def formatted(
         "source_row": source_row,
         "slice": "a.jsonl",
         "use": use,
-        "prompt": prompt or prompt_id,
+        "prompt": f"Instruction: {question or prompt_id} Response:",
+        "questions": [question or prompt_id, *later],
         "response": f"{prompt_id}-{name}",
         "input_ids": [1, 2],
         "labels": [-100, 2],
@@ -80,9 +84,51 @@ def test_training_examples_that_nearly_match_the_retention_set_are_counted(proje
     rows += [formatted("x", "kept", text, use="retention"), formatted("x", "near", f"{text} now", use="train")]
     run_split(rows)
     metrics = json.loads(Path("metrics/split.json").read_text())
-    assert (metrics["near_duplicates"], metrics["retention_near_duplicates"], metrics["retention"]) == (0, 1, 1)
+    assert metrics["retention"] == 1
+    assert metrics.items() >= (NO_LEAKAGE | {"retention_near_duplicates": 1, "leaked_rows_in_train": 1}).items()
     edit(project, drop_near_duplicates="true")
     assert "near-x" not in run_split(rows)["train"]
+
+
+def harbour(number: int) -> str:
+    return f"Which harbour town did captain Morland number {number} sail from in spring?"
+
+
+@pytest.mark.parametrize("conversations_in", ["train", "test", "retention"])
+def test_questions_inside_conversations_are_found_and_dropped(project: Path, conversations_in: str) -> None:
+    edit(project, test_fraction="0")
+    single_use, use = ("test", "train") if conversations_in == "train" else ("train", conversations_in)
+    rows = [formatted("x", f"single {n}", harbour(n), 1, single_use) for n in range(12)]
+    rows += [formatted("x", f"talk {n}", f"Hello there. {n}", 1, use, harbour(n)) for n in range(12)]
+    rows += [formatted("x", str(n), f"Which lake is {n} m deep?") for n in range(60)]
+    rows += [formatted("x", "evaluated", "Name a tree.", use="test")]
+    leaks = "retention_near_duplicates" if use == "retention" else "near_duplicates"
+    for drop, remaining in (("false", 12), ("true", 0)):
+        edit(project, drop_near_duplicates=drop)
+        train = run_split(rows)["train"]
+        found = {leaks: 12, "equal_questions": 12, "leaked_rows_in_train": remaining}
+        assert json.loads(Path("metrics/split.json").read_text()).items() >= (NO_LEAKAGE | found).items()
+        assert sum(row.startswith(("single", "talk")) for row in train) == remaining
+
+
+def test_questions_inside_conversations_that_the_hash_puts_in_train_are_found(project: Path) -> None:
+    edit(project, test_fraction="0.2", drop_near_duplicates="true")
+    # "1" is in test, "f" in validation, the others in train.
+    talks = [formatted("x", "a", "Hi", 1, None, harbour(1)), formatted("x", "b", "Hi", 1, None, harbour(2))]
+    rows = [formatted("x", "1", harbour(1)), formatted("x", "f"), *talks]
+    assert run_split(rows) == {"train": ["b-x"], "validation": ["f-x"], "test": ["1-x"]}
+
+
+def test_equal_rows_are_found_although_all_of_their_words_are_common(project: Path) -> None:
+    edit(project, test_fraction="0", drop_near_duplicates="true")
+    sums = [f"What is {a} + {b}?" for a in range(1, 10) for b in range(1, 10)]
+    rows = [formatted("x", text, text, 1, use) for text in sums for use in ("train", "test")]
+    rows += [formatted("x", str(n), f"What is {n} + 10?") for n in range(20)]
+    train = run_split(rows)["train"]
+    found = {"near_duplicates": 81, "equal_questions": 81, "leaked_rows_in_train": 0}
+    assert json.loads(Path("metrics/split.json").read_text()).items() >= (NO_LEAKAGE | found).items()
+    assert train
+    assert not set(train) & {f"{text}-x" for text in sums}
 
 
 def test_the_sizes_of_the_splits_are_random_around_their_fractions() -> None:
@@ -119,8 +165,8 @@ def test_equal_prompts_are_in_one_split_and_equal_examples_are_kept_once(project
     assert prompts["train"] | prompts["validation"] | prompts["test"] == {f"prompt {i}" for i in range(60)}
     assert len(prompts["train"]) + len(prompts["validation"]) + len(prompts["test"]) == 60
     metrics = json.loads(Path("metrics/split.json").read_text())
-    counts = {"rows_in": 180, "duplicates": 60, "near_duplicates": 0}
-    assert metrics == counts | NO_RETENTION | {name: len(splits[name]) for name in splits}
+    counts = {"rows_in": 180, "duplicates": 60, "retention": 0}
+    assert metrics == counts | NO_LEAKAGE | {name: len(splits[name]) for name in splits}
     assert sum(map(len, splits.values())) == 120
 
 
@@ -160,34 +206,36 @@ def test_the_error_of_an_empty_split_names_the_fraction_to_change(project: Path)
 
 # Prompt id "1" is in test, "f" in validation and the others in train: see `test_the_split_of_a_prompt_is_fixed`.
 LEAKY = [
-    formatted("x", "a", "Instruction: Name three tall trees that grow in Norway. Response:", 11),
-    formatted("x", "1", "Instruction: name three tall trees, that grow in Norway! Response:", 12),
-    formatted("x", "b", "Instruction: How deep is the Baltic Sea at its deepest place? Response:", 13),
-    formatted("x", "f", "Instruction: Name three tall trees that grow in Norway; Response:", 14),
-    formatted("x", "a", "Instruction: Name three tall trees that grow in Norway. Response:", 15),
+    formatted("x", "a", "Name three tall trees that grow in Norway.", 11),
+    formatted("x", "1", "name three tall trees, that grow in Norway!", 12),
+    formatted("x", "b", "How deep is the Baltic Sea at its deepest place?", 13),
+    formatted("x", "f", "Name three tall trees that grow in Norway;", 14),
+    formatted("x", "a", "Name three tall trees that grow in Norway.", 15),
 ]
+LEAKY_COUNTS = {"rows_in": 5, "duplicates": 1, "validation": 1, "test": 1, "retention": 0}
 
 
-def test_training_examples_that_nearly_match_a_test_prompt_are_counted_and_the_nearest_is_named(
+def test_training_examples_with_a_test_question_are_counted_and_the_nearest_is_named(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(project, test_fraction="0.2")
     assert run_split(LEAKY) == {"train": ["a-x", "b-x"], "validation": ["f-x"], "test": ["1-x"]}
-    counts = {"rows_in": 5, "duplicates": 1, "near_duplicates": 1, "train": 2, "validation": 1, "test": 1}
-    assert json.loads(Path("metrics/split.json").read_text()) == counts | NO_RETENTION
+    found = {"near_duplicates": 1, "equal_questions": 1, "leaked_rows_in_train": 1, "train": 2}
+    assert json.loads(Path("metrics/split.json").read_text()) == LEAKY_COUNTS | NO_LEAKAGE | found
     printed = " ".join(capsys.readouterr().out.split())
     assert (
-        "training examples that nearly match a prompt: 1 of the test split, 0 of the retention set; kept; "
-        "nearest: a.jsonl, row 11 in train to a.jsonl, row 12 in test, similarity 1.00"
+        "training examples with a question of the test split: 1, of the retention set: 0; 1 of them equal; "
+        "nearest: a.jsonl, row 11 in train to a.jsonl, row 12 in test, similarity 1.00; "
+        "still in train: 1; to drop them, set drop_near_duplicates: true"
     ) in printed
 
 
 def test_near_duplicates_are_dropped_from_train_only(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit(project, test_fraction="0.2", drop_near_duplicates="true")
     assert run_split(LEAKY) == {"train": ["b-x"], "validation": ["f-x"], "test": ["1-x"]}
-    counts = {"rows_in": 5, "duplicates": 1, "near_duplicates": 1, "train": 1, "validation": 1, "test": 1}
-    assert json.loads(Path("metrics/split.json").read_text()) == counts | NO_RETENTION
-    assert "1 of the test split, 0 of the retention set; dropped" in " ".join(capsys.readouterr().out.split())
+    found = {"near_duplicates": 1, "equal_questions": 1, "train": 1}
+    assert json.loads(Path("metrics/split.json").read_text()) == LEAKY_COUNTS | NO_LEAKAGE | found
+    assert "similarity 1.00; all dropped" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_error_of_a_train_split_with_only_near_duplicates_names_the_parameter_that_keeps_them(
