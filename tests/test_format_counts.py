@@ -52,7 +52,7 @@ def test_the_metrics_and_the_summary_name_the_max_length_that_would_keep_the_row
     assert metrics["max_length_to_keep"]["95%"] == whole
     assert longest > whole  # also rows whose prompt alone is too long are counted
     assert (
-        "truncated 2 responses, at max_length = 150: 11% of the examples lose the end of their response and the EOS "
+        "truncated 2 responses, at max_length = 150: 11% of the examples lose the end of their response and EOS "
         f"token; max_length = {longest} keeps 99% whole, {longest} all; or set long_rows: reject" in output
     )
 

@@ -165,6 +165,6 @@ def describe_lengths(counts: Counts, params: FormatParams) -> str:
         return text
     to_keep = counts.lengths_to_keep()
     return (
-        f"{text}: {num_truncated / num_examples:.0%} of the examples lose the end of their response and the EOS token;\n"
+        f"{text}: {num_truncated / num_examples:.0%} of the examples lose the end of their response and EOS token;\n"
         f"max_length = {to_keep['99%']:,} keeps 99% whole, {to_keep['100%']:,} all; or set long_rows: reject"
     )
