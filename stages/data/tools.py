@@ -13,6 +13,7 @@ TOOLS_ALLOWED = "must be a list of tools with a 'name', or such a list as JSON t
 # The names of the arguments in the formats of OpenAI, xLAM, LangChain and Anthropic.
 ARGUMENTS = ("arguments", "parameters", "args", "input")
 CALL_KEYS = {"id", "type", "index", "function", "name", *ARGUMENTS}
+MAX_DEPTH = 100  # of lists and objects, which are read by recursion
 CALLS_ALLOWED = "must be a call with 'name' and 'arguments', an object or its JSON text, or a list of calls"
 
 
@@ -101,7 +102,9 @@ def order_results(messages: Sequence[Message]) -> list[Message]:
 
 
 def require_json(where: str, value: dict[str, Any], reason: str = "bad_tools") -> dict[str, Any]:
-    """Returns the value; raises BadRowError with this reason if JSON can't express it."""
+    """Returns the value; raises BadRowError with this reason if JSON can't express it, or it is nested too deeply."""
+    if _is_deeper(value, MAX_DEPTH):
+        raise BadRowError(reason, f"{where} is nested more than {MAX_DEPTH} levels deep")
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
@@ -109,6 +112,11 @@ def require_json(where: str, value: dict[str, Any], reason: str = "bad_tools") -
     except (TypeError, ValueError, RecursionError) as error:  # such as a date in Parquet
         raise BadRowError(reason, f"{where} can't be written as JSON: {error}") from None
     return value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_is_deeper(part, levels - 1) for part in parts)
 
 
 def _function(value: Any) -> dict[str, Any]:
