@@ -358,6 +358,11 @@ RESULT = {"role": "tool", "content": "sunny"}
             "7, 7.0 and 7.00",
         ),
         (
+            {"messages": PAIR, "tools": json.loads('[{"name": "f", "a": ' * 60 + "1" + "}]" * 60)},
+            "bad_tools",
+            "'tools' is nested more than 100 levels deep",
+        ),
+        (
             {"messages": PAIR, "tools": '[{"name": "f", "name": "g"}]'},
             "duplicate_key",
             "'tools': the key 'name' occurs twice in an object; keep one of them",

@@ -6,6 +6,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Mapping
+from decimal import Decimal
 from itertools import cycle
 from typing import Any
 
@@ -190,7 +191,7 @@ def is_missing(value: Any) -> bool:
 
 def read_text(field: str, value: object, allowed: str) -> str:
     """A text. A whole number or a truth value becomes the text that JSON has for it."""
-    if isinstance(value, float):
+    if isinstance(value, float | Decimal):
         allowed = NUMBER_ALLOWED
     return require_text(field, json.dumps(value) if isinstance(value, int) else value, allowed)
 
