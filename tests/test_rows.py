@@ -613,6 +613,7 @@ def test_an_answer_whose_whitespace_would_share_a_token_with_the_prompt_has_toke
 def test_messages_can_be_json_text_or_an_object_of_lists(name: str) -> None:
     assert parse({name: json.dumps(PAIR)}).messages == PAIR
     assert parse({name: json.dumps(["Add 2, 3.", "5."])}).messages == PAIR
+    assert parse({name: [json.dumps(message) for message in PAIR]}).messages == PAIR
     assert parse({name: {"role": ["user", "assistant"], "content": ["Add 2, 3.", "5."]}}).messages == PAIR
     assert parse({"question": "And 4?", "answer": "9.", "history": json.dumps([["Add 2, 3.", "5."]])}).messages == [
         *(*PAIR, user("And 4?"), assistant("9."))

@@ -41,8 +41,6 @@ MESSAGES_ALLOWED = f"must be a list of objects with 'role' ({', '.join(ROLES)}) 
 def parse_messages(column: str, messages: Any, unread: Counter[str]) -> list[Message]:
     """The messages of a column: objects, or texts in alternating roles, or pairs of a question and its answer.
 
-    They can also be JSON text, or an object of lists, as which Hugging Face datasets store a sequence of objects.
-
     Args:
         column: its name.
         unread: counts the keys that are not read.
@@ -50,11 +48,7 @@ def parse_messages(column: str, messages: Any, unread: Counter[str]) -> list[Mes
     Raises:
         BadRowError: this is not a list of messages, or one has a missing or invalid key.
     """
-    messages = parse_json(repr(column), messages)
-    if isinstance(messages, dict):
-        columns = [*messages.values()]
-        if all(isinstance(values, list) and len(values) == len(columns[0]) for values in columns):
-            messages = [dict(zip(messages, values, strict=True)) for values in zip(*columns, strict=True)]
+    messages = _decode(column, messages)
     if not isinstance(messages, list):
         as_json = "or such a list as JSON text, as json.dumps writes it"
         raise BadRowError("not_text", f"{column!r} is {describe(messages)}; {MESSAGES_ALLOWED}, {as_json}")
@@ -75,6 +69,18 @@ def parse_messages(column: str, messages: Any, unread: Counter[str]) -> list[Mes
         parsed += new
         unread.update(f"{column}[].{name}" for name in present.keys() - known)
     return parsed
+
+
+def _decode(column: str, messages: Any) -> Any:
+    """Messages from JSON text, a list of such texts, or an object of lists, as `datasets` stores a list of objects."""
+    messages = parse_json(repr(column), messages)
+    are_texts = isinstance(messages, list) and all(isinstance(message, str) for message in messages)
+    if are_texts and looks_like_messages(joined := f"[{','.join(messages)}]"):
+        return parse_json(repr(column), joined)
+    columns = [*messages.values()] if isinstance(messages, dict) else []
+    if columns and all(isinstance(values, list) and len(values) == len(columns[0]) for values in columns):
+        return [dict(zip(messages, values, strict=True)) for values in zip(*columns, strict=True)]
+    return messages
 
 
 def _parse_texts(where: str, texts: list[Any]) -> list[Message]:

@@ -36,7 +36,7 @@ def parse_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
         BadRowError: these are not calls.
     """
     parsed = []
-    for call in _as_list(parse_json(where, calls)):
+    for call in [parse_json(where, each) for each in _as_list(parse_json(where, calls))]:
         function = _function(call)
         given = [parse_json(where, function[name]) for name in ARGUMENTS if name in function]
         arguments = given[0] if given and given[0] not in (None, "") else {}
