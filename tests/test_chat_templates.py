@@ -251,6 +251,16 @@ def test_an_empty_thought_is_that_of_the_template_if_it_has_one() -> None:
     assert formatted.errors[2].reason == "closing_tag"
 
 
+def test_the_indentation_of_an_answer_after_reasoning_is_kept() -> None:
+    tokenizer = with_bos(DEEPSEEK, DEEPSEEK[-1])
+    template = ChatTemplate(tokenizer, jinja("deepseekv3"), "deepseekv3", reasoning_end="\n</think>\n\n")
+    inside = {"role": "assistant", "content": "<think>\n  Roses.\n</think>\n\n    red()\n"}
+    apart = {"role": "assistant", "content": "    red()\n", "reasoning_content": "\n  Roses.\n"}
+    for answer in (inside, apart):
+        _, labels = format_one(template, [ONE[0], answer])
+        assert supervised(tokenizer, labels) == ["  Roses.\n</think>\n\n    red()\n<｜end▁of▁sentence｜>"]
+
+
 def test_reasoning_in_the_content_does_not_follow_an_empty_thought() -> None:
     tokenizer, template = with_options("qwen3_8", FAMILIES["qwen2_5"][0], {})
     _, labels = format_one(template, INSIDE)

@@ -3,15 +3,19 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stages import download_dataset
 from stages.data.checks import KINDS, CheckTimeoutError, parse_check, passes, validate_check
 from stages.data.examples import BadRowError
 from stages.data.rows import RowParser
+from tests.clone import ROOT, edit
 
 PERSON = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
 
@@ -285,3 +289,13 @@ def test_any_value_is_a_valid_check_or_rejects_its_row(kind: str, value: Any, an
     if check is not None:
         json.dumps(check, ensure_ascii=False).encode()
         passes(check, answer)
+
+
+@pytest.mark.parametrize("columns", ["{prompt: q, completion: a, check: test}", "{messages: m, check: test}"])
+def test_a_mapped_check_is_read_as_the_page_shows_it(project: Path, columns: str) -> None:
+    assert "`{prompt: q, completion: a, check: test}`" in (ROOT / "docs/checks.md").read_text(encoding="utf-8")
+    row = {"q": "Add 2, 3.", "a": "5.", "m": ["Add 2, 3.", "5."], "test": {"number": 5}}
+    (project / "data/a.jsonl").write_text(json.dumps(row))
+    edit(project, dataset_file="data/a.jsonl", dataset_columns=columns)
+    download_dataset.main()
+    assert pq.read_table("data/raw.parquet")["check"].to_pylist() == ['{"number": 5}']

@@ -32,7 +32,7 @@ def rejected() -> list[tuple[Any, ...]]:
     return [tuple(row.values())[1:] for row in pq.read_table("data/rejected.parquet").to_pylist()]
 
 
-GOOD = {"instruction": "Name a color.", "input": "", "output": " Red. \n"}
+GOOD = {"instruction": "Name a color.", "input": "", "output": "Red."}
 
 
 def test_a_row_is_rendered_tokenized_and_masked(project: Path, tiny_model: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_row_is_rendered_tokenized_and_masked(project: Path, tiny_model: Path)
 def test_every_row_is_kept_or_rejected_with_its_reason(project: Path, tiny_model: Path) -> None:
     bad = [
         {"instruction": "A"},
-        {"instruction": "A", "output": 5},
+        {"instruction": "A", "output": 5.5},
         {"instruction": " ", "output": "b"},
         {"instruction": "A", "output": " \n"},
         {"instruction": "A" * 300, "output": "b"},
@@ -296,7 +296,7 @@ def test_show_reports_if_no_row_was_rejected(
     assert capsys.readouterr().out == "data/rejected.parquet: no row was rejected\n"
 
 
-CHAT = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": " Hello. "}]}
+CHAT = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}
 MORE = [*CHAT["messages"], {"role": "user", "content": "And?"}, {"role": "assistant", "content": "Bye."}]
 
 

@@ -7,15 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.data.alpaca import AlpacaTemplate
+from stages.data.alpaca import AlpacaTemplate, render_alpaca
 from stages.data.chat_template import ChatTemplate
-from stages.data.conversations import Conversation, parse_conversation
+from stages.data.conversations import Conversation, content_ids, parse_conversation
 from stages.data.examples import BadRowError
-from stages.data.rows import RowParser
+from stages.data.messages import MESSAGE_KEYS
+from stages.data.rows import MEANINGS, RowParser
+from stages.data.rows import SCHEMAS as COLUMNS_OF_SCHEMAS
+from tests.clone import USER_FILES
 from tests.test_chat_templates import CALL, HERMES_CALL, TOOLS, WEATHER, jinja, supervised, with_bos
 
 TOKENIZER = with_bos(["<|im_start|>", "<|im_end|>", "<|endoftext|>"], "<|im_end|>")
 TEMPLATES = {name: ChatTemplate(TOKENIZER, jinja(name), name) for name in ("qwen2_5", "qwen3")}
+TEMPLATES["plain"] = ChatTemplate(TOKENIZER, (USER_FILES / "templates/plain.jinja").read_text(), "plain")
 
 
 def user(content: str, **more: Any) -> dict[str, Any]:
@@ -309,7 +313,7 @@ def test_plain_text_is_supervised_after_its_first_token_and_ends_with_eos() -> N
         assert formatted.errors == {}
         length = int(formatted.encoded.lengths[0])
         ids, labels = formatted.encoded.input_ids[:length].tolist(), formatted.encoded.labels[:length].tolist()
-        assert TOKENIZER.decode(ids) == "Red, blue.<|im_end|>"
+        assert TOKENIZER.decode(ids) == " Red, blue. \n<|im_end|>"
         assert labels == [-100, *ids[1:]]
         forged = template.format([parse({"text": "A<|im_end|>"})], 9999).errors[0]
         assert (forged.reason, str(forged)) == (
@@ -322,7 +326,10 @@ ALLOWED = (
     "every row needs 'instruction' and 'output', 'prompt' and 'completion', 'messages', or other columns that "
     "docs/data.md lists; map your column names in dataset_columns"
 )
-ROLES = "system, developer, user, human, assistant, gpt, model, bot, function_call, tool, function, observation"
+ROLES = (
+    "system, developer, user, human, prompter, assistant, gpt, model, bot, chatbot, chatgpt, ai, function_call, "
+    "tool_call, tool, function, observation, tool_response, function_response, ipython"
+)
 MESSAGES_ALLOWED = f"must be a list of objects with 'role' ({ROLES}) and 'content'"
 CALLS_ALLOWED = "must be a call with 'name' and 'arguments', an object or its JSON text, or a list of calls"
 TOOLS_ALLOWED = "must be a list of tools with a 'name', or such a list as JSON text"
@@ -332,7 +339,54 @@ RESULT = {"role": "tool", "content": "sunny"}
 @pytest.mark.parametrize(
     ("row", "reason", "detail"),
     [
-        ({"messages": "Hi."}, "not_text", f"'messages' is str 'Hi.'; {MESSAGES_ALLOWED}"),
+        (
+            {"messages": "Hi."},
+            "not_text",
+            f"'messages' is str 'Hi.'; {MESSAGES_ALLOWED}, or such a list as JSON text, as json.dumps writes it",
+        ),
+        (
+            {"messages": "[{'role': 'user'}]"},
+            "not_text",
+            f"'messages' is str \"[{{'role': 'user'}}]\"; {MESSAGES_ALLOWED}, or such a list as JSON text, as "
+            "json.dumps writes it",
+        ),
+        ({"messages": [], "check": {"contains": "A"}}, "no_exchange", "has no messages"),
+        (
+            {"instruction": "A", "output": 7.0},
+            "not_text",
+            "'output' is float 7.0; must be text or a whole number, because other numbers have several texts, such as "
+            "7, 7.0 and 7.00",
+        ),
+        (
+            {"messages": PAIR, "tools": json.loads('[{"name": "f", "a": ' * 60 + "1" + "}]" * 60)},
+            "bad_tools",
+            "'tools' is nested more than 100 levels deep",
+        ),
+        (
+            {"messages": PAIR, "tools": '[{"name": "f", "name": "g"}]'},
+            "duplicate_key",
+            "'tools': key 'name' occurs 2 times in an object; keep one of them",
+        ),
+        (
+            {"messages": '[{"role": "user", "content": "A", "content": "B"}]'},
+            "duplicate_key",
+            "'messages': key 'content' occurs 2 times in an object; keep one of them",
+        ),
+        (
+            {"messages": [user("A"), calls('{"town": "Bonn", "town": "Oslo"}')]},
+            "duplicate_key",
+            "message 2: the tool call: key 'town' occurs 2 times in an object; keep one of them",
+        ),
+        (
+            {"instruction": "A", "output": "B", "check": '{"number": 1, "number": 2}'},
+            "duplicate_key",
+            "'check': key 'number' occurs 2 times in an object; keep one of them",
+        ),
+        (
+            {"messages": PAIR, "chat_template_kwargs": '{"a": 1, "a": 2}'},
+            "duplicate_key",
+            "'chat_template_kwargs': key 'a' occurs 2 times in an object; keep one of them",
+        ),
         ({"messages": [5]}, "not_text", f"message 1 is int 5; {MESSAGES_ALLOWED}"),
         (
             {"messages": [user("A"), {"role": "assistant"}]},
@@ -481,3 +535,177 @@ def test_every_key_of_a_row_is_in_its_text_or_its_mask_or_the_row_is_rejected(
     assert trained.count("<|im_end|>") == sum(answer["weight"] != 0 for answer in answers)
     assert system is None or system in text
     assert tools is None or '"name": "weather"' in text
+
+
+# For each template that does not trim, what the ids of a question and its answer must be.
+WHOLE_TEXTS = {
+    "alpaca": lambda question, answer: f"{render_alpaca(question)}{answer}<|im_end|>",
+    "plain": lambda question, answer: f"User: {question}\n\nAssistant: {answer}<|im_end|>",
+    "qwen2_5": lambda question, answer: (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>"
+    ),
+}
+WITH_WHITESPACE = st.text(" \n\tab:", min_size=1).filter(str.strip)
+
+
+@pytest.mark.parametrize("name", WHOLE_TEXTS)
+@given(question=WITH_WHITESPACE, answer=WITH_WHITESPACE)
+def test_the_ids_have_each_text_with_its_whitespace(name: str, question: str, answer: str) -> None:
+    template = AlpacaTemplate(TOKENIZER) if name == "alpaca" else TEMPLATES[name]
+    for row in ({"prompt": question, "completion": answer}, {"messages": [user(question), assistant(answer)]}):
+        formatted = template.format([parse(row)], 9999)
+        assert formatted.errors == {}
+        assert TOKENIZER.decode(formatted.encoded.input_ids) == WHOLE_TEXTS[name](question, answer)
+        assert template.encode_prompts([question]) == [
+            formatted.encoded.input_ids[: -len(formatted.examples[0].spans[1])].tolist()
+        ]
+
+
+def test_whitespace_of_system_messages_inputs_results_and_arguments_is_kept() -> None:
+    system = {"role": "system", "content": " Be brief.\n"}
+    used = [user("A\n"), calls({"code": "  x\n"}), {"role": "tool", "content": "  1\n"}, assistant("\tC")]
+    (ids,), texts = render(parse({"messages": [system, *used], "tools": TOOLS}))
+    assert "system\n Be brief.\n\n\n# Tools" in TOKENIZER.decode(ids)
+    assert "<tool_response>\n  1\n\n</tool_response>" in TOKENIZER.decode(ids)
+    assert texts == [HERMES_CALL.replace('"town": "Bonn"', '"code": "  x\\n"'), "\tC"]
+    row = {"instruction": "Add.\n", "input": "  2\n", "output": "5", "system": " S "}
+    assert parse(row).questions == ["Add.\n\n\n  2\n"]
+    assert "user\nAdd.\n\n\n  2\n<|im_end|>" in TOKENIZER.decode(render(parse(row))[0][0])
+    assert parse({**row, "history": [[" a ", " b "]]}).messages == [
+        {"role": "system", "content": " S "},
+        *(user(" a "), assistant(" b "), user("Add.\n\n\n  2\n"), assistant("5")),
+    ]
+
+
+def test_a_template_may_trim_messages_and_the_row_is_kept() -> None:
+    tokenizer = with_bos(["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|eot_id|>")
+    template = ChatTemplate(tokenizer, jinja("llama3"), "llama3")
+    formatted = template.format([parse({"prompt": " A\n", "completion": "\n  B \n"})], 9999)
+    assert formatted.errors == {}
+    assert supervised(tokenizer, formatted.encoded.labels.tolist()) == ["B<|eot_id|>"]
+
+
+def test_whitespace_around_messages_does_not_change_the_ids_of_an_example() -> None:
+    rows = [{"messages": [user("A"), assistant(text)]} for text in ("B", " B\n")]
+    rows += [{"messages": [*row["messages"], user("C"), assistant("D")]} for row in rows]
+    ids = [content_ids(parse(row)) for row in rows]
+    assert ids[0] == ids[1] == ("ffe9aaeaa2a2d5048174df0b80599ef0", "b63ba38bea597873dcd810d07949a3d8")
+    assert ids[2] == ids[3] != ids[0]
+
+
+def test_an_answer_whose_whitespace_would_share_a_token_with_the_prompt_has_tokens_of_its_own() -> None:
+    tokenizer = with_bos(["<|im_start|>", "<|im_end|>", "<|endoftext|>"], "<|im_end|>")
+    tokenizer.add_tokens(["\n    "])
+    template = ChatTemplate(tokenizer, jinja("qwen2_5"), "qwen2_5")
+    answers = ["    return 1\n", "    return 2\n"]
+    conversation = parse({"messages": [user("A"), assistant(answers[0]), user("B"), assistant(answers[1])]})
+    formatted = template.format([conversation], 9999)
+    assert formatted.errors == {}
+    assert supervised(tokenizer, formatted.encoded.labels.tolist()) == [f"{answer}<|im_end|>" for answer in answers]
+    history = [user("A"), assistant(answers[0])]
+    prompts = [*template.encode_prompts(["A"]), *template.encode_prompts(["B"], history)]
+    assert [example.spans[0] for example in formatted.examples] == prompts
+    assert formatted.responses == ["return 1", "return 2"]
+
+
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+def test_messages_can_be_json_text_or_an_object_of_lists(name: str) -> None:
+    assert parse({name: json.dumps(PAIR)}).messages == PAIR
+    assert parse({name: json.dumps(["Add 2, 3.", "5."])}).messages == PAIR
+    assert parse({name: [json.dumps(message) for message in PAIR]}).messages == PAIR
+    assert parse({name: {"role": ["user", "assistant"], "content": ["Add 2, 3.", "5."]}}).messages == PAIR
+    assert parse({"question": "And 4?", "answer": "9.", "history": json.dumps([["Add 2, 3.", "5."]])}).messages == [
+        *(*PAIR, user("And 4?"), assistant("9."))
+    ]
+
+
+def test_a_prompt_that_is_a_list_of_messages_as_text_is_that_list_and_other_texts_are_text() -> None:
+    row = {"prompt": json.dumps([*PAIR, user("And 4?")]), "completion": json.dumps([assistant("9.")])}
+    assert render(parse(row)) == render(parse({name: json.loads(text) for name, text in row.items()}))
+    other = {"prompt": '[{"role": "Hamlet", "content": "A"}]', "completion": json.dumps([assistant("9.")])}
+    assert [message["content"] for message in parse(other).messages] == [*other.values()]
+    with pytest.raises(BadRowError, match=r"^'prompt' is str .* as json\.dumps writes it$"):
+        parse({"prompt": str(PAIR), "completion": "9."})
+
+
+def test_whole_numbers_and_truth_values_are_the_text_of_json() -> None:
+    for value, text in ((7, "7"), (-10, "-10"), (True, "true")):
+        assert parse({"instruction": "A", "output": value}).messages[1] == assistant(text)
+        assert parse({"messages": [user("A"), assistant(value)]}).messages[1] == assistant(text)  # type: ignore[arg-type]
+
+
+def test_case_and_space_of_roles_are_ignored() -> None:
+    roles = ["System", " USER ", "Assistant", "prompter", "tool_call", "Tool_Response", "AI"]
+    contents = ["Be brief.", "Add 2, 3.", "5.", "In Bonn?", json.dumps(CALL["function"]), "sunny", "Sunny."]
+    messages = [{"from": role, "value": text} for role, text in zip(roles, contents, strict=True)]
+    assert [message["role"] for message in parse({"conversations": messages}).messages] == [
+        *("system", "user", "assistant", "user", "assistant", "tool", "assistant")
+    ]
+
+
+NULLABLE = {"properties": {"unit": {"type": ["string", "null"], "default": None}, "town": {"type": "string"}}}
+DESCRIPTION = {"name": "weather", "parameters": NULLABLE}
+
+
+def with_nulls(value: Any) -> Any:
+    """A value as Arrow exports it: each object has other members that are null."""
+    if isinstance(value, dict):
+        return {**{name: with_nulls(part) for name, part in value.items()}, "text": None, "enum": None}
+    return [with_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+@given(
+    arguments=st.recursive(
+        st.integers() | st.text("ab"), lambda part: st.lists(part) | st.dictionaries(st.sampled_from("xyz"), part)
+    ).map(lambda value: {"town": value}),
+    as_text=st.booleans(),
+)
+def test_null_members_of_tools_and_arguments_are_dropped(arguments: dict[str, Any], as_text: bool) -> None:
+    tools, given_arguments = with_nulls([DESCRIPTION]), with_nulls(arguments)
+    tools, given_arguments = map(json.dumps, (tools, given_arguments)) if as_text else (tools, given_arguments)
+    parser = RowParser()
+    call = {"name": "weather", "arguments": given_arguments, "parameters": None, "kwargs": None}
+    parsed = parser.parse({"messages": [user("A"), assistant(None, tool_calls=[call])], "tools": tools})
+    assert parsed.tools == [{"type": "function", "function": DESCRIPTION}]
+    assert parsed.messages[1]["tool_calls"][0]["function"]["arguments"] == arguments
+    assert parser.unread == {"null arguments of tool calls": 1}
+
+
+def test_a_null_argument_that_the_tool_allows_is_kept() -> None:
+    messages = [user("A"), calls({"town": None, "unit": None})]
+    for schema in ({"anyOf": [{"type": "string"}, {"type": "null"}]}, {"nullable": True}, {"enum": ["C", None]}):
+        tool = {"name": "weather", "parameters": {"properties": {"unit": schema}}}
+        (_, answer) = parse({"messages": messages, "tools": [tool]}).messages
+        assert answer["tool_calls"][0]["function"]["arguments"] == {"unit": None}
+
+
+KEY = st.sampled_from(sorted(MESSAGE_KEYS | {"arguments", "type", "text", "input", "output", "enum", "properties"}))
+SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+VALUE = st.recursive(
+    SCALAR, lambda part: st.lists(part, max_size=2) | st.dictionaries(KEY, part, max_size=3), max_leaves=6
+)
+MESSAGE = st.builds(
+    lambda role, content, more: {"role": role, "content": content, **more},
+    st.sampled_from(["system", "user", "assistant", "tool", "function_call"]),
+    st.text(max_size=2) | VALUE,
+    st.dictionaries(KEY, VALUE, max_size=2),
+)
+CELL = VALUE | st.lists(MESSAGE, max_size=3)
+CELL |= CELL.map(json.dumps)
+
+
+@settings(max_examples=400)
+@given(
+    st.sampled_from(COLUMNS_OF_SCHEMAS), st.dictionaries(st.sampled_from(sorted(MEANINGS)), CELL, max_size=2), st.data()
+)
+def test_any_json_in_any_column_is_read_or_rejected(
+    schema: tuple[str, ...], more: dict[str, Any], data: st.DataObject
+) -> None:
+    row = {**more, **{name: data.draw(CELL) for name in schema}}
+    try:
+        parsed = RowParser().parse(row)
+        json.dumps([parsed.messages, parsed.tools, parsed.check, parsed.options], allow_nan=False)
+        parse(row)
+    except BadRowError as error:
+        assert str(error)

@@ -45,8 +45,8 @@ def render_alpaca(instruction: str, input_text: str = "") -> str:
     """
     # `format` is called only once, so braces in the data are not interpreted.
     if input_text.strip():
-        return ALPACA_WITH_INPUT.format(instruction=instruction.strip(), input=input_text.strip())
-    return ALPACA.format(instruction=instruction.strip())
+        return ALPACA_WITH_INPUT.format(instruction=instruction, input=input_text)
+    return ALPACA.format(instruction=instruction)
 
 
 def alpaca_as_jinja(begins_with_bos: bool) -> str:
@@ -60,7 +60,7 @@ def alpaca_as_jinja(begins_with_bos: bool) -> str:
         "{% set found = namespace(system='', user='') %}{% for message in messages %}"
         "{% if message['role'] == 'system' %}"
         "{% set found.system = found.system + (message['content'] | trim) + '\\n\\n' %}"
-        "{% elif message['role'] == 'user' %}{% set found.user = message['content'] | trim %}{% endif %}{% endfor %}"
+        "{% elif message['role'] == 'user' %}{% set found.user = message['content'] %}{% endif %}{% endfor %}"
         f"{{{{ {'bos_token + ' if begins_with_bos else ''}{before} + found.system + found.user + {after} }}}}"
         "{% if messages[-1]['role'] == 'assistant' %}{{ messages[-1]['content'] }}{% endif %}"
     )
@@ -93,7 +93,7 @@ class AlpacaTemplate:
         prompts = [render_alpaca(each.messages[0]["content"], each.input) for each in pairs.values()]
         responses = [each.messages[1]["content"] for each in pairs.values()]
         examples = [
-            Rendered(row, conversation, [prompt], [response], spans)
+            Rendered(row, conversation, [prompt], [response.strip()], spans)
             for (row, conversation), prompt, response, spans in zip(
                 pairs.items(), prompts, responses, self.encode(prompts, responses), strict=True
             )

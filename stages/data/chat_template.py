@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def is_trained(message: Message) -> bool:
+    return bool(message["role"] == "assistant" and message.get("train", True))
+
+
 class ChatTemplate:
     """A Jinja chat template. Each trained answer is supervised, including its EOS token.
 
@@ -97,17 +101,22 @@ class ChatTemplate:
         examples: list[Rendered] = self._plain_text.render(conversations, self.eos_token_ids[0], errors)
         for row, conversation, responses in texts:
             full_ids, prompt_ids = next(ids), [next(ids) for _ in responses]
-            try:
-                spans = self._split_spans(full_ids, prompt_ids, responses)
-            except BadRowError as error:
-                errors[row] = error
-                continue
             prompts = [response.text[: response.start] for response in responses]
             answers = [
                 self.answer_parser.parse(prompt, response.text[response.start : response.end]).text
                 for prompt, response in zip(prompts, responses, strict=True)
             ]
-            examples.append(Rendered(row, conversation, prompts, answers, spans))
+            try:
+                if spans := self._split_spans(full_ids, prompt_ids, responses):
+                    examples.append(Rendered(row, conversation, prompts, answers, spans))
+                    continue
+                trained = [at for at, each in enumerate(conversation.messages) if is_trained(each)]
+                for number, spans in enumerate(self._encode_apart(prompt_ids, responses)):
+                    own = slice(number, number + 1)
+                    part = conversation.up_to(trained[number])
+                    examples.append(Rendered(row, part, prompts[own], answers[own], spans))
+            except BadRowError as error:
+                errors[row] = error
         examples = sorted((each for each in examples if each.row not in errors), key=lambda each: each.row)
         return Formatted(examples, mask_spans([example.spans for example in examples], max_length), errors)
 
@@ -120,7 +129,7 @@ class ChatTemplate:
         Raises:
             UserError: the template can't render a question.
         """
-        conversations = [[*history, {"role": "user", "content": text.strip()}] for text in questions]
+        conversations = [[*history, {"role": "user", "content": text}] for text in questions]
         try:
             for messages in conversations:
                 self._plain_text.reject_special_tokens(message["content"] for message in messages)
@@ -147,7 +156,7 @@ class ChatTemplate:
         self._renderer.require_options(conversation.options)
         responses: dict[int, Response] = {}
         for at, message in enumerate(messages):
-            if message["role"] == "assistant" and message.get("train", True):
+            if is_trained(message):
                 response = responses[at] = self._finder.find(messages[: at + 1], conversation)
                 begin = max(0, response.start - self._header_length)  # the header may have a part, such as <think>
                 self._require_complete(at, message, response.text[begin:])
@@ -177,18 +186,36 @@ class ChatTemplate:
     ) -> list[list[int]]:
         """Split the ids of an example into spans, alternately masked and supervised.
 
-        Raises:
-            BadRowError: the ids of a prompt are not a prefix, because a token crosses the boundary.
+        Returns:
+            No spans if the ids of a prompt are not a prefix, because a token crosses the boundary.
         """
         spans, end = [], 0
         for prompt_ids, response in zip(all_prompt_ids, responses, strict=True):
             start = len(prompt_ids)
             if full_ids[:start] != prompt_ids:
-                raise BadRowError("unclean_boundary", "the first token of a response includes the end of its prompt")
+                return []
             eos_token_id = self.eos_token_ids[self._finder.eos_tokens.index(response.eos_token)]
             response_end = full_ids.index(eos_token_id, start) + 1
             spans += [full_ids[end:start], full_ids[start:response_end]]
             end = response_end
+        return spans
+
+    def _encode_apart(self, all_prompt_ids: list[list[int]], responses: list[Response]) -> list[list[list[int]]]:
+        """The spans of an example per answer, whose ids are those of the prompt and then of the answer alone.
+
+        So begins an answer at inference. It is the way for answers that begin with whitespace, such as code, which a
+        token could contain together with the end of the prompt.
+
+        Raises:
+            BadRowError: an answer does not begin with whitespace, or the ids are not those of its text.
+        """
+        answers = [response.text[response.start : response.end] for response in responses]
+        ids = tokenize(self._tokenizer, answers, allow_special_tokens=True)
+        spans = [list(pair) for pair in zip(all_prompt_ids, ids, strict=True)]
+        for answer, (prompt_ids, answer_ids), response in zip(answers, spans, responses, strict=True):
+            decoded = self._tokenizer.decode([*prompt_ids, *answer_ids], clean_up_tokenization_spaces=False)
+            if not answer[0].isspace() or decoded != response.text[: response.end]:
+                raise BadRowError("unclean_boundary", "the first token of a response includes the end of its prompt")
         return spans
 
     def _require_complete(self, at: int, message: Message, rendering: str) -> None:

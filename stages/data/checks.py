@@ -19,7 +19,8 @@ from stages.data.examples import BadRowError
 from stages.data.json_answers import has_data, is_valid, validate_schema, with_exact_values
 from stages.data.messages import is_missing
 from stages.data.numerals import numbers
-from stages.data.tools import parse_json, require_json
+from stages.data.strict_json import parse_json
+from stages.data.tools import require_json
 from stages.data.words import count_words, words
 
 TIME_LIMIT = 1.0  # seconds for a regular expression and one answer
@@ -39,7 +40,7 @@ def parse_check(name: str, value: Any) -> dict[str, Any] | None:
         BadRowError: it is not a valid check.
     """
     try:
-        check = without_nulls(parse_json(value.strip() if isinstance(value, str) else value))
+        check = without_nulls(parse_json(name, value.strip() if isinstance(value, str) else value))
         if check in ("", {}) or is_missing(check):
             return None
         require_json(name, check, "invalid_check")

@@ -96,7 +96,7 @@ class Formatted:
 def parse_conversation(
     row: dict[str, Any], train_on: Literal["all_answers", "last_answer"] = "all_answers"
 ) -> Conversation:
-    """The messages of a raw row up to the last trained answer, stripped of surrounding whitespace.
+    """The messages of a raw row up to the last trained answer.
 
     Answers before the first question are not trained, because they have no prompt.
 
@@ -104,8 +104,6 @@ def parse_conversation(
         BadRowError: no answer is trained, or a message is empty.
     """
     messages: list[Message] = json.loads(row["messages"])
-    for message in messages:
-        message["content"] = message["content"].strip()
     answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
     questions = [at for at, message in enumerate(messages) if message["role"] == "user"]
     if [message["role"] for message in messages] != ["text"]:
@@ -124,13 +122,15 @@ def parse_conversation(
             reason = "empty_response" if message["role"] in ("assistant", "text") else "empty_instruction"
             raise BadRowError(reason, f"message {number} ({message['role']}) is empty")
     tools, options = (json.loads(row.get(name) or "null") for name in ("tools", "chat_template_kwargs"))
-    return Conversation(messages, row["input"].strip(), tools or (), options or {})
+    input_text = row["input"] if row["input"].strip() else ""
+    return Conversation(messages, input_text, tools or (), options or {})
 
 
 def content_ids(conversation: Conversation) -> tuple[str, str]:
     """The id of the prompt, which determines the split, and of the example, which identifies duplicates.
 
     Conversations that begin with the same question have the same prompt id, so the hash puts them in the same split.
+    Whitespace around messages does not change the ids.
     """
     first = conversation.first_question
     prompt_id = content_hash(normalize(first["content"]), normalize(conversation.input))
@@ -142,8 +142,8 @@ def content_ids(conversation: Conversation) -> tuple[str, str]:
     if conversation.options:
         more.append(json.dumps(conversation.options, sort_keys=True))
     if len(others) == 1 and not more:
-        return prompt_id, content_hash(prompt_id, others[0]["content"])
-    texts = (message[name] for message in others for name in ("role", "content"))
+        return prompt_id, content_hash(prompt_id, others[0]["content"].strip())
+    texts = (message[name].strip() for message in others for name in ("role", "content"))
     return prompt_id, content_hash(prompt_id, *texts, *more)
 
 

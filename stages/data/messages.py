@@ -1,21 +1,26 @@
 """Parse messages of the formats of OpenAI (`role`, `content`), ShareGPT (`from`, `value`) and others."""
 
+import json
 import math
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Mapping
+from decimal import Decimal
 from itertools import cycle
 from typing import Any
 
 from stages.data.examples import BadRowError, Message
+from stages.data.strict_json import parse_json
 from stages.data.tools import parse_tool_calls
 
+CALL_ROLES = ("function_call", "tool_call")  # their content is calls
 ROLES = {
     "system": "system",
     "developer": "developer",
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "bot", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot", "chatgpt", "ai", *CALL_ROLES), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response", "function_response", "ipython"), "tool"),
 }
 ROLE, CONTENT = ("role", "from"), ("content", "value")
 WEIGHTS, FLAGS = ("weight", "loss_weight"), ("train", "loss")
@@ -24,6 +29,12 @@ PART_KEYS = ("text", "value", "content", *REASONING)
 PAIR_ROLES, PAIR_KEYS = ("user", "assistant"), {"input", "output"}
 ALTERNATIVES = (ROLE, CONTENT, REASONING, ("tool_calls", "function_call"))
 MESSAGE_KEYS = {*WEIGHTS, *FLAGS, "tool_call_id", "name", *(name for names in ALTERNATIVES for name in names)}
+LIST_OF_MESSAGES = re.compile(
+    rf"""\s*\[\s*{{(?=.*['"]({"|".join(ROLE)})['"]\s*:\s*['"]\s*({"|".join(ROLES)})\b)(?=.*['"]({"|".join(CONTENT)})['"]\s*:)"""
+    r".*}\s*]\s*",
+    re.DOTALL | re.IGNORECASE,
+)
+NUMBER_ALLOWED = "must be text or a whole number, because other numbers have several texts, such as 7, 7.0 and 7.00"
 MESSAGES_ALLOWED = f"must be a list of objects with 'role' ({', '.join(ROLES)}) and 'content'"
 
 
@@ -37,8 +48,10 @@ def parse_messages(column: str, messages: Any, unread: Counter[str]) -> list[Mes
     Raises:
         BadRowError: this is not a list of messages, or one has a missing or invalid key.
     """
+    messages = _decode(column, messages)
     if not isinstance(messages, list):
-        raise BadRowError("not_text", f"{column!r} is {describe(messages)}; {MESSAGES_ALLOWED}")
+        as_json = "or such a list as JSON text, as json.dumps writes it"
+        raise BadRowError("not_text", f"{column!r} is {describe(messages)}; {MESSAGES_ALLOWED}, {as_json}")
     if all(isinstance(pair, list) and len(pair) == len(PAIR_ROLES) for pair in messages):
         messages = [text for pair in messages for text in pair]
     if all(isinstance(message, str) for message in messages):
@@ -58,10 +71,22 @@ def parse_messages(column: str, messages: Any, unread: Counter[str]) -> list[Mes
     return parsed
 
 
+def _decode(column: str, messages: Any) -> Any:
+    """Messages from JSON text, a list of such texts, or an object of lists, as `datasets` stores a list of objects."""
+    messages = parse_json(repr(column), messages)
+    are_texts = isinstance(messages, list) and all(isinstance(message, str) for message in messages)
+    if are_texts and looks_like_messages(joined := f"[{','.join(messages)}]"):
+        return parse_json(repr(column), joined)
+    columns = [*messages.values()] if isinstance(messages, dict) else []
+    if columns and all(isinstance(values, list) and len(values) == len(columns[0]) for values in columns):
+        return [dict(zip(messages, values, strict=True)) for values in zip(*columns, strict=True)]
+    return messages
+
+
 def _parse_texts(where: str, texts: list[Any]) -> list[Message]:
     """Messages of the user and the assistant in turn."""
     return [
-        {"role": role, "content": require_text(f"{where} {number}", text, MESSAGES_ALLOWED)}
+        {"role": role, "content": read_text(f"{where} {number}", text, MESSAGES_ALLOWED)}
         for number, (text, role) in enumerate(zip(texts, cycle(PAIR_ROLES), strict=False), 1)
     ]
 
@@ -81,12 +106,14 @@ def _parse_message(where: str, present: Mapping[str, Any]) -> Message:
     for name in (role_key, *(() if calls else (content_key,))):
         if name not in present:
             raise BadRowError("missing_field", f"{name!r} of {where} is missing; {MESSAGES_ALLOWED}")
-    role_name = text(role_key)
+    role_name = text(role_key).strip().lower()
     if role_name not in ROLES:
-        raise BadRowError("unknown_role", f"{role_key!r} of {where} is {describe(role_name)}; {MESSAGES_ALLOWED}")
+        raise BadRowError(
+            "unknown_role", f"{role_key!r} of {where} is {describe(present[role_key])}; {MESSAGES_ALLOWED}"
+        )
     role = ROLES[role_name]
     content, reasoning = _parse_content(where, content_key, present.get(content_key, ""))
-    if role_name == "function_call":
+    if role_name in CALL_ROLES:
         if calls:
             raise BadRowError(
                 "unsupported", f"{where} has calls in {content_key!r} and {calls_key!r}; keep one of them"
@@ -125,7 +152,7 @@ def _first(where: str, names: tuple[str, ...], message: Mapping[str, Any]) -> st
 def _parse_content(where: str, key: str, content: Any) -> tuple[str, str]:
     """The text and the reasoning of a message whose content is a text or a list of parts."""
     if not isinstance(content, list):
-        return require_text(f"{key!r} of {where}", content, MESSAGES_ALLOWED), ""
+        return read_text(f"{key!r} of {where}", content, MESSAGES_ALLOWED), ""
     texts: dict[str, list[str]] = {"text": [], "reasoning": []}
     for number, part in enumerate(content, 1):
         part_of = f"part {number} of {where}"
@@ -135,7 +162,7 @@ def _parse_content(where: str, key: str, content: Any) -> tuple[str, str]:
         values = [fields[name] for name in PART_KEYS if fields.get(name) is not None]
         if kind not in texts or len(values) != 1:
             raise BadRowError("not_text", f"{part_of} is {describe(part)}; must be a text or a reasoning part")
-        texts[kind].append(require_text(part_of, values[0], "must be text"))
+        texts[kind].append(read_text(part_of, values[0], "must be text"))
     return "".join(texts["text"]), "".join(texts["reasoning"])
 
 
@@ -158,9 +185,21 @@ def _is_trained(where: str, role: str, message: Mapping[str, Any]) -> bool:
     return trained or role != "assistant"
 
 
+def looks_like_messages(text: str) -> bool:
+    """Whether a text is a list of messages, in JSON or as Python shows it."""
+    return LIST_OF_MESSAGES.fullmatch(text) is not None
+
+
 def is_missing(value: Any) -> bool:
     """Whether a value is null or NaN, as which pandas writes a missing value."""
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def read_text(field: str, value: object, allowed: str) -> str:
+    """A text. A whole number or a truth value becomes the text that JSON has for it."""
+    if isinstance(value, float | Decimal):
+        allowed = NUMBER_ALLOWED
+    return require_text(field, json.dumps(value) if isinstance(value, int) else value, allowed)
 
 
 def require_text(field: str, value: object, allowed: str) -> str:

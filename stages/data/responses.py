@@ -143,7 +143,8 @@ class ResponseFinder:
         text = self._render([*earlier, spoken], row)
         if not text.startswith(header):
             raise self._inexact(messages)
-        return f"{answer.get('reasoning_content', '').strip()}{self._reasoning_end}{text.removeprefix(header)}"
+        thought = answer.get("reasoning_content", "").strip("\n")
+        return f"{thought}{self._reasoning_end}{text.removeprefix(header)}"
 
     def _split_reasoning(self, answer: Message) -> Message:
         """An answer whose reasoning is in its content, between the tags of the template, with it apart."""
@@ -152,7 +153,9 @@ class ResponseFinder:
         if not self._closing_tag or "reasoning_content" in answer or not content.startswith(opening_tag):
             return answer
         thought, found, content = content.removeprefix(opening_tag).partition(self._closing_tag)
-        return {**answer, "content": content.strip(), "reasoning_content": thought.strip()} if found else answer
+        # The tags have whitespace around them, but the indentation of the first line is content.
+        content = re.sub(r"^\s*\n|^\s", "", content)
+        return {**answer, "content": content, "reasoning_content": thought.strip("\n")} if found else answer
 
     def _inexact(self, messages: list[Message]) -> BadRowError:
         return BadRowError(

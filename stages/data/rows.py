@@ -8,8 +8,25 @@ from typing import Any
 
 from stages.data.checks import parse_check
 from stages.data.examples import BadRowError, Message
-from stages.data.messages import PAIR_ROLES, REASONING, describe, is_missing, parse_messages, require_text
-from stages.data.tools import check_tool_results, order_results, parse_json, parse_tool_calls, parse_tools, require_json
+from stages.data.messages import (
+    PAIR_ROLES,
+    REASONING,
+    describe,
+    is_missing,
+    looks_like_messages,
+    parse_messages,
+    read_text,
+    require_text,
+)
+from stages.data.strict_json import parse_json
+from stages.data.tools import (
+    check_tool_results,
+    drop_null_arguments,
+    order_results,
+    parse_tool_calls,
+    parse_tools,
+    require_json,
+)
 from stages.runtime.errors import UserError
 
 # The number of a row in its source, counted from 1, and its fields by name, or the error if it could not be parsed.
@@ -160,7 +177,7 @@ class RowParser:
         return repr((self.columns or {}).get(name, name))
 
     def _text(self, fields: Mapping[str, Any], name: str) -> str:
-        return require_text(self._own_name(name), fields[name], "must be text")
+        return read_text(self._own_name(name), fields[name], "must be text")
 
     def _parse(self, schema: tuple[str, ...], fields: Mapping[str, Any]) -> ParsedRow:
         """The content of the fields of a schema, by the names of the schema."""
@@ -177,6 +194,10 @@ class RowParser:
                 messages.insert(0, {"role": "system", "content": system})
         tools = [tool for name in TOOLS if name in fields for tool in parse_tools(self._own_name(name), fields[name])]
         check_tool_results(messages)
+        if not messages:
+            raise BadRowError("no_exchange", "has no messages")
+        if changed := drop_null_arguments(messages, tools):
+            self.unread["null arguments of tool calls"] += changed
         check = parse_check(self._own_name("check"), fields["check"]) if "check" in fields else None
         if check and (messages[-1]["role"] != "assistant" or not messages[-1].get("train", True)):
             name = self._own_name("check")
@@ -189,28 +210,34 @@ class RowParser:
         prompt, completion = schema
         messages = self._messages(fields, "history") if fields.get("history") else []
         input_text = next((self._text(fields, name) for name in INPUT if name in fields), "")
-        if prompt == "prompt" and isinstance(fields[prompt], list):
+        is_chat = prompt == "prompt" and _is_list(fields[prompt])
+        if is_chat:
             context = self._messages(fields, prompt)
             messages += [{**each, "train": False} if each["role"] == "assistant" else each for each in context]
         else:
             messages.append({"role": "user", "content": self._text(fields, prompt)})
         questions = [message for message in messages if message["role"] == "user"]
         if input_text.strip() and len(questions) > 1:  # it belongs to the last question, and not to the first one
-            questions[-1]["content"] = f"{questions[-1]['content'].strip()}\n\n{input_text.strip()}"
+            questions[-1]["content"] += f"\n\n{input_text}"
             input_text = ""
         if completion == "answers":
             calls = parse_tool_calls(self._own_name(completion), fields[completion])
             return [*messages, {"role": "assistant", "content": "", "tool_calls": calls}], input_text
-        if prompt == "prompt" and isinstance(fields[completion], list):
+        if (is_chat and _is_list(fields[completion])) or (prompt == "prompt" and isinstance(fields[completion], list)):
             return messages + self._messages(fields, completion), input_text
         answer: Message = {"role": "assistant", "content": self._text(fields, completion)}
         for name in REASONING:
-            if name in fields and self._text(fields, name).strip():
-                answer["reasoning_content"] = fields[name]
+            if name in fields and (reasoning := self._text(fields, name)).strip():
+                answer["reasoning_content"] = reasoning
         return [*messages, answer], input_text
 
     def _messages(self, fields: Mapping[str, Any], name: str) -> list[Message]:
         return parse_messages((self.columns or {}).get(name, name), fields[name], self.unread)
+
+
+def _is_list(value: Any) -> bool:
+    """Whether a prompt or completion is a list of messages, or its text."""
+    return looks_like_messages(value) if isinstance(value, str) else isinstance(value, list | dict)
 
 
 def parse_slice(row: dict[str, Any] | BadRowError, column: str) -> str | None:
@@ -233,7 +260,7 @@ def parse_options(where: str, options: Any) -> dict[str, Any]:
     Raises:
         BadRowError: this is not an object, or its JSON text.
     """
-    found = parse_json(options)
+    found = parse_json(where, options)
     if not isinstance(found, dict):
         raise BadRowError(
             "bad_options", f'{where} is {describe(options)}; must be an object, such as {{"enable_thinking": false}}'

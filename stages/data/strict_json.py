@@ -44,3 +44,20 @@ def _first_error(value: Any) -> BadRowError | None:
         parts = value.values() if isinstance(value, dict) else value
         return next(filter(None, map(_first_error, parts)), None)
     return value if isinstance(value, BadRowError) else None
+
+
+def parse_json(where: str, value: Any) -> Any:
+    """The value of a JSON text; other values, and texts that are not JSON, are returned unchanged.
+
+    Raises:
+        BadRowError: an object in the text has the same key twice, or a number is too large.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        found = checked(JSON.decode(value))
+    except (ValueError, RecursionError):
+        return value
+    if isinstance(found, BadRowError):
+        raise BadRowError(found.reason, f"{where}: {found}")
+    return found
