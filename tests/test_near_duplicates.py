@@ -114,6 +114,11 @@ def test_equal_questions_are_found_although_all_of_their_words_are_common(change
     assert find([question for question in sums if question != "What is 4 + 3?"], ["What is 4 + 3?"]) == [None]
 
 
+def test_whitespace_does_not_hide_a_minus() -> None:
+    assert match(["5 - 3"], ["5  -  3"])
+    assert not match(["5 - 3"], ["5 3"])
+
+
 def test_questions_without_words_match_if_they_are_equal() -> None:
     assert find(["?", "Why?", "👍"], ["??", "?", "👍🏽", "👍"]) == [None, (1.0, 0), None, (1.0, 2)]
 
@@ -133,7 +138,8 @@ def test_later_messages_are_compared_with_each_other_if_they_have_five_words() -
     assert match(["Hello!", "What is 3 + 4?"], ["Good morning!", "what is 3 + 4"])
     assert match(["Hello!", LONG + " now"], ["Good morning!", LONG])
     assert not match(["Name a lake.", "Can you shorten it?"], ["Name a river.", "Can you shorten it?"])
-    assert build(["Hi", "3 + 4?"], ["3 + 4?"]).find([["Hello", "3 + 4?"]]) == [(1.0, 2)]
+    # The third row has the question as its first message; its words are common.
+    assert build(["Hi", "3 + 4"], ["Hi", "3 + 4!"], ["3 + 4?"]).find([["Hello", "3 + 4?"]]) == [(1.0, 3)]
 
 
 def test_a_preamble_that_only_the_indexed_questions_have_is_ignored() -> None:
