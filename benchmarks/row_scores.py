@@ -206,7 +206,7 @@ def tables(results: dict[str, Any]) -> str:
         for kind, scores in result["kinds"].items():
             cells = [" / ".join(f"{value:.2f}" for value in scores[score].values()) or "–" for score in SCORES]
             lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines[1:])
 
 
 if __name__ == "__main__":

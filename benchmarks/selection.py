@@ -66,7 +66,7 @@ def main() -> None:
     }
     write_json(RESULTS, results)
     PICTURE.write_bytes(draw(results["curve"]))
-    print(tables(results))
+    print(selection_table(results["selection"]), curve_table(results["curve"]), sep="\n\n")
 
 
 def write_swapped() -> set[int]:
@@ -110,22 +110,20 @@ def compare(runs: dict[str, dict[int, pd.DataFrame]], before: str, after: str) -
     }
 
 
-def tables(results: dict[str, Any]) -> str:
-    """Markdown, for the terminal and the documentation."""
-    selection = results["selection"]
-    dropped = selection["dropped"]
+def selection_table(selection: dict[str, Any]) -> str:
+    """Markdown, for the terminal and `docs/row-scores.md`."""
     lines = ["| change | difference in test loss | 95% interval | verdict |", "|---" * 4 + "|"]
     for name, found in selection["comparisons"].items():
         lines.append(f"| {name} | {signed(found['difference'])} | {interval(found)} | {found['verdict']} |")
-    lines += [
-        "",
-        f"{selection['swapped']:,} training rows had swapped answers. {dropped['rows']:,} rows were dropped, and "
-        f"{dropped['swapped']:,} of these had swapped answers.",
-        "",
-        "| train_fraction | rows | test losses | all rows against it | verdict |",
-        "|---" * 5 + "|",
-    ]
-    for point in results["curve"]:
+    dropped = selection["dropped"]
+    counts = f"{dropped['rows']:,} rows were dropped, and {dropped['swapped']:,} of these had swapped answers."
+    return "\n".join([*lines, "", f"{selection['swapped']:,} training rows had swapped answers. {counts}"])
+
+
+def curve_table(curve: list[dict[str, Any]]) -> str:
+    """Markdown, for the terminal and `docs/learning-curves.md`."""
+    lines = ["| train_fraction | rows | test losses | all rows against it | verdict |", "|---" * 5 + "|"]
+    for point in curve:
         losses = ", ".join(f"{value:.4f}" for value in point["losses"].values())
         found = point["against all"]
         change = f"{signed(found['difference'])} ({interval(found)}) | {found['verdict']}" if found else "– | –"
