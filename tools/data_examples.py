@@ -75,7 +75,7 @@ def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> lis
     pending: list[int] = []
     for number, token_id in enumerate(ids, 1):
         pending = [*pending, token_id]
-        text = decode([*before, *pending])[len(decode(before)) :]
+        text = str(decode([*before, *pending]))[len(decode(before)) :]
         if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(pending) == 4 or number == len(ids):
             found.append((pending, text))
             before, pending = pending, []

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -13,11 +13,12 @@ from stages.data.checks import CheckTimeoutError, passes
 from stages.data.near_duplicates import MIN_ESTIMATED_SIMILARITY, THRESHOLD, band_keys, jaccard, minhash, shingles
 from stages.data.tables import ROWS_PER_GROUP, read_batches
 from stages.format import FORMATTED
+from stages.split import SPLITS
 from tools.data_tables import Tables
 
 MAX_GROUPS, MAX_SHOWN = 10, 3  # groups of a kind, and rows of each
 MAX_COMPARED = 15_000_000  # characters that are compared for near-duplicates, which take about ten seconds
-MAX_LANGUAGES, MIN_LANGUAGE_BYTES = 5000, 60  # rows; below 60 bytes, every eighth text of the demo was misjudged
+MAX_LANGUAGES, MIN_LANGUAGE_BYTES = 2000, 60  # rows; below 60 bytes, every eighth text of the demo was misjudged
 MAX_LISTED = 20  # languages
 MAX_CHECKED = 50_000  # rows whose answer is checked again
 COPIED = 0.1  # the answer's loss after its prompt ÷ its loss alone
@@ -77,23 +78,31 @@ def near_duplicates(tables: Tables) -> dict[str, Finding]:
     owners, is_first, splits = messages.index.to_numpy(), ~messages.index.duplicated(), sampled["split"].to_dict()
     num_rows = int(is_first.sum())
     note = "" if num_rows == len(used) else f"Compared: {num_rows:,} of {len(used):,} rows, chosen by a hash."
-    found: dict[str, list[tuple[list[int], Counter[str]]]] = {"across": [], "within": []}
+    found: dict[str, list[list[int]]] = {"across": [], "within": []}
     for group in similar(messages.tolist()):
-        rows = sorted({*owners[group].tolist()})
-        own = Counter(splits[row] for row in rows)
-        if len(rows) > 1 and is_first[group].any() and (len(own) > 1 or "train" in own):
-            found["across" if len(own) > 1 else "within"].append((rows, own))
-    findings = {}
-    for kind, groups in found.items():
-        groups.sort(key=lambda group: len(group[0]), reverse=True)
-        shown = []
-        for rows, own in groups[:MAX_GROUPS]:
-            firsts = [next(row for row in rows if splits[row] == split) for split in own]  # one row of each split
-            others = [row for row in rows if row not in firsts][: max(0, MAX_SHOWN - len(firsts))]
-            listed = ", ".join(f"{count:,} {split}" for split, count in own.items())
-            shown.append(Group(f"{len(rows):,} rows: {listed}", firsts + others))
-        findings[kind] = Finding(len(groups), sum(len(rows) for rows, _ in groups), shown, note)
-    return findings
+        if is_first[group].any():
+            rows = sorted({*owners[group].tolist()})
+            trained = [row for row in rows if splits[row] == "train"]
+            found["across"] += [rows] * (len({splits[row] for row in rows}) > 1)
+            found["within"] += [trained] * (len(trained) > 1)
+    return {
+        kind: Finding(
+            len(groups),
+            sum(map(len, groups)),
+            [describe_group(rows, splits) for rows in sorted(groups, key=len, reverse=True)[:MAX_GROUPS]],
+            note,
+        )
+        for kind, groups in found.items()
+    }
+
+
+def describe_group(rows: list[int], splits: Mapping[int, str]) -> Group:
+    """A group with its number of rows in each split; a row of each split is shown."""
+    counts = Counter(splits[row] for row in rows)
+    firsts = [next(row for row in rows if splits[row] == split) for split in SPLITS if split in counts]
+    others = [row for row in rows if row not in firsts][: max(0, MAX_SHOWN - len(firsts))]
+    listed = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if split in counts)
+    return Group(f"{len(rows):,} rows: {listed}", firsts + others)
 
 
 def similar(texts: Sequence[str]) -> list[list[int]]:

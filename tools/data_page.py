@@ -24,14 +24,14 @@ from stages.runtime.text import printable
 from stages.split import METRICS as SPLIT_METRICS
 from tools import data_findings as findings
 from tools.data_examples import choose_examples, describe_cut, show_tokens
-from tools.data_tables import LOCATION, SCORES, Tables, read_tables, take_raw, take_rows
+from tools.data_tables import LOCATION, SCORES, SHOWN, TOKENS, Tables, read_tables, take_raw, take_rows
 
 PAGE, SOURCE = Path("data.html"), Path("data/source.json")
 STAGES = ("download_dataset", "download_model", "format", "split")  # the page shows their results
 NUM_BARS = 40  # of a histogram
 MAX_LINES = 100  # of a table, such as sources and slices
 NUM_CUTS, NUM_REJECTED = 3, 2  # truncated rows; rejected rows per reason
-KEPT_SHARES = (0.95, 0.99, 1.0)
+KEPT_SHARES = (0.95, 0.99, 1.0)  # of the examples
 
 
 def main() -> None:
@@ -67,9 +67,8 @@ def collect(tables: Tables, max_length: int) -> dict[str, Any]:
     cut = lengths[used.index[used["truncated"]]].sort_values(ascending=False, kind="stable").index[:NUM_CUTS]
     groups = [group for finding in (*found.values(), languages.mixed) for group in finding.groups]
     shown = [row for group in groups for row in group.rows] + [row for _, _, row in languages.counts]
-    rows = take_rows([*shown, *examples, *cut])
+    rows, whole = take_rows(shown, SHOWN), take_rows([*examples, *cut], SHOWN + TOKENS)
     tokenizer = load_tokenizer()
-    quantiles = np.quantile(lengths, KEPT_SHARES, method="inverted_cdf").astype(int).tolist()
     num_truncated = len(tables.rows[tables.rows["truncated"]].drop_duplicates(LOCATION))
     context = {
         "origins": count_origins(tables),
@@ -77,17 +76,16 @@ def collect(tables: Tables, max_length: int) -> dict[str, Any]:
         "source": read_json(SOURCE),
         "split": read_json(SPLIT_METRICS),
         "max_length": max_length,
-        "num_examples": len(tables.rows),
         "num_truncated": num_truncated,
         "num_too_long": int((tables.rejected["reason"] == "prompt_too_long").sum()),
-        "kept": list(zip(KEPT_SHARES, quantiles, strict=True)),
+        "kept": lengths_that_keep(lengths),
         "histograms": {
             "prompt and answer": histogram(lengths, max_length),
             "prompt": histogram(tables.rows["prompt_tokens"], max_length),
             "answer": histogram(tables.rows["answer_tokens"], max_length),
         },
-        "cuts": [describe_cut(tokenizer, rows[row], int(lengths[row])) for row in cut],
-        "examples": [show_tokens(tokenizer, rows[row], kinds) for row, kinds in examples.items()],
+        "cuts": [describe_cut(tokenizer, whole[row], int(lengths[row])) for row in cut],
+        "examples": [show_tokens(tokenizer, whole[row], kinds) for row, kinds in examples.items()],
         "languages": languages,
         "found": found,
         "rows": rows,
@@ -161,6 +159,12 @@ def rejected_reasons(rejected: pd.DataFrame) -> list[dict[str, Any]]:
         }
         for reason, count in rejected["reason"].value_counts().items()
     ]
+
+
+def lengths_that_keep(lengths: pd.Series) -> list[tuple[float, int]]:
+    """For each of `KEPT_SHARES`, the smallest `max_length` with which at least this share of the examples is whole."""
+    quantiles = np.quantile(lengths, KEPT_SHARES, method="inverted_cdf").astype(int).tolist()
+    return list(zip(KEPT_SHARES, quantiles, strict=True))
 
 
 def histogram(lengths: pd.Series, max_length: int) -> dict[str, Any]:

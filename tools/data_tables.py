@@ -19,7 +19,7 @@ from stages.split import SPLITS
 LOCATION = ["source", "source_row"]
 NUMBERS = ["example_id", *LOCATION, "slice", "truncated", "prompt_tokens", "answer_tokens"]
 TEXTS = ["prompt", "response", "questions"]
-SHOWN = [*LOCATION, "prompt", "response", "input_ids", "labels"]
+SHOWN, TOKENS = [*LOCATION, "prompt", "response"], ["input_ids", "labels"]
 MAX_SAMPLE = 50_000  # rows whose texts are compared; the page says so if there are more
 MAX_TEXT = 2000  # characters of each of these texts
 SCORES = Path("data/train_scores.parquet")
@@ -128,8 +128,8 @@ def read_scores(rows: pd.DataFrame) -> pd.DataFrame | None:
     return scores[scores["position"].notna()].astype({"position": int}) if len(scores) else None
 
 
-def take_rows(positions: Iterable[int]) -> dict[int, dict[str, Any]]:
-    """The rows at some positions of the formatted table, with `SHOWN`. Other row groups are not read."""
+def take_rows(positions: Iterable[int], columns: list[str]) -> dict[int, dict[str, Any]]:
+    """The rows at some positions of the formatted table. Row groups without them are not read."""
     wanted, found, start = sorted(set(positions)), dict[int, dict[str, Any]](), 0
     for shard in shards(FORMATTED):
         with user_errors(shard), pq.ParquetFile(shard) as file:
@@ -137,7 +137,7 @@ def take_rows(positions: Iterable[int]) -> dict[int, dict[str, Any]]:
                 end = start + file.metadata.row_group(group).num_rows
                 own = [position for position in wanted if start <= position < end]
                 if own:
-                    table = file.read_row_group(group, SHOWN).take([position - start for position in own])
+                    table = file.read_row_group(group, columns).take([position - start for position in own])
                     found |= zip(own, table.to_pylist(), strict=True)
                 start = end
     return found
