@@ -1,7 +1,9 @@
 """`make data`: what the page finds in the data, and the page in a real browser."""
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from tests.test_vote_page import BROWSER
 from tools import data_findings
 from tools.data_examples import token_texts
 from tools.data_findings import similar
-from tools.data_page import collect, histogram, lengths_that_keep, render
+from tools.data_page import collect, histogram, lengths_that_keep, main, render
 from tools.data_tables import SCORES, read_tables, take_rows
 
 HOSTILE = "</script><img src=x onerror=document.title=1>\u202e\x1b[31m{{ 7 * 7 }}"
@@ -334,32 +336,36 @@ def test_the_page_in_a_browser(project: Path, tiny_model: Path) -> None:
 
 
 @pytest.mark.subprocess
-def test_the_command_shows_the_changes_against_a_revision(ran: Path, tmp_path: Path) -> None:
+def test_the_command_shows_the_changes_against_a_revision(
+    ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     clone = copy_clone(ran, tmp_path / "clone")
-    command = ("python", "-m", "tools.data_page")
-    assert "outdated" not in run(clone, *command).stdout
-    assert "Changes since" not in (clone / "data.html").read_text(encoding="utf-8")
+    monkeypatch.chdir(clone)
+
+    def make(*arguments: str) -> tuple[str, str]:
+        """What the command prints, and the section of the page with the changes."""
+        monkeypatch.setattr(sys, "argv", ["data_page", *arguments])
+        main()
+        return capsys.readouterr().out, Path("data.html").read_text(encoding="utf-8").partition("Changes since main")[2]
+
+    printed, changes = make()
+    assert ("outdated" in printed, changes) == (False, "")
     assert run(clone, "git", "status", "--porcelain").stdout == ""
 
-    file = clone / "data/instructions.jsonl"
+    file = Path("data/instructions.jsonl")
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     changed = json.loads(lines[0]) | {"output": f"Another answer. {HOSTILE}"}
     file.write_text(json.dumps(changed) + "\n" + "".join(lines[2:]), encoding="utf-8")
     run_pipeline(clone, "download_dataset", "format", "split")
-    printed = run(clone, *command, "--base", "main").stdout
+    printed, changes = make("--base", "main")
     assert "outdated          download_dataset, format, split" in printed
-    text = (clone / "data.html").read_text(encoding="utf-8")
-    changes = text[text.index("Changes since main") :]
-    assert "<h3>edited</h3>" in changes
-    assert "<h3>removed</h3>" in changes
-    assert "<h3>added</h3>" not in changes
     assert "Another answer. &lt;/script&gt;" in changes
+    assert re.findall("<h3>(.+)</h3>", changes) == ["removed", "edited"]
 
-    shutil.rmtree(clone / ".dvc/cache")
-    run(clone, *command, "--base", "main")
-    changes = (clone / "data.html").read_text(encoding="utf-8").partition("Changes since main")[2]
+    shutil.rmtree(".dvc/cache")
+    _, changes = make("--base", "main")
     assert "data/train.parquet (not in the cache, and there is no remote)" in changes
     assert "before" not in changes
 
-    failed = run(clone, *command, "--base", "nope", check=False)
-    assert (failed.returncode, "Traceback" in failed.stderr) == (1, False)
+    with pytest.raises(UserError, match="unknown Git revision 'nope'"):
+        make("--base", "nope")
