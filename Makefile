@@ -16,7 +16,9 @@ PYTEST := OMP_NUM_THREADS=1 pytest --numprocesses $(shell $(PYTHON) -c 'import o
 	--dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help start update repro review vote chat export lm-eval publish test test-fast lint check-lock audit chaos architectures templates clean bench scaling verdicts
+.PHONY: help start update repro data review vote chat export lm-eval publish test test-fast lint check-lock audit chaos architectures templates clean bench scaling verdicts
+# `make data` compares with BASE only if it is given.
+DATA_BASE := $(if $(filter-out undefined,$(origin BASE)),--base "$$BASE")
 # `make review` compares BASE with REV; each is a branch, a commit, an experiment or the workspace.
 BASE ?= main
 REV ?= workspace
@@ -42,6 +44,9 @@ repro: $(INSTALLED)  ## run the stages that changed
 	dvc repro
 	@echo "Disk used by results and checkpoints (how to free it: README, Disk):"
 	@du -sh .dvc/cache .scratch 2>/dev/null || true  # one of them may be missing
+
+data: $(INSTALLED)  ## write data.html, a page that shows the data: what is rejected, cut, repeated or wrong; BASE=main adds its changes
+	python -m tools.data_page $(DATA_BASE)
 
 review: $(INSTALLED)  ## compare with BASE=main: what changed, is it significant, do the gates pass
 	python -m review "$$BASE" "$$REV"

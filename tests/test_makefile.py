@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("target", "extras"),
     [
-        ("repro review vote chat publish check-lock clean verdicts", []),
+        ("repro data review vote chat publish check-lock clean verdicts", []),
         ("export", ["export"]),
         ("lm-eval", ["lm-eval"]),
         ("bench", ["bench"]),
@@ -73,6 +73,16 @@ def test_variables_are_never_expanded(folder: Path, given: str) -> None:
         *("<-m>", "<tools.export>", "<--quant>", f"<{LITERAL}>"),
     ]
     assert not (folder / "pwned").exists()
+
+
+@pytest.mark.subprocess
+def test_data_is_compared_only_if_base_is_given(folder: Path) -> None:
+    def command(*arguments: str, **env: str) -> str:
+        return run(folder, "make", "--dry-run", *arguments, "data", **env).stdout.splitlines()[-1].strip()
+
+    assert command() == "python -m tools.data_page"
+    assert command("BASE=main") == 'python -m tools.data_page --base "$BASE"'
+    assert command(BASE="main") == 'python -m tools.data_page --base "$BASE"'
 
 
 @pytest.mark.subprocess

@@ -1,0 +1,214 @@
+"""What `make data` looks for in the data: repetitions, contradictions, near-duplicates, languages, checks, scores."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+
+from stages.data.checks import CheckTimeoutError, passes
+from stages.data.near_duplicates import MIN_ESTIMATED_SIMILARITY, THRESHOLD, band_keys, jaccard, minhash, shingles
+from stages.data.tables import ROWS_PER_GROUP, read_batches
+from stages.format import FORMATTED
+from stages.split import SPLITS
+from tools.data_tables import Tables
+
+MAX_GROUPS, MAX_SHOWN = 10, 3  # groups of a kind, and rows of each
+MAX_COMPARED = 15_000_000  # characters that are compared for near-duplicates, which take about ten seconds
+MAX_LANGUAGES, MIN_LANGUAGE_BYTES = 2000, 60  # rows; below 60 bytes, every eighth text of the demo was misjudged
+MAX_LISTED = 20  # languages
+MAX_CHECKED = 50_000  # rows whose answer is checked again
+COPIED = 0.1  # the answer's loss after its prompt ÷ its loss alone
+EARLY_END = 3.0  # nats above the median loss of the EOS token
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that belong together. rows: the positions of some of them; title: what they are."""
+
+    title: str
+    rows: list[int]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The largest groups of a kind. count: how many there are; rows: how many rows they have; note: what was read."""
+
+    count: int = 0
+    num_rows: int = 0
+    groups: list[Group] = field(default_factory=list)
+    note: str = ""
+
+
+def repeated_answers(rows: pd.DataFrame) -> Finding:
+    """Answers that several rows have."""
+    sizes = rows.groupby("answer_key", sort=False).size()
+    repeated = sizes[sizes > 1].sort_values(ascending=False, kind="stable")
+    groups = []
+    for key, size in repeated.head(MAX_GROUPS).items():
+        own = rows[rows["answer_key"] == key]
+        groups.append(Group(f"{size:,} rows", own.index[:MAX_SHOWN].tolist()))
+    return Finding(len(repeated), int(repeated.sum()), groups)
+
+
+def contradictions(rows: pd.DataFrame) -> Finding:
+    """Equal prompts, including the messages before the question, that have different answers."""
+    answers = rows.groupby("prompt_key", sort=False)["answer_key"].agg(["size", "nunique"])
+    found = answers[answers["nunique"] > 1].sort_values("nunique", ascending=False, kind="stable")
+    groups = []
+    for key, (size, number) in found.head(MAX_GROUPS).iterrows():
+        own = rows[rows["prompt_key"] == key].drop_duplicates("answer_key")
+        groups.append(Group(f"{size:,} rows, {number:,} different answers", own.index[:MAX_SHOWN].tolist()))
+    return Finding(len(found), int(found["size"].sum()), groups)
+
+
+def near_duplicates(tables: Tables) -> dict[str, Finding]:
+    """Groups of similar questions across splits, and within the training split.
+
+    Every user message of a conversation is compared. A group in which no conversation begins with such a message, such
+    as "Thanks, go on", is not one.
+    """
+    used = tables.used
+    sampled = used[used.index.isin([*tables.sample])].sort_values("example_id")
+    messages = pd.Series({row: tables.sample[row][0] for row in sampled.index}, dtype=object).explode()
+    messages = messages[messages.str.len().cumsum() <= MAX_COMPARED]
+    owners, is_first, splits = messages.index.to_numpy(), ~messages.index.duplicated(), sampled["split"].to_dict()
+    num_rows = int(is_first.sum())
+    note = "" if num_rows == len(used) else f"Compared: {num_rows:,} of {len(used):,} rows, chosen by a hash."
+    found: dict[str, list[list[int]]] = {"across": [], "within": []}
+    for group in similar(messages.tolist()):
+        if is_first[group].any():
+            rows = sorted({*owners[group].tolist()})
+            trained = [row for row in rows if splits[row] == "train"]
+            found["across"] += [rows] * (len({splits[row] for row in rows}) > 1)
+            found["within"] += [trained] * (len(trained) > 1)
+    return {
+        kind: Finding(
+            len(groups),
+            sum(map(len, groups)),
+            [describe_group(rows, splits) for rows in sorted(groups, key=len, reverse=True)[:MAX_GROUPS]],
+            note,
+        )
+        for kind, groups in found.items()
+    }
+
+
+def describe_group(rows: list[int], splits: Mapping[int, str]) -> Group:
+    """A group with its number of rows in each split; a row of each split is shown."""
+    counts = Counter(splits[row] for row in rows)
+    firsts = [next(row for row in rows if splits[row] == split) for split in SPLITS if split in counts]
+    others = [row for row in rows if row not in firsts][: max(0, MAX_SHOWN - len(firsts))]
+    listed = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if split in counts)
+    return Group(f"{len(rows):,} rows: {listed}", firsts + others)
+
+
+def similar(texts: Sequence[str]) -> list[list[int]]:
+    """Groups of two or more texts of which each is a near-duplicate of another one in its group.
+
+    Unlike in the index of the evaluated prompts, frequent words count, because a user sees a false group, but not that
+    one is missing.
+    """
+    from scipy.cluster.hierarchy import DisjointSet
+
+    starts = range(0, len(texts), ROWS_PER_GROUP)
+    parts = [minhash([shingles(text) for text in texts[start : start + ROWS_PER_GROUP]]) for start in starts]
+    if not parts:
+        return []
+    signatures, content = np.concatenate(parts), lru_cache(2**14)(lambda number: shingles(texts[number]))
+    groups = DisjointSet(range(len(texts)))
+    for keys in band_keys(signatures):
+        order = keys.argsort(kind="stable")
+        bucket = np.cumsum(np.diff(keys[order], prepend=keys[order[:1]]) != 0)
+        firsts = order[np.searchsorted(bucket, bucket)]
+        # Each text is compared with the first one and the previous one that have the same key: not all pairs, whose
+        # number is quadratic.
+        for others in (firsts, np.roll(order, 1)):
+            is_pair = (keys[others] == keys[order]) & (others != order)
+            equal = (signatures[others].astype(np.uint8) == signatures[order].astype(np.uint8)).mean(axis=1)
+            likely = is_pair & (equal >= MIN_ESTIMATED_SIMILARITY)
+            for one, other in zip(others[likely].tolist(), order[likely].tolist(), strict=True):
+                if (
+                    not groups.connected(one, other)
+                    and content(one)
+                    and jaccard(content(one), content(other)) >= THRESHOLD
+                ):
+                    groups.merge(one, other)
+    return [sorted(group) for group in groups.subsets() if len(group) > 1]
+
+
+@dataclass(frozen=True)
+class Languages:
+    """Languages of answers, and the rows whose last question has another one.
+
+    counts: for the most frequent languages, the code, the number of rows, and the position of one.
+    """
+
+    counts: list[tuple[str, int, int]]
+    mixed: Finding
+    num_rows: int
+    num_short: int
+
+
+def languages(tables: Tables) -> Languages:
+    import py3langid
+
+    def classify(text: str) -> str | None:
+        return py3langid.classify(text)[0] if len(text.encode()) >= MIN_LANGUAGE_BYTES else None
+
+    used = {*tables.used.index}
+    positions = [position for position in sorted(tables.sample) if position in used]
+    # Evenly spaced, because sources can follow each other.
+    positions = positions[:: len(positions) // MAX_LANGUAGES + 1]
+    answers = {row: classify(tables.sample[row][1]) for row in positions}
+    first = {language: row for row, language in reversed(answers.items())}
+    counts = Counter(language for language in answers.values() if language)
+    questions = {row: classify(tables.sample[row][0][-1]) for row, language in answers.items() if language}
+    differ = [row for row, language in questions.items() if language and language != answers[row]]
+    shown = [Group(f"question: {questions[row]}, answer: {answers[row]}", [row]) for row in differ[:MAX_GROUPS]]
+    listed = [(language, count, first[language]) for language, count in counts.most_common(MAX_LISTED)]
+    return Languages(listed, Finding(len(differ), len(differ), shown), len(positions), len(positions) - counts.total())
+
+
+def failing_checks(count: int) -> Finding:
+    """Rows whose own answer fails their check. count: as `format` has counted them."""
+    groups: list[Group] = []
+    start = num_checked = 0
+    for batch in read_batches(FORMATTED, ["check", "response"]) if count else ():
+        for row, (check, response) in enumerate(
+            zip(batch["check"].to_pylist(), batch["response"].to_pylist(), strict=True)
+        ):
+            if check is not None:
+                num_checked += 1
+                if not is_right(check, response):
+                    groups.append(Group(f"check: {check:.300}", [start + row]))
+        start += len(batch)
+        if len(groups) >= min(count, MAX_GROUPS) or num_checked >= MAX_CHECKED:
+            break
+    return Finding(count, count, groups[:MAX_GROUPS])
+
+
+def is_right(check: str, answer: str) -> bool:
+    try:
+        return passes(json.loads(check), answer)
+    except CheckTimeoutError:
+        return False
+
+
+def score_ends(scores: pd.DataFrame) -> dict[str, Finding]:
+    """The training rows at each end of the scores: how many are beyond the limit, and the furthest ones."""
+    ratio = scores["loss"] / scores["unconditional_loss"]
+    late = scores["eos_loss"] - scores["eos_loss"].median()
+    kinds = {
+        "independent": (scores["pmi"], scores["pmi"] <= 0, "PMI {:.2f} nats", scores["pmi"]),
+        "copied": (ratio, ratio <= COPIED, "loss ratio {:.3f}", ratio),
+        "early end": (-late, late >= EARLY_END, "EOS loss {:.2f} nats", scores["eos_loss"]),
+    }
+    found = {}
+    for kind, (order, is_beyond, title, values) in kinds.items():
+        ends = order.dropna().sort_values(kind="stable").index[:MAX_GROUPS]
+        groups = [Group(title.format(values[row]), [int(scores["position"][row])]) for row in ends]
+        found[kind] = Finding(int(is_beyond.sum()), int(is_beyond.sum()), groups)
+    return found
