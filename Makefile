@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 pytest --numprocesses $(shell $(PYTHON) -c 'import o
 	--dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help start update repro data review vote chat export lm-eval publish test test-fast lint check-lock audit chaos architectures templates clean bench scaling verdicts
+.PHONY: help start update repro data review vote chat export lm-eval publish test test-fast lint check-lock audit chaos architectures templates clean bench scaling row-scores selection verdicts
 # `make data` compares with BASE only if it is given.
 DATA_BASE := $(if $(filter-out undefined,$(origin BASE)),--base "$$BASE")
 # `make review` compares BASE with REV; each is a branch, a commit, an experiment or the workspace.
@@ -113,6 +113,16 @@ scaling: .venv/installed-bench  ## measure the data stages up to a million rows 
 	python -m stages.runtime.preflight
 	dvc repro split
 	python -m benchmarks.scaling
+
+row-scores: $(INSTALLED)  ## measure how well the scores of training rows find bad ones: DATA=mine.json (10 min)
+	python -m stages.runtime.preflight
+	dvc repro download_model
+	python -m benchmarks.row_scores $(if $(DATA),"$$DATA")
+
+selection: $(INSTALLED)  ## train without bad rows and on parts of the data: 18 runs (45 min)
+	python -m stages.runtime.preflight
+	dvc repro split
+	python -m benchmarks.selection
 
 verdicts: $(INSTALLED)  ## validate the verdicts of reviews by simulation and on real runs (75 min)
 	python -m stages.runtime.preflight
