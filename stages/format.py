@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from stages.data.checks import CheckTimeoutError, passes
@@ -80,8 +81,14 @@ def format_shard(params: FormatParams, formatted: Path, number: int, raw: Path) 
     return counts, all_rejected
 
 
-def format_batch(batch: pa.Table, template: Template, params: FormatParams) -> FormattedBatch:
-    """Parse, render, tokenize and mask a batch of raw rows."""
+def render_batch(
+    batch: pa.Table, template: Template, params: FormatParams
+) -> tuple[Formatted, npt.NDArray[np.int64], dict[int, BadRowError]]:
+    """Parse, render, tokenize and mask a batch of raw rows.
+
+    Returns:
+        The examples; the row of each, int64 (examples,); and the errors of the other rows, by their index.
+    """
     conversations: dict[int, Conversation] = {}
     errors: dict[int, BadRowError] = {}
     for index, row in enumerate(batch.to_pylist()):
@@ -93,8 +100,13 @@ def format_batch(batch: pa.Table, template: Template, params: FormatParams) -> F
     with user_errors("models/tokenizer", "its tokenizer can't encode this text: use another model"):
         formatted = template.format(list(conversations.values()), params.max_length)
     errors |= {indices[row]: error for row, error in formatted.errors.items()}
+    return formatted, np.array([indices[example.row] for example in formatted.examples], np.int64), errors
+
+
+def format_batch(batch: pa.Table, template: Template, params: FormatParams) -> FormattedBatch:
+    """The examples of a batch of raw rows, and the rows that are rejected."""
+    formatted, rows, errors = render_batch(batch, template, params)
     encoded = formatted.encoded
-    rows = np.array([indices[example.row] for example in formatted.examples], np.int64)
     fits = encoded.lengths > 0
     for index in set(rows.tolist()) - set(rows[fits].tolist()):
         detail = f"the prompt leaves no room for a response in max_length = {params.max_length}"

@@ -58,6 +58,8 @@ def main() -> None:
         from stages.engine.distributed import init_distributed
 
         context = init_distributed()
+        if context.sharded:
+            print(f"Launcher: {params.launcher}: {context}")
         if context.is_needed_for_inference:
             rows = score_training_rows(params, context)
         context.shutdown()

@@ -26,7 +26,6 @@ def test_a_stage_sees_only_its_own_parameters(project: Path) -> None:
         "split_seed": 7,
         "drop_near_duplicates": False,
         "train_fraction": 1.0,
-        "score_rows": False,
         "drop_worst_fraction": 0.0,
     }
     with pytest.raises(AttributeError):

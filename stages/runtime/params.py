@@ -83,6 +83,12 @@ class SplitFractions(StageParams):
 class SplitParams(SplitFractions):
     drop_near_duplicates: bool
     train_fraction: PositiveFraction
+    drop_worst_fraction: Fraction
+
+
+class SelectionParams(StageParams):
+    """Rows can be dropped by their scores only if there are scores."""
+
     score_rows: bool
     drop_worst_fraction: Fraction
 
@@ -212,6 +218,7 @@ STAGES: tuple[type[StageParams], ...] = (
     FormatParams,
     ScoreRowsParams,
     SplitParams,
+    SelectionParams,
     TrainParams,
     PredictParams,
     ReplicateParams,
