@@ -126,9 +126,9 @@ def test_max_examples_takes_the_first_rows(project: Path) -> None:
         ('{"instruction": "A"}', "missing_field", f"'output' is missing; {ALLOWED}"),
         ('{"output": "b"}', "missing_field", f"'instruction' is missing; {ALLOWED}"),
         ('{"instruction": "A", "output": null}', "missing_field", f"'output' is missing; {ALLOWED}"),
-        ('{"instruction": "A", "output": 5}', "not_text", "'output' is int 5; must be text"),
+        ('{"instruction": "A", "output": {}}', "not_text", "'output' is dict {}; must be text"),
         ('{"instruction": ["A"], "output": "b"}', "not_text", "'instruction' is list ['A']; must be text"),
-        ('{"instruction": "A", "input": true, "output": "b"}', "not_text", "'input' is bool True; must be text"),
+        ('{"instruction": "A", "input": [], "output": "b"}', "not_text", "'input' is list []; must be text"),
         ('["A", "b"]', "not_an_object", f"found list ['A', 'b']; {ALLOWED}"),
         ('"A"', "not_an_object", f"found str 'A'; {ALLOWED}"),
         (
