@@ -27,6 +27,7 @@ class Hub:
     gated: repositories for which the server returns 401 with the Hub's code for gated ones.
     owners: those in whose name repositories can be created; others get 403.
     interruptions: by file name, how many of the next transfers are interrupted halfway.
+    faults: by a part of the path, the status, headers and body of the answer; status 0 is no answer.
     requests: method and path of each request, with its Range header if there is one.
     """
 
@@ -36,6 +37,7 @@ class Hub:
     gated: set[str] = field(default_factory=set)
     owners: set[str] = field(default_factory=set)
     interruptions: dict[str, int] = field(default_factory=dict)
+    faults: dict[str, tuple[int, dict[str, str], bytes]] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
 
     def add(self, repo: str, files: dict[str, bytes]) -> None:
@@ -112,7 +114,13 @@ def serve(root: Path, port: int) -> Iterator[Hub]:
         def respond(self, body: dict[str, Any]) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append(f"{self.command} {path} {self.headers.get('Range') or ''}".strip())
-            if path.startswith("/api/"):
+            if fault := next((fault for part, fault in hub.faults.items() if part in path), None):
+                status, headers, content = fault
+                if status:
+                    self.body(status, content, headers)
+                else:
+                    self.connection.recv(1)  # until the client closes the connection
+            elif path.startswith("/api/"):
                 self.api(path.removeprefix("/api/"), body)
             else:
                 repo, _, rest = path.removeprefix("/").partition("/resolve/")
@@ -190,9 +198,8 @@ def serve(root: Path, port: int) -> Iterator[Hub]:
 
         def body(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            for name, value in (headers or {}).items():
+            defaults = {"Content-Type": "application/json", "Content-Length": str(len(content))}
+            for name, value in (defaults | (headers or {})).items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":

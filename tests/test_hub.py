@@ -27,7 +27,11 @@ JSONL = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
 @pytest.fixture(autouse=True)
-def _empty_cache() -> None:
+def _new_cache() -> None:
+    empty_cache()
+
+
+def empty_cache() -> None:
     for path in Path(HF_HOME).iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -113,7 +117,7 @@ def test_a_dataset_that_does_not_exist_is_an_error(project: Path, hub: Hub) -> N
     edit(project, dataset_name="acme/none")
     assert failure(run_stage("download_dataset")) == (
         f"error: dataset_name: 'acme/none' is not on the Hub at {hub.url}, or it is private; "
-        "check the id, or log in with `hf auth login` or HF_TOKEN"
+        "check the id, or log in with `hf auth login` or set HF_TOKEN (answer: 401 Repository not found)"
     )
     assert not (project / "data/raw.parquet").exists()
 
@@ -122,7 +126,7 @@ def test_a_model_that_does_not_exist_is_an_error(project: Path, hub: Hub) -> Non
     edit(project, model_name="acme/none")
     assert failure(run_stage("download_model")) == (
         f"error: model_name: 'acme/none' is not on the Hub at {hub.url}, or it is private; "
-        "check the id, or log in with `hf auth login` or HF_TOKEN"
+        "check the id, or log in with `hf auth login` or set HF_TOKEN (answer: 401 Repository not found)"
     )
 
 
@@ -131,9 +135,10 @@ def test_the_error_of_a_gated_repository_says_how_to_get_access(project: Path, h
     hub.add(f"{kind}s/acme/gated", {"a.json": b"{}"})
     hub.gated.add(f"{kind}s/acme/gated")
     edit(project, **{f"{kind}_name": "acme/gated"})
+    page = f"{hub.url}/{'datasets/' * (kind == 'dataset')}acme/gated"
     assert failure(run_stage(stage)) == (
-        f"error: {kind}_name: 'acme/gated' is gated; accept its conditions at {hub.url}/acme/gated, "
-        "then log in with `hf auth login` or set HF_TOKEN"
+        f"error: {kind}_name: 'acme/gated' is gated; accept its conditions at {page}, then log in with `hf auth login` "
+        f"or set HF_TOKEN (answer: 401 Access to {kind}s/acme/gated is restricted)"
     )
 
 
@@ -143,7 +148,7 @@ def test_a_revision_that_does_not_exist_is_an_error(project: Path, hub: Hub, kin
     edit(project, **{f"{kind}_name": "acme/one", f"{kind}_revision": "v9"})
     assert failure(run_stage(stage)) == (
         f"error: {kind}_name: 'acme/one' has no revision 'v9'; "
-        f"set {kind}_revision to one of its branches, tags or commits"
+        f"set {kind}_revision to one of its branches, tags or commits (answer: 404 Invalid rev id: v9)"
     )
 
 

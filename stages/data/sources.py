@@ -190,43 +190,26 @@ def open_hub(
     Raises:
         UserError: the dataset can't be downloaded or read, or lacks a column.
     """
-    import datasets
-    from huggingface_hub import HfApi
-
+    from stages.data.hub_datasets import load
     from stages.runtime.hub import hub_errors
 
     where = f"dataset_name: {name!r}"
     if Path(name).exists():  # load_dataset would prefer the local path to the Hub
         raise UserError(f"{where} is also a local path; rename that path, or set dataset_file to a file")
     with user_errors(where, OTHER_DATASET), hub_errors("dataset_name", name, revision):
-        info = HfApi().dataset_info(name, revision=revision)
-        try:
-            dataset = datasets.load_dataset(
-                name, subset, revision=info.sha, split=split, data_files=data_files, streaming=streaming
-            )
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise error.__cause__ or error from None  # the cause has the reason
-        except ValueError as error:
-            if subset is None and "Config name is missing" not in str(error):
-                raise
-            subsets = datasets.get_dataset_config_names(name, revision=info.sha)
-            if subset in subsets:
-                raise
-            found = f"has no subset {subset!r}" if subset else "has several subsets"
-            raise UserError(
-                f"{where} {found}; set its subset (dataset_subset) to one of {', '.join(subsets)}"
-            ) from None
-        license_id = info.card_data.get("license") if info.card_data else None
-        license_id = ", ".join(map(str, license_id)) if isinstance(license_id, list) else license_id
+        dataset, commit, license_id = load(name, revision, subset, split, data_files, streaming)
     if dataset.column_names is not None:  # a stream may not know them
         parser.require_columns(name, dataset.column_names)
+    license_id = ", ".join(map(str, license_id)) if isinstance(license_id, list) else license_id
     license_id = license_id and printable(str(license_id))
-    metadata = {"source": name, "subset": subset, "split": split, "revision": info.sha, "licence": license_id}
+    metadata = {"source": name, "subset": subset, "split": split, "revision": commit, "licence": license_id}
     details = [detail for detail in (subset, data_files, split if split != "train" else None) if detail]
     label = f"{name} ({', '.join(details)})" if details else name
-    return Source(label, lambda: _hub_rows(where, dataset), metadata, parser, use)
+    return Source(label, lambda: _hub_rows(name, revision, dataset), metadata, parser, use)
 
 
-def _hub_rows(where: str, dataset: Iterable[dict[str, Any]]) -> Iterator[Row]:
-    with user_errors(where, OTHER_DATASET):
+def _hub_rows(name: str, revision: str | None, dataset: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    from stages.runtime.hub import hub_errors
+
+    with user_errors(f"dataset_name: {name!r}", OTHER_DATASET), hub_errors("dataset_name", name, revision):
         yield from enumerate(map(without_nulls, dataset), 1)

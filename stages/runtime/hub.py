@@ -1,55 +1,79 @@
-"""Turn Hub client errors into user errors."""
+"""Find commits on the Hub or in the client's cache, and turn Hub client errors into user errors."""
 
+import os
+import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
+from traceback import walk_tb
+from typing import TypeAlias
 
-from httpx2 import HTTPError
-from huggingface_hub import constants
+import httpx2
+from huggingface_hub import HfApi, constants, get_token, is_offline_mode, set_client_factory
 from huggingface_hub.errors import (
-    GatedRepoError,
+    DisabledRepoError,
+    FileMetadataError,
     HfHubHTTPError,
     HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
+    RemoteEntryNotFoundError,
+)
+from huggingface_hub.utils._http import default_client_factory, parse_ratelimit_headers
+
+from stages.runtime.errors import UserError, describe_reason, is_out_of_memory
+from stages.runtime.text import printable, without_secrets
+
+Answer: TypeAlias = HfHubHTTPError | httpx2.HTTPStatusError
+CONNECTION_ERRORS = (httpx2.HTTPError, FileMetadataError, ConnectionError)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+TOKEN_VARIABLES = ("HF_OIDC_RESOURCE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # in the client's order
+# The client's modules that send requests. Its others parse files, such as the card: those errors are the repository's.
+CLIENT = re.compile(
+    r"huggingface_hub\.(file_download|hf_api|hf_file_system|_snapshot_download|utils\._(auth|http|headers))"
 )
 
-from stages.runtime.errors import UserError
+
+def resolve_commit(repo_type: str, repo_id: str, revision: str | None) -> str:
+    """The commit of a revision on the Hub; from the cache if HF_HUB_OFFLINE is set."""
+    api, offline = HfApi(), is_offline_mode()
+    try:
+        if not (offline or COMMIT.fullmatch(revision or "")):  # `resolve_revision` would use the cache if this fails
+            api.repo_info(repo_id, repo_type=repo_type, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        resolved = api.resolve_revision(repo_id, repo_type=repo_type, revision=revision, local_files_only=offline)
+    except JSONDecodeError:
+        raise httpx2.ProxyError("the answer is not JSON") from None
+    return resolved.resolved
 
 
 @contextmanager
 def hub_errors(parameter: str, repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn the Hub client's errors into a `UserError` that names the parameter to change.
+    """Turn the Hub client's errors into a `UserError` that names the fault and what to do.
 
     Args:
         parameter: `dataset_name` or `model_name`.
     """
     kind = parameter.removesuffix("_name")
     where = f"{parameter}: {repo_id!r}"
+    _check_token(where)
+    set_client_factory(_client)
     try:
         yield
-    except GatedRepoError:
-        raise UserError(
-            f"{where} is gated; accept its conditions at {constants.ENDPOINT}/{repo_id}, "
-            "then log in with `hf auth login` or set HF_TOKEN"
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"{where} is not on the Hub at {constants.ENDPOINT}, or it is private; "
-            "check the id, or log in with `hf auth login` or HF_TOKEN"
-        ) from None
-    except RevisionNotFoundError:
-        raise UserError(
-            f"{where} has no revision {revision!r}; set {kind}_revision to one of its branches, tags or commits"
-        ) from None
     except HFValidationError as error:
         raise UserError(f"{where} is neither a local folder nor a Hub id like owner/name: {error}") from None
-    except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+    except Exception as error:
+        if (fault := _find_fault(error)) is None:
+            raise
+        page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{repo_id}"
+        if isinstance(fault, Answer):
+            raise UserError(f"{where} {_describe_answer(fault, kind, page, revision)}") from None
+        if is_offline_mode():
+            raise UserError(
+                f"{where}: revision {revision or 'main'!r} is not complete in the cache {constants.HF_HUB_CACHE}, and "
+                f"HF_HUB_OFFLINE is set; unset it and run again, or use a local {kind}"
+            ) from None
         raise UserError(
-            f"{where}: the connection to the Hub at {constants.ENDPOINT} failed ({reason}); "
-            f"check the network and run again (finished downloads are kept), or use a local {kind}"
+            f"{where}: {_describe_connection(fault)}; check the network and run again (finished downloads are kept), "
+            f"or use a local {kind}"
         ) from None
 
 
@@ -57,20 +81,148 @@ def hub_errors(parameter: str, repo_id: str, revision: str | None) -> Iterator[N
 def upload_errors(repo_id: str) -> Iterator[None]:
     """Turn the Hub client's errors during an upload into a `UserError`."""
     where = f"REPO: {repo_id!r}"
+    _check_token(where)
     try:
         yield
     except HFValidationError as error:
         raise UserError(f"{where} must be an id like owner/name: {error}") from None
-    except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code in (401, 403):
+    except Exception as error:
+        if (fault := _find_fault(error)) is None:
+            raise
+        if not isinstance(fault, Answer):
+            raise UserError(
+                f"{where}: {_describe_connection(fault)}; check the network and run again: nothing was published"
+            ) from None
+        status, advice = fault.response.status_code, f"see {constants.ENDPOINT}/{repo_id}"
+        if status in (401, 403):
             raise UserError(
                 f"{where} can't be written with this token; log in with `hf auth login` or set HF_TOKEN, with a token "
-                "that may write to this repository"
+                f"that may write to this repository{_answer(fault)}"
             ) from None
-        raise UserError(f"{where}: the Hub refused the upload: {error}; see {constants.ENDPOINT}/{repo_id}") from None
-    except (HTTPError, OfflineModeIsEnabled, ConnectionError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+        if status == 429 or status >= 500:
+            advice = "wait some minutes and run again"
+        raise UserError(f"{where}: the Hub refused the upload; {advice}{_answer(fault)}") from None
+
+
+def _check_token(where: str) -> None:
+    """Check that the token can be sent; the client's errors would contain it."""
+    try:
+        valid = re.fullmatch("[!-~]*", get_token() or "")
+    except UnicodeDecodeError:
+        valid = None
+    if not valid:
         raise UserError(
-            f"{where}: the connection to the Hub at {constants.ENDPOINT} failed ({reason}); check the network and run "
-            "again: nothing was published"
-        ) from None
+            f"{where}: the token of {_token_source()} has characters other than ASCII letters, digits and signs; "
+            f"copy it again from {constants.ENDPOINT}/settings/tokens"
+        )
+
+
+def _token_source() -> str:
+    return next(filter(os.environ.get, TOKEN_VARIABLES), f"`hf auth login` ({constants.HF_TOKEN_PATH})")
+
+
+def _client() -> httpx2.Client:
+    """The client's session, with limits to its waiting, and without mistaking web pages for data."""
+    client = default_client_factory()
+    client.event_hooks["request"].append(_limit_timeout)
+    client.event_hooks["response"].append(_reject_web_page)
+    return client
+
+
+def _limit_timeout(request: httpx2.Request) -> None:
+    """Limit the time without a byte: listings have no limit, and repeated requests for metadata 60 seconds."""
+    limit = max(constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    timeout = request.extensions["timeout"]
+    request.extensions["timeout"] = {name: min(value or limit, limit) for name, value in timeout.items()}
+
+
+def _reject_web_page(response: httpx2.Response) -> None:
+    """Reject the login page of a proxy. The Hub has no web pages among its metadata and data files."""
+    if response.is_success and "text/html" in response.headers.get("Content-Type", ""):
+        url = response.url.copy_with(query=None, fragment=None)
+        raise httpx2.ProxyError(f"{url} is a web page, such as the login page of a proxy", request=response.request)
+
+
+def _find_fault(error: Exception) -> Exception | None:
+    """The error of the Hub client that caused this one; None if the files or this machine are the cause."""
+    if (isinstance(error, OSError) and error.errno) or isinstance(error, UserError) or is_out_of_memory(error):
+        return None
+    faults: list[Exception] = []
+    link: BaseException | None = error
+    is_cause = True
+    while isinstance(link, Exception):
+        # `datasets` looks for files that may be missing: that one is, is a cause only if an error says so.
+        is_missing = isinstance(link, RemoteEntryNotFoundError) or type(link) is FileNotFoundError
+        if (is_cause or not is_missing) and (isinstance(link, CONNECTION_ERRORS) or _is_from_client(link)):
+            faults.append(link)
+        is_cause = link.__cause__ is not None
+        link = link.__cause__ or link.__context__
+    by_kind = (
+        fault for kind in (HfHubHTTPError, *CONNECTION_ERRORS, Exception) for fault in faults if isinstance(fault, kind)
+    )
+    return next(by_kind, None)
+
+
+def _is_from_client(error: Exception) -> bool:
+    return any(CLIENT.fullmatch(frame.f_globals.get("__name__", "")) for frame, _ in walk_tb(error.__traceback__))
+
+
+def _describe_answer(error: Answer, kind: str, page: str, revision: str | None) -> str:
+    """What the Hub refused, why, and what to do."""
+    status, headers = error.response.status_code, error.response.headers
+    source = _token_source() if get_token() else None
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    limits = parse_ratelimit_headers(headers)
+    wait = headers.get("Retry-After") or (limits and limits.reset_in_seconds)
+    wait = f"wait {str(wait)[:40]}{' seconds' * str(wait).isdigit()}" if wait else "wait some minutes"
+    match headers.get("X-Error-Code"), status:
+        case "GatedRepo", _:
+            text = f"is gated; accept its conditions at {page}, then {login}"
+        case "RepoNotFound", _:
+            text = f"is not on the Hub at {constants.ENDPOINT}, or it is private; check the id, or {login}"
+        case "RevisionNotFound", _ if f"/{revision}" in str(error.response.url):
+            text = f"has no revision {revision!r}; set {kind}_revision to one of its branches, tags or commits"
+        case "RevisionNotFound", _:
+            text = f"changed during the download, its commit is gone; run again, or set {kind}_revision"
+        case _, 401 if source:
+            text = (
+                f"can't be read: the Hub refused the token of {source}, which is wrong or expired; create one at "
+                f"{constants.ENDPOINT}/settings/tokens, then {login}"
+            )
+        case _, 401 | 403 if not isinstance(error, DisabledRepoError):
+            text = f"can't be read {f'with the token of {source}' if source else 'without a token'}; "
+            text += f"accept the conditions at {page} if it has some, and {login}, with a token that may read it"
+        case _, 404 | 410:
+            text = f"has lost a file or a commit; see {page}, and set {kind}_revision to a complete one, or HF_ENDPOINT"
+        case _, 407:
+            text = "can't be read: the proxy asks for a login; put it into HTTPS_PROXY or HTTP_PROXY"
+        case _, 408 | 425 | 429:
+            text = (
+                f"can't be read now: the Hub got too many requests; {wait} and run again (finished downloads are kept)"
+            )
+        case _, _ if status >= 500:
+            text = f"can't be read now: the Hub has a fault; {wait} and run again (finished downloads are kept)"
+        case _:
+            text = f"can't be read: the Hub refused the request; see {page}, or use another {kind}"
+    return text + _answer(error)
+
+
+def _answer(error: Answer) -> str:
+    """The status and the text of the Hub's answer, on one line and without secrets."""
+    said = without_secrets(printable(getattr(error, "server_message", None) or error.response.reason_phrase))
+    if token := get_token():
+        said = said.replace(token, "***")
+    return f" (answer: {error.response.status_code} {textwrap.shorten(said, 200, placeholder=' ...')})"
+
+
+def _describe_connection(error: Exception) -> str:
+    """Why there is no answer from the Hub."""
+    reason = describe_reason(error)
+    if isinstance(error, httpx2.UnsupportedProtocol | httpx2.InvalidURL):
+        return f"HF_ENDPOINT is {constants.ENDPOINT!r}; must be a URL that begins with https:// ({reason})"
+    if isinstance(error, httpx2.ProxyError | FileMetadataError):
+        return (
+            f"a proxy or another server answered instead of the Hub at {constants.ENDPOINT} ({reason}); log in to the "
+            "network, or correct HF_ENDPOINT, HTTP_PROXY or HTTPS_PROXY"
+        )
+    return f"the connection to the Hub at {constants.ENDPOINT} failed ({reason})"
