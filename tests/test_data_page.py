@@ -167,10 +167,10 @@ def test_repeated_answers_and_contradictions(project: Path, tiny_model: Path) ->
         ask(f"Tell me about the {word}.", "I can't  help." if word < "m" else "I CAN'T help.") for word in WORDS
     ]
     sums = [ask("What is 2 + 2?", "4"), ask(" what is 2 + 2? ", "5"), ask("What is 2 + 2?", "22")]
-    write_tables(tiny_model, [*refusals, *sums, ask("What is 3 + 3?", "6"), ask("What is 3 + 3?", "6 ")])
+    write_tables(tiny_model, [*refusals, *sums, ask("What is 3 + 3?", "six"), ask("What is 3 + 3?", "Six")])
     context = page_data()
     repeated, contradictions = context["found"]["repeated"], context["found"]["contradictions"]
-    assert (repeated.count, repeated.num_rows, repeated.groups[0].title) == (1, 10, "10 rows")
+    assert (repeated.count, repeated.num_rows, repeated.groups[0].title) == (2, 12, "10 rows")
     assert (contradictions.count, contradictions.num_rows) == (1, 3)
     assert answers(context, "contradictions") == [["4", "5", "22"]]
 

@@ -4,21 +4,23 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 import pandas as pd
 
 from stages.data.checks import CheckTimeoutError, passes
 from stages.data.near_duplicates import MIN_ESTIMATED_SIMILARITY, THRESHOLD, band_keys, jaccard, minhash, shingles
-from stages.data.tables import ROWS_PER_GROUP, read_batches
+from stages.data.tables import read_batches
 from stages.format import FORMATTED
 from stages.split import SPLITS
 from tools.data_tables import Tables
 
 MAX_GROUPS, MAX_SHOWN = 10, 3  # groups of a kind, and rows of each
 MAX_COMPARED = 15_000_000  # characters that are compared for near-duplicates, which take about ten seconds
-MAX_LANGUAGES, MIN_LANGUAGE_BYTES = 2000, 60  # rows; below 60 bytes, every eighth text of the demo was misjudged
+MAX_LANGUAGES, MIN_LANGUAGE_BYTES = (
+    2000,
+    60,
+)  # rows; a third of the demo's shorter answers is misjudged, 2% of the others
 MAX_LISTED = 20  # languages
 MAX_CHECKED = 50_000  # rows whose answer is checked again
 COPIED = 0.1  # the answer's loss after its prompt ÷ its loss alone
@@ -113,28 +115,20 @@ def similar(texts: Sequence[str]) -> list[list[int]]:
     """
     from scipy.cluster.hierarchy import DisjointSet
 
-    starts = range(0, len(texts), ROWS_PER_GROUP)
-    parts = [minhash([shingles(text) for text in texts[start : start + ROWS_PER_GROUP]]) for start in starts]
-    if not parts:
-        return []
-    signatures, content = np.concatenate(parts), lru_cache(2**14)(lambda number: shingles(texts[number]))
+    contents = [shingles(text) for text in texts]
+    signatures, has_words = minhash(contents), np.array([bool(content) for content in contents], bool)
     groups = DisjointSet(range(len(texts)))
     for keys in band_keys(signatures):
         order = keys.argsort(kind="stable")
-        bucket = np.cumsum(np.diff(keys[order], prepend=keys[order[:1]]) != 0)
-        firsts = order[np.searchsorted(bucket, bucket)]
+        firsts = order[keys[order].searchsorted(keys[order])]
         # Each text is compared with the first one and the previous one that have the same key: not all pairs, whose
         # number is quadratic.
         for others in (firsts, np.roll(order, 1)):
-            is_pair = (keys[others] == keys[order]) & (others != order)
-            equal = (signatures[others].astype(np.uint8) == signatures[order].astype(np.uint8)).mean(axis=1)
-            likely = is_pair & (equal >= MIN_ESTIMATED_SIMILARITY)
+            is_pair = (keys[others] == keys[order]) & (others != order) & has_words[order]
+            similarity = (signatures[others] == signatures[order]).mean(axis=1)
+            likely = is_pair & (similarity >= MIN_ESTIMATED_SIMILARITY)
             for one, other in zip(others[likely].tolist(), order[likely].tolist(), strict=True):
-                if (
-                    not groups.connected(one, other)
-                    and content(one)
-                    and jaccard(content(one), content(other)) >= THRESHOLD
-                ):
+                if not groups.connected(one, other) and jaccard(contents[one], contents[other]) >= THRESHOLD:
                     groups.merge(one, other)
     return [sorted(group) for group in groups.subsets() if len(group) > 1]
 

@@ -67,7 +67,7 @@ def read_tables() -> Tables:
     ids = {name: read_table(path, ["example_id"])["example_id"].to_pandas() for name, path in SPLITS.items()}
     splits = pd.concat([pd.Series(name, own) for name, own in ids.items()])
     rows["split"] = rows["example_id"].map(splits[~splits.index.duplicated()]).fillna("left out")
-    rows.loc[rows["example_id"].duplicated() & (rows["split"] != "left out"), "split"] = "duplicate"
+    rows.loc[rows["example_id"].duplicated(), "split"] = "duplicate"
     raw = pd.concat([describe_raw(batch) for batch in read_batches(RAW, [*LOCATION, "slice", "messages", "tools"])])
     rejected = read_table(REJECTED, [*LOCATION, "reason", "detail"]).to_pandas()
     rejected = rejected.merge(raw[[*LOCATION, "slice"]], "left", LOCATION).fillna({"slice": NO_SLICE})
