@@ -19,7 +19,7 @@ from tests.test_vote_page import BROWSER
 from tools import data_findings
 from tools.data_examples import token_texts
 from tools.data_findings import similar
-from tools.data_page import collect, histogram, lengths_that_keep, main, render
+from tools.data_page import collect, histogram, main, render
 from tools.data_tables import SCORES, read_tables, take_rows
 
 HOSTILE = "</script><img src=x onerror=document.title=1>\u202e\x1b[31m{{ 7 * 7 }}"
@@ -87,11 +87,6 @@ def test_rows_are_counted_by_source_and_rejected_ones_are_shown(project: Path, t
     assert reasons["bad_json"] is None
     assert json.loads(reasons["empty_response"])[0]["content"] == "A"
     assert context["overview"][0]["text"] == "6 read, 4 taken, 2 rejected"
-
-
-def test_the_lengths_that_keep_a_share_of_the_examples_whole() -> None:
-    assert lengths_that_keep(pd.Series(range(1, 101))) == [(0.95, 95), (0.99, 99), (1.0, 100)]
-    assert lengths_that_keep(pd.Series([7])) == [(0.95, 7), (0.99, 7), (1.0, 7)]
 
 
 def test_a_histogram_has_max_length_and_a_bar_for_all_longer_examples() -> None:
@@ -238,11 +233,13 @@ def write_scores(**columns: list[float | None]) -> None:
 
 
 def test_training_rows_at_the_ends_of_the_scores(project: Path, tiny_model: Path) -> None:
-    write_tables(tiny_model, [ask(f"Name {word}.", word) for word in WORDS[:4]])
+    answers_of = [WORDS[0], "Say  the long word " + WORDS[1], WORDS[2], WORDS[3]]
+    write_tables(
+        tiny_model, [ask(f"Say the long word {word}.", answer) for word, answer in zip(WORDS, answers_of, strict=False)]
+    )
     assert "score_rows=true" in page()
     write_scores(
         loss=[2.0, 0.1, 1.0, 1.0],
-        unconditional_loss=[1.0, 2.0, 2.0, 2.0],
         pmi=[-3.0, 5.7, 3.0, 3.0],
         eos_loss=[0.5, 1, 4.5, None],
     )
@@ -253,14 +250,14 @@ def test_training_rows_at_the_ends_of_the_scores(project: Path, tiny_model: Path
         "early end": 1,
     }
     assert answers(context, "independent")[0] == ["harbour"]
-    assert answers(context, "copied")[0] == ["lantern"]
-    assert answers(context, "early end") == [["village"], ["lantern"], ["harbour"]]
+    assert answers(context, "copied") == [["Say  the long word lantern"]]
+    assert answers(context, "early end") == [["village"], ["Say  the long word lantern"], ["harbour"]]
     assert "The answer does not depend on the question: 1 rows with PMI" in page()
 
 
 def test_an_empty_table_of_scores_is_off(project: Path, tiny_model: Path) -> None:
     write_tables(tiny_model, [ask("Name x.", "x")])
-    write_scores(loss=[1.0], unconditional_loss=[1.0], pmi=[1.0], eos_loss=[1.0])
+    write_scores(loss=[1.0], pmi=[1.0], eos_loss=[1.0])
     pd.read_parquet(SCORES).head(0).to_parquet(SCORES)
     assert "score_rows=true" in page()
 
@@ -301,7 +298,7 @@ def test_unusual_data_has_a_page(project: Path, tiny_model: Path, train: list[An
 def test_the_page_of_long_hostile_rows_is_small(project: Path, tiny_model: Path) -> None:
     rows = [ask(f"{word} {n} " + "\"'&\x00" * 3000, "'\u2028\"" * 3000) for word in WORDS for n in range(10)]
     write_tables(tiny_model, rows, max_length="20000")
-    write_scores(loss=[1.0] * 100, unconditional_loss=[1.0] * 100, pmi=[1.0] * 100, eos_loss=[1.0] * 100)
+    write_scores(loss=[1.0] * 100, pmi=[1.0] * 100, eos_loss=[1.0] * 100)
     assert len(page().encode()) < 5_000_000
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 
 from stages.data.checks import CheckTimeoutError, passes
+from stages.data.conversations import normalize
 from stages.data.near_duplicates import MIN_ESTIMATED_SIMILARITY, THRESHOLD, band_keys, jaccard, minhash, shingles
+from stages.data.splits import SPLITS
 from stages.data.tables import read_batches
 from stages.format import FORMATTED
-from stages.split import SPLITS
 from tools.data_tables import Tables
 
 MAX_GROUPS, MAX_SHOWN = 10, 3  # groups of a kind, and rows of each
@@ -23,7 +24,7 @@ MAX_LANGUAGES, MIN_LANGUAGE_BYTES = (
 )  # rows; a third of the demo's shorter answers is misjudged, 2% of the others
 MAX_LISTED = 20  # languages
 MAX_CHECKED = 50_000  # rows whose answer is checked again
-COPIED = 0.1  # the answer's loss after its prompt ÷ its loss alone
+COPIED = 0.5  # share of the question that an answer repeats word for word
 EARLY_END = 3.0  # nats above the median loss of the EOS token
 
 
@@ -191,13 +192,16 @@ def is_right(check: str, answer: str) -> bool:
         return False
 
 
-def score_ends(scores: pd.DataFrame) -> dict[str, Finding]:
-    """The training rows at each end of the scores: how many are beyond the limit, and the furthest ones."""
-    ratio = scores["loss"] / scores["unconditional_loss"]
+def score_ends(tables: Tables, scores: pd.DataFrame) -> dict[str, Finding]:
+    """The training rows at each end of the scores: how many are beyond the limit, and the furthest ones.
+
+    Whether an answer copies its question is decided by their texts, which no score does as well.
+    """
     late = scores["eos_loss"] - scores["eos_loss"].median()
+    is_copy = [row in tables.sample and copies(*tables.sample[row]) for row in scores["position"]]
     kinds = {
         "independent": (scores["pmi"], scores["pmi"] <= 0, "PMI {:.2f} nats", scores["pmi"]),
-        "copied": (ratio, ratio <= COPIED, "loss ratio {:.3f}", ratio),
+        "copied": (scores["loss"][is_copy], pd.Series(is_copy), "loss {:.2f} nats/token", scores["loss"]),
         "early end": (-late, late >= EARLY_END, "EOS loss {:.2f} nats", scores["eos_loss"]),
     }
     found = {}
@@ -206,3 +210,9 @@ def score_ends(scores: pd.DataFrame) -> dict[str, Finding]:
         groups = [Group(title.format(values[row]), [int(scores["position"][row])]) for row in ends]
         found[kind] = Finding(int(is_beyond.sum()), int(is_beyond.sum()), groups)
     return found
+
+
+def copies(questions: Sequence[str], answer: str) -> bool:
+    """Whether an answer is a part of its question, and at least a share `COPIED` of it."""
+    question, answer = normalize(questions[-1]), normalize(answer)
+    return question != "" and answer in question and len(answer) >= COPIED * len(question)

@@ -22,16 +22,16 @@ from stages.runtime.run import run
 from stages.runtime.terminal import summary
 from stages.runtime.text import printable
 from stages.split import METRICS as SPLIT_METRICS
+from stages.split import SCORES
 from tools import data_findings as findings
 from tools.data_examples import choose_examples, describe_cut, show_tokens
-from tools.data_tables import LOCATION, SCORES, SHOWN, TOKENS, Tables, read_tables, take_raw, take_rows
+from tools.data_tables import LOCATION, SHOWN, TOKENS, Tables, read_tables, take_raw, take_rows
 
 PAGE, SOURCE = Path("data.html"), Path("data/source.json")
 STAGES = ("download_dataset", "download_model", "format", "split")  # the page shows their results
 NUM_BARS = 40  # of a histogram
 MAX_LINES = 100  # of a table, such as sources and slices
 NUM_CUTS, NUM_REJECTED = 3, 2  # truncated rows; rejected rows per reason
-KEPT_SHARES = (0.95, 0.99, 1.0)  # of the examples
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def collect(tables: Tables, max_length: int) -> dict[str, Any]:
         "contradictions": findings.contradictions(used),
         **findings.near_duplicates(tables),
         "checks": findings.failing_checks(read_json(FORMAT_METRICS).get("checks_failing_own_answer", 0)),
-        **(findings.score_ends(tables.scores) if tables.scores is not None else {}),
+        **(findings.score_ends(tables, tables.scores) if tables.scores is not None else {}),
     }
     languages = findings.languages(tables)
     examples = choose_examples(tables)
@@ -78,7 +78,7 @@ def collect(tables: Tables, max_length: int) -> dict[str, Any]:
         "max_length": max_length,
         "num_truncated": num_truncated,
         "num_too_long": int((tables.rejected["reason"] == "prompt_too_long").sum()),
-        "kept": lengths_that_keep(lengths),
+        "kept": read_json(FORMAT_METRICS)["max_length_to_keep"],
         "histograms": {
             "prompt and answer": histogram(lengths, max_length),
             "prompt": histogram(tables.rows["prompt_tokens"], max_length),
@@ -105,7 +105,7 @@ def overview(tables: Tables, context: dict[str, Any]) -> list[dict[str, Any]]:
             "lengths",
             "truncated",
             f"{truncated:,} of {taken:,} rows ({truncated / taken:.1%}) at max_length = {context['max_length']:,}; "
-            f"{context['kept'][1][1]:,} keeps 99% whole",
+            f"{context['kept']['99%']:,} keeps 99% whole",
             bool(truncated),
         ),
     ]
@@ -159,12 +159,6 @@ def rejected_reasons(rejected: pd.DataFrame) -> list[dict[str, Any]]:
         }
         for reason, count in rejected["reason"].value_counts().items()
     ]
-
-
-def lengths_that_keep(lengths: pd.Series) -> list[tuple[float, int]]:
-    """For each of `KEPT_SHARES`, the smallest `max_length` with which at least this share of the examples is whole."""
-    quantiles = np.quantile(lengths, KEPT_SHARES, method="inverted_cdf").astype(int).tolist()
-    return list(zip(KEPT_SHARES, quantiles, strict=True))
 
 
 def histogram(lengths: pd.Series, max_length: int) -> dict[str, Any]:

@@ -11,10 +11,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stages.data.conversations import normalize
+from stages.data.splits import SPLITS
 from stages.data.tables import read_batches, read_table, shards
 from stages.format import FORMATTED, RAW, REJECTED
 from stages.runtime.errors import UserError, user_errors
-from stages.split import SPLITS
+from stages.split import SCORES
 
 LOCATION = ["source", "source_row"]
 NUMBERS = ["example_id", *LOCATION, "slice", "truncated", "prompt_tokens", "answer_tokens"]
@@ -22,8 +23,7 @@ TEXTS = ["prompt", "response", "questions"]
 SHOWN, TOKENS = [*LOCATION, "prompt", "response"], ["input_ids", "labels"]
 MAX_SAMPLE = 50_000  # rows whose texts are compared; the page says so if there are more
 MAX_TEXT = 2000  # characters of each of these texts
-SCORES = Path("data/train_scores.parquet")
-SCORE_COLUMNS = ["example_id", "loss", "unconditional_loss", "pmi", "eos_loss", "tokens"]
+SCORE_COLUMNS = ["example_id", "loss", "pmi", "eos_loss"]
 # Kinds of rows, and regular expressions for the JSON text of their messages. A quote inside a text would be escaped.
 MARKS = {"reasoning": '"reasoning_content": "', "tools": r'"tool_calls": \[', "answer not trained": '"train": false'}
 NO_SLICE = "(not readable)"
