@@ -153,8 +153,9 @@ def summarize(row: dict[str, Any], losses: Losses, losses_without_prompt: Losses
     """
     num_tokens = len(losses) if row["truncated"] else len(losses) - 1  # without the EOS token
     loss_sum, sum_without_prompt = (float(each[:num_tokens].sum()) for each in (losses, losses_without_prompt))
+    per_token = max(num_tokens, 1)  # a tokenizer may drop all characters of an answer
     eos_loss = None if row["truncated"] else float(losses[-1])
-    columns = {"tokens": num_tokens, "loss": loss_sum / num_tokens, "eos_loss": eos_loss}
+    columns = {"tokens": num_tokens, "loss": loss_sum / per_token, "eos_loss": eos_loss}
     if row["has_prompt"]:
         pmi = sum_without_prompt - loss_sum
         columns |= {

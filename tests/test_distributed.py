@@ -165,6 +165,27 @@ def test_a_sharded_model_has_the_losses_and_answers_of_one_process(
         assert other == one | {"loss": pytest.approx(one["loss"], rel=1e-5)}
 
 
+@pytest.mark.parametrize("sharded", [True, False])
+def test_training_rows_are_scored_by_several_processes_as_by_one(
+    sharded: bool, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shutil.copytree(prepared, tmp_path / "project"))
+    edit(Path.cwd(), precision="fp32", launcher=TORCHRUN)
+    for is_on in ("true", "false"):
+        edit(Path.cwd(), score_rows=is_on)
+        run_pipeline(Path.cwd(), "score_rows")
+        expected = pq.read_table("data/train_scores.parquet").to_pylist()
+        assert bool(expected) == (is_on == "true")
+        Path("data/train_scores.parquet").unlink()
+        status, log = finish(TORCHRUN, "stages.score_rows", **(SHARDED if sharded else {}))
+        assert status == 0, log
+        for one, other in zip(expected, pq.read_table("data/train_scores.parquet").to_pylist(), strict=True):
+            assert other == {
+                key: pytest.approx(value, rel=1e-4, abs=1e-4) if isinstance(value, float) else value
+                for key, value in one.items()
+            }
+
+
 @pytest.mark.usefixtures("training_inputs")
 def test_an_error_in_one_process_ends_all() -> None:
     # The embedding of one token is NaN, and one example of the first step has it, so one of the processes fails.
