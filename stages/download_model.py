@@ -93,22 +93,14 @@ def fetch_package(package: str, version: str, sha256: str, folder: Path) -> Path
 
 def fetch_hub(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
     """Download a model into the Hub client's cache, at the commit that `revision` resolves to."""
-    from huggingface_hub import HfApi, constants, get_cached_repo_tree, is_offline_mode, snapshot_download
-    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+    from huggingface_hub import snapshot_download
 
-    from stages.runtime.hub import hub_errors, resolve_commit
+    from stages.runtime.hub import hub_errors, list_model_files, resolve_commit
 
     where = f"model_name: {name!r}"
     with user_errors(where, "check HF_ENDPOINT and proxies, and run again"), hub_errors("model_name", name, revision):
         commit = resolve_commit("model", name, revision)
-        try:
-            files = [file.path for file in get_cached_repo_tree(name, revision=commit)]
-        except CachedRepoTreeNotFoundError:
-            if is_offline_mode():  # another library may have filled the cache
-                files = [str(path) for path in Path(snapshot_download(name, revision=commit)).iterdir()]
-            else:
-                info = HfApi().model_info(name, revision=commit, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-                files = [entry.rfilename for entry in info.siblings or []]
+        files = list_model_files(name, commit)
         _reject_adapter(where, files)
         _require_safetensors(where, files)
         folder = snapshot_download(name, revision=commit, allow_patterns=ALLOWED_FILES)

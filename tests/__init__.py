@@ -20,6 +20,7 @@ if "TEST_HUB_PORT" not in os.environ:  # pytest-xdist workers inherit the variab
         "HF_ENDPOINT": f"http://127.0.0.1:{port}",
         "HF_HOME": cache,
         "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",  # else the client asks the Hub which agents there are
         "HF_HUB_DOWNLOAD_TIMEOUT": "5",
         "HF_TOKEN": "",
         # Without the settings of this machine, such as signed commits or a default remote.

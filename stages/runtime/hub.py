@@ -6,12 +6,22 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
+from pathlib import Path
 from traceback import walk_tb
 from typing import TypeAlias
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_token, is_offline_mode, set_client_factory
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_cached_repo_tree,
+    get_token,
+    is_offline_mode,
+    set_client_factory,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
     DisabledRepoError,
     FileMetadataError,
     HfHubHTTPError,
@@ -43,6 +53,17 @@ def resolve_commit(repo_type: str, repo_id: str, revision: str | None) -> str:
     except JSONDecodeError:
         raise httpx2.ProxyError("the answer is not JSON") from None
     return resolved.resolved
+
+
+def list_model_files(repo_id: str, commit: str) -> list[str]:
+    """The names of a model's files, from the cache if they are known there."""
+    try:
+        return [file.path for file in get_cached_repo_tree(repo_id, revision=commit)]
+    except CachedRepoTreeNotFoundError:
+        if is_offline_mode():  # another library may have filled the cache
+            return [path.name for path in Path(snapshot_download(repo_id, revision=commit)).iterdir()]
+    info = HfApi().model_info(repo_id, revision=commit, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    return [entry.rfilename for entry in info.siblings or []]
 
 
 @contextmanager
