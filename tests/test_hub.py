@@ -27,7 +27,7 @@ JSONL = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
 @pytest.fixture(autouse=True)
-def _new_cache() -> None:
+def _new_cache(hub_port: int) -> None:
     empty_cache()
 
 

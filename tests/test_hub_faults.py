@@ -68,7 +68,7 @@ snapshot_download("acme/it", repo_type="{repo_type}", revision="{commit}", allow
 
 
 @pytest.fixture(autouse=True)
-def _new_cache() -> None:
+def _new_cache(hub_port: int) -> None:
     empty_cache()
 
 

@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("target", "extras"),
     [
-        ("repro data review vote chat publish check-lock clean verdicts", []),
+        ("repro data review vote chat publish check-lock clean row-scores selection verdicts", []),
         ("export", ["export"]),
         ("lm-eval", ["lm-eval"]),
         ("bench", ["bench"]),
@@ -78,7 +78,8 @@ def test_variables_are_never_expanded(folder: Path, given: str) -> None:
 @pytest.mark.subprocess
 def test_data_is_compared_only_if_base_is_given(folder: Path) -> None:
     def command(*arguments: str, **env: str) -> str:
-        return run(folder, "make", "--dry-run", *arguments, "data", **env).stdout.splitlines()[-1].strip()
+        output = run(folder, "make", "--dry-run", "--no-print-directory", *arguments, "data", **env).stdout
+        return output.splitlines()[-1].strip()
 
     assert command() == "python -m tools.data_page"
     assert command("BASE=main") == 'python -m tools.data_page --base "$BASE"'

@@ -127,6 +127,9 @@ def test_supervised_tokens_are_the_response_and_the_eos_token(names: dict[str, A
         "truncated",
         "check",
         "other_columns",
+        "questions",
+        "prompt_tokens",
+        "answer_tokens",
     ]
     assert len(names["formatted"]) == 126  # 6 of the retention set
     first = json.loads((clone / "data/instructions.jsonl").read_text(encoding="utf-8").splitlines()[0])

@@ -72,6 +72,7 @@ def test_a_run_elsewhere_writes_all_outputs_with_the_same_hashes(
         "data/formatted.parquet",
         "data/rejected.parquet",
         "data/template.jinja",
+        "data/train_scores.parquet",
         "metrics/format.json",
         "metrics/lengths.csv",
         "data/train.parquet",
@@ -146,6 +147,7 @@ def test_an_answer_edited_in_the_test_split_does_not_train(clone: Path) -> None:
         "format",
         "predict@base",
         "predict@tuned",
+        "score_rows",
         "split",
     ]
     restore(clone)
@@ -160,7 +162,14 @@ def test_a_changed_check_or_scorer_needs_no_model(clone: Path) -> None:
     lines[line - 1] = json.dumps({**json.loads(lines[line - 1]), "check": {"max_words": 99}})
     data.write_text("\n".join(lines) + "\n", encoding="utf-8")
     result = run(clone, "dvc", "repro")
-    assert stages_run(result) == ["download_dataset", "evaluate@base", "evaluate@tuned", "format", "split"]
+    assert stages_run(result) == [
+        "download_dataset",
+        "evaluate@base",
+        "evaluate@tuned",
+        "format",
+        "score_rows",
+        "split",
+    ]
     (clone / "scorers.py").write_text("def brief(prompt, answer, reference, row): return len(answer) < 50\n")
     result = run(clone, "dvc", "repro")
     assert stages_run(result) == ["evaluate@base", "evaluate@tuned"]

@@ -149,7 +149,7 @@ def test_results_that_were_not_pushed_are_listed_and_the_hook_pushes_them(team: 
     run(clone, "dvc", "install")
     run(clone, "git", "commit", "-q", "--allow-empty", "-m", "more")
     run(clone, "git", "push", "-q")
-    assert len(files(other, "files/md5/*/*")) == 28  # a file per output, and a list per model folder
+    assert len(files(other, "files/md5/*/*")) == 29  # a file per output, and a list per model folder
 
 
 def test_results_of_commits_before_the_remote_are_pushed_if_the_clone_names_it(
@@ -227,7 +227,7 @@ def test_the_run_cache_of_a_remote_does_not_avoid_training(team: Team, tmp_path:
     run(team.mine, "dvc", "push", "--run-cache")
     clone = team.clone(tmp_path)
     run(clone, "dvc", "pull", "--run-cache")
-    assert len(files(clone, ".dvc/cache/runs/*/*/*")) == 19  # of main and of the experiments
+    assert len(files(clone, ".dvc/cache/runs/*/*/*")) == 20  # of main and of the experiments
     edit(clone, learning_rate="1e-05")
     assert "train" in stages_run(run(clone, "dvc", "repro", "--dry"))
 
