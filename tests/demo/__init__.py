@@ -12,7 +12,7 @@ from tests.clone import ROOT
 
 USER_FILES = ("data/instructions.jsonl", "data/retention.jsonl")
 USER_FILES += ("gates.yaml", "must_pass.yaml", "params.yaml", "scorers.py")
-DEMO = "72f5dff05f00b8cf9fb900cdfc8abbe79b9dd2af649fec38814521ed4a85072a"
+DEMO = "fc22fdeaaf11a5b489fbefb27eb1d8fe0cc3dd744c8d22359d76685d04250f1e"
 
 contents = [(ROOT / name).read_bytes() if (ROOT / name).exists() else b"missing" for name in USER_FILES]
 found = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
