@@ -37,7 +37,7 @@ from stages.runtime.params import FormatParams, ScoreRowsParams, load_params
 from stages.score_rows import score_examples, summarize
 
 RESULTS = Path(__file__).with_name("row_scores.json")
-NUM_ROWS, NUM_BAD = 600, 120  # rows of the dataset, and those of them whose answers are replaced by each kind
+NUM_ROWS, NUM_BAD = 400, 60  # rows of the dataset, and those of them whose answers are replaced by each kind
 SHARES, DRAWS = (0.01, 0.05), 200  # of bad rows in a dataset, and how often they are drawn to measure the precision
 REFUSALS = [
     "I'm sorry, but I can't help with that.",
