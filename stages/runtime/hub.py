@@ -9,6 +9,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from traceback import walk_tb
 from typing import TypeAlias
+from urllib.parse import quote
 
 import httpx2
 from huggingface_hub import (
@@ -201,7 +202,7 @@ def _describe_answer(error: Answer, kind: str, page: str, revision: str | None) 
             text = f"is gated; accept its conditions at {page}, then {login}"
         case "RepoNotFound", _:
             text = f"is not on the Hub at {constants.ENDPOINT}, or it is private; check the id, or {login}"
-        case "RevisionNotFound", _ if f"/{revision}" in str(error.response.url):
+        case "RevisionNotFound", _ if f"/{quote(str(revision), safe='')}" in str(error.response.url):
             text = f"has no revision {revision!r}; set {kind}_revision to one of its branches, tags or commits"
         case "RevisionNotFound", _:
             text = f"changed during the download, its commit is gone; run again, or set {kind}_revision"
@@ -230,10 +231,10 @@ def _describe_answer(error: Answer, kind: str, page: str, revision: str | None) 
 
 def _answer(error: Answer) -> str:
     """The status and the text of the Hub's answer, on one line and without secrets."""
-    said = without_secrets(printable(getattr(error, "server_message", None) or error.response.reason_phrase))
+    text = without_secrets(printable(getattr(error, "server_message", None) or error.response.reason_phrase))
     if token := get_token():
-        said = said.replace(token, "***")
-    return f" (answer: {error.response.status_code} {textwrap.shorten(said, 200, placeholder=' ...')})"
+        text = text.replace(token, "***")
+    return f" (answer: {error.response.status_code} {textwrap.shorten(text, 200, placeholder=' ...')})"
 
 
 def _describe_connection(error: Exception) -> str:
