@@ -89,6 +89,25 @@ def test_rows_are_counted_by_source_and_rejected_ones_are_shown(project: Path, t
     assert context["overview"][0]["text"] == "6 read, 4 taken, 2 rejected"
 
 
+def test_rows_that_are_rejected_because_they_are_long_are_counted(project: Path, tiny_model: Path) -> None:
+    write_tables(tiny_model, [ask("A", "a"), ask("B", "b " * 99)], max_length="100", long_rows="reject")
+    assert "1 longer rows are rejected, because of <code>long_rows</code>" in page(100)
+
+
+def test_equal_rows_of_two_splits_are_in_both(project: Path, tiny_model: Path) -> None:
+    write_tables(tiny_model, [ask("What is up?", "Sky."), ask("What is up?", "Sky.")])
+    write_scores(loss=[1.0], pmi=[-1.0], eos_loss=[1.0])
+    context = page_data()
+    columns = ["source", "train", "validation", "test", "duplicate", "left out"]
+    assert context["origins"][columns].to_numpy().tolist() == [
+        ["data/mine/test.jsonl", 0, 0, 1, 0, 0],
+        ["data/mine/train.jsonl", 1, 0, 0, 1, 0],
+        ["data/mine/validation.jsonl", 0, 1, 0, 0, 0],
+    ]
+    assert [group.title for group in context["found"]["across"].groups] == ["2 rows: 1 train, 1 test"]
+    assert [context["splits"][row] for row in context["found"]["independent"].groups[0].rows] == ["train"]
+
+
 def test_a_histogram_has_max_length_and_a_bar_for_all_longer_examples() -> None:
     plot = histogram(pd.Series([0, 1, 1, *[5] * 1000, 100_000]), max_length=20)
     assert [(bar["from"], bar["count"]) for bar in plot["bars"] if bar["count"]] == [(0, 1), (1, 2), (5, 1000), (40, 1)]
@@ -253,6 +272,12 @@ def test_training_rows_at_the_ends_of_the_scores(project: Path, tiny_model: Path
     assert answers(context, "copied") == [["Say  the long word lantern"]]
     assert answers(context, "early end") == [["village"], ["Say  the long word lantern"], ["harbour"]]
     assert "The answer does not depend on the question: 1 rows with PMI" in page()
+
+
+def test_plain_text_is_no_copy_of_a_question(project: Path, tiny_model: Path) -> None:
+    write_tables(tiny_model, [{"text": "Once upon a time."}])
+    write_scores(loss=[1.0], pmi=[None], eos_loss=[1.0])
+    assert page_data()["found"]["copied"].count == 0
 
 
 def test_an_empty_table_of_scores_is_off(project: Path, tiny_model: Path) -> None:

@@ -18,10 +18,8 @@ from tools.data_tables import Tables
 
 MAX_GROUPS, MAX_SHOWN = 10, 3  # groups of a kind, and rows of each
 MAX_COMPARED = 15_000_000  # characters that are compared for near-duplicates, which take about ten seconds
-MAX_LANGUAGES, MIN_LANGUAGE_BYTES = (
-    2000,
-    60,
-)  # rows; a third of the demo's shorter answers is misjudged, 2% of the others
+MAX_LANGUAGES = 2000  # rows
+MIN_LANGUAGE_BYTES = 60  # a third of the demo's shorter answers is misjudged, 2% of the others
 MAX_LISTED = 20  # languages
 MAX_CHECKED = 50_000  # rows whose answer is checked again
 COPIED = 0.5  # share of the question that an answer repeats word for word
@@ -198,7 +196,11 @@ def score_ends(tables: Tables, scores: pd.DataFrame) -> dict[str, Finding]:
     Whether an answer copies its question is decided by their texts, which no score does as well.
     """
     late = scores["eos_loss"] - scores["eos_loss"].median()
-    is_copy = [row in tables.sample and copies(*tables.sample[row]) for row in scores["position"]]
+    # Plain text, which has no PMI, is its own question and answer.
+    is_copy = [
+        row in tables.sample and has_prompt and copies(*tables.sample[row])
+        for row, has_prompt in zip(scores["position"], scores["pmi"].notna(), strict=True)
+    ]
     kinds = {
         "independent": (scores["pmi"], scores["pmi"] <= 0, "PMI {:.2f} nats", scores["pmi"]),
         "copied": (scores["loss"][is_copy], pd.Series(is_copy), "loss {:.2f} nats/token", scores["loss"]),

@@ -77,7 +77,9 @@ def collect(tables: Tables, max_length: int) -> dict[str, Any]:
         "split": read_json(SPLIT_METRICS),
         "max_length": max_length,
         "num_truncated": num_truncated,
-        "num_too_long": int((tables.rejected["reason"] == "prompt_too_long").sum()),
+        "num_rejected": {
+            name: int((tables.rejected["reason"] == name).sum()) for name in ("too_long", "prompt_too_long")
+        },
         "kept": read_json(FORMAT_METRICS)["max_length_to_keep"],
         "histograms": {
             "prompt and answer": histogram(lengths, max_length),

@@ -61,13 +61,14 @@ def read_tables() -> Tables:
         UserError: a table is missing, or an older version of the pipeline has written it.
     """
     needed = {RAW: ["messages"], REJECTED: ["reason"], FORMATTED: TEXTS + NUMBERS}
-    for path, columns in (needed | {path: ["example_id"] for path in SPLITS.values()}).items():
+    for path, columns in (needed | {path: ["example_id", *LOCATION] for path in SPLITS.values()}).items():
         check_table(path, columns)
     rows, sample = read_formatted()
-    ids = {name: read_table(path, ["example_id"])["example_id"].to_pandas() for name, path in SPLITS.items()}
-    splits = pd.concat([pd.Series(name, own) for name, own in ids.items()])
-    rows["split"] = rows["example_id"].map(splits[~splits.index.duplicated()]).fillna("left out")
-    rows.loc[rows["example_id"].duplicated(), "split"] = "duplicate"
+    # By location, too, because equal rows can be in several splits.
+    key = ["example_id", *LOCATION]
+    written = pd.concat([read_table(path, key).to_pandas().assign(split=name) for name, path in SPLITS.items()])
+    unused = rows["example_id"].duplicated().map({True: "duplicate", False: "left out"})
+    rows["split"] = rows[key].merge(written, "left", key)["split"].fillna(unused)
     raw = pd.concat([describe_raw(batch) for batch in read_batches(RAW, [*LOCATION, "slice", "messages", "tools"])])
     rejected = read_table(REJECTED, [*LOCATION, "reason", "detail"]).to_pandas()
     rejected = rejected.merge(raw[[*LOCATION, "slice"]], "left", LOCATION).fillna({"slice": NO_SLICE})
@@ -110,9 +111,8 @@ def read_formatted() -> tuple[pd.DataFrame, dict[int, tuple[list[str], str]]]:
 def describe_raw(batch: pa.Table) -> pd.DataFrame:
     rows = batch.select([*LOCATION, "slice"]).to_pandas()
     for kind, mark in MARKS.items():
-        rows[kind] = pc.match_substring_regex(
-            batch["messages"], mark
-        ).to_numpy()  # 9 times as fast as `match_substring`
+        # 9 times as fast as `match_substring`.
+        rows[kind] = pc.match_substring_regex(batch["messages"], mark).to_numpy()
     rows["tools"] |= batch["tools"].is_valid().to_numpy()
     return rows
 
@@ -123,7 +123,8 @@ def read_scores(rows: pd.DataFrame) -> pd.DataFrame | None:
         return None
     check_table(SCORES, SCORE_COLUMNS)
     scores = read_table(SCORES, SCORE_COLUMNS).to_pandas()
-    positions = pd.Series(rows.index, rows["example_id"])
+    scored = rows[~rows["split"].isin([*SPLITS.keys() - {"train"}])]  # an equal row can be in another split
+    positions = pd.Series(scored.index, scored["example_id"])
     scores["position"] = scores["example_id"].map(positions[~positions.index.duplicated()])
     return scores[scores["position"].notna()].astype({"position": int}) if len(scores) else None
 
