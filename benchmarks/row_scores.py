@@ -166,11 +166,12 @@ class Scorer:
             with parquet_writer(path, FORMATTED_SCHEMA) as writer:
                 writer.write(table)
             examples = Split(path)[:]
-        empty_prompt = self.template.encode_prompts([""])[0]
-        losses = score_examples(self.model, examples, empty_prompt, self.params, self.context)
+        losses, without_prompt = score_examples(
+            self.model, self.template, examples, examples, self.params, self.context
+        )
         scored = [
-            summarize({"truncated": truncated, "has_prompt": True}, *each)
-            for truncated, each in zip(table["truncated"].to_pylist(), losses, strict=True)
+            summarize({"truncated": truncated}, losses[example.example_id], without_prompt[example.example_id])
+            for truncated, example in zip(table["truncated"].to_pylist(), examples, strict=True)
         ]
         return pd.DataFrame(scored, table["source_row"].to_pylist()).astype({"eos_loss": float})
 

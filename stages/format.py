@@ -5,7 +5,6 @@ process per CPU core formats the shards of a large table.
 """
 
 import argparse
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stages.data.checks import CheckTimeoutError, passes
+from stages.data.checks import is_right
 from stages.data.conversations import Conversation, Formatted, content_ids, parse_conversation
 from stages.data.examples import FORMATTED_SCHEMA, REJECTED_SCHEMA, BadRowError
 from stages.data.format_counts import LENGTH_BIN, Counts, FormattedBatch, describe_lengths, listed
@@ -162,11 +161,7 @@ def failing_checks(formatted: Formatted, checks: pa.Array, origins: pa.Table) ->
     failing = []
     origin = (origins[name].to_pylist() for name in ("source", "source_row"))
     for answer, check, source, source_row in zip(formatted.responses, checks.to_pylist(), *origin, strict=True):
-        try:
-            is_right = check is None or passes(json.loads(check), answer)
-        except CheckTimeoutError:
-            is_right = False
-        if not is_right:
+        if not is_right(check, answer):
             failing.append((source, f"{source}, row {source_row:,}: {check:.120} fails for {answer!r:.120}"))
     return failing
 

@@ -1,6 +1,6 @@
 """Score the training rows under the base model, to find bad ones: → `data/train_scores.parquet`.
 
-For each row, the loss of its answers after their prompts and without them. The difference, the pointwise mutual
+The table has the loss of each row's answers after their prompts and without them. The difference, the pointwise mutual
 information of prompt and answer (PMI), is low if an answer does not depend on its question. The loss of the EOS token
 is high if an answer stops too early. This takes two forward passes per row, so it is off by default, and then the table
 is empty. docs/row-scores.md has measurements of how well the scores find bad rows.
@@ -21,7 +21,7 @@ from stages.data.examples import IGNORE_INDEX, Example, Split
 from stages.data.masking import load_tokenizer
 from stages.data.splits import choose_splits
 from stages.data.tables import parquet_writer, read_batches
-from stages.data.templates import load_template
+from stages.data.templates import Template, load_template
 from stages.runtime.errors import UserError
 from stages.runtime.params import ScoreRowsParams, load_params
 from stages.runtime.run import run
@@ -77,10 +77,11 @@ def score_training_rows(params: ScoreRowsParams, context: "DistributedContext") 
 
     rows, formatted = read_training_rows(params), Split(FORMATTED)
     examples = [formatted[row["number"]] for row in rows]
+    with_prompt = [example for example, row in zip(examples, rows, strict=True) if row["has_prompt"]]
     template = load_template(params.template, load_tokenizer(), params.template_options)
     model = load_for_inference(BASE, params.precision, context)
-    scores = score_examples(model, examples, template.encode_prompts([""])[0], params, context)
-    return [row | summarize(row, *losses) for row, losses in zip(rows, scores, strict=True)]
+    losses, without_prompt = score_examples(model, template, examples, with_prompt, params, context)
+    return [row | summarize(row, losses[id_], without_prompt.get(id_)) for row in rows for id_ in [row["example_id"]]]
 
 
 def read_training_rows(params: ScoreRowsParams) -> list[dict[str, Any]]:
@@ -109,23 +110,21 @@ def read_training_rows(params: ScoreRowsParams) -> list[dict[str, Any]]:
 
 def score_examples(
     model: "PreTrainedModel",
+    template: Template,
     examples: Sequence[Example],
-    empty_prompt: list[int],
+    with_prompt: Sequence[Example],
     params: ScoreRowsParams,
     context: "DistributedContext",
-) -> list[tuple[Losses, Losses]]:
-    """The loss at each supervised token of each example, after its prompts and without them.
-
-    Args:
-        empty_prompt: the ids of the prompt of an empty question, which takes the place of the prompts.
-    """
+) -> tuple[dict[str, Losses], dict[str, Losses]]:
+    """The losses of the examples by their ids, and the losses of those that have a prompt, without it."""
     import torch
 
     from stages.engine.loss import losses_by_example
     from stages.engine.models import autocast
     from stages.engine.probe import choose_batches
 
-    both = [examples, [without_prompts(example, empty_prompt) for example in examples]]
+    empty_prompt = template.encode_prompts([""])[0] if with_prompt else []
+    both = [examples, [without_prompts(example, empty_prompt) for example in with_prompt]]
     max_tokens = SCORED_TOKENS * params.tokens_per_batch
     batches, messages, _ = choose_batches(model, chain.from_iterable(both), max_tokens, params.precision)
     print(*messages, sep="\n", flush=True)
@@ -135,33 +134,36 @@ def score_examples(
             micro_batches = progress(batches.micro_batches(side), "score", "micro-batch")
             results = losses_by_example(model, micro_batches)
             losses.append({example.example_id: result.losses.cpu().double().numpy() for example, result in results})
-    return [(losses[0][example.example_id], losses[1][example.example_id]) for example in examples]
+    return losses[0], losses[1]
 
 
 def without_prompts(example: Example, empty_prompt: list[int]) -> Example:
-    """The supervised tokens of an example after the prompt of an empty question."""
-    answers, prompt = example.labels[example.labels != IGNORE_INDEX], np.array(empty_prompt, np.int32)
+    """The supervised tokens of an example after the prompt of an empty question, not longer than the example."""
+    answers = example.labels[example.labels != IGNORE_INDEX]
+    prompt = np.array(empty_prompt[-(len(example.labels) - len(answers)) :], np.int32)
     labels = np.concatenate([np.full_like(prompt, IGNORE_INDEX), answers])
     return Example(example.example_id, np.concatenate([prompt, answers]), labels)
 
 
-def summarize(row: dict[str, Any], losses: Losses, losses_without_prompt: Losses) -> dict[str, Any]:
+def summarize(row: dict[str, Any], losses: Losses, without_prompt: Losses | None) -> dict[str, Any]:
     """The columns of `SCORES_SCHEMA` that are computed from losses.
 
     Args:
-        row: from `read_training_rows`.
+        row: says whether it is `truncated`, and so has no EOS token.
+        without_prompt: None if the row has no prompt.
     """
     num_tokens = len(losses) if row["truncated"] else len(losses) - 1  # without the EOS token
-    loss_sum, sum_without_prompt = (float(each[:num_tokens].sum()) for each in (losses, losses_without_prompt))
     per_token = max(num_tokens, 1)  # a tokenizer may drop all characters of an answer
+    loss_sum = float(losses[:num_tokens].sum())
     eos_loss = None if row["truncated"] else float(losses[-1])
     columns = {"tokens": num_tokens, "loss": loss_sum / per_token, "eos_loss": eos_loss}
-    if row["has_prompt"]:
+    if without_prompt is not None:
+        sum_without_prompt = float(without_prompt[:num_tokens].sum())
         pmi = sum_without_prompt - loss_sum
         columns |= {
             "pmi": pmi,
-            "pmi_per_token": pmi / num_tokens,
-            "loss_without_prompt": sum_without_prompt / num_tokens,
+            "pmi_per_token": pmi / per_token,
+            "loss_without_prompt": sum_without_prompt / per_token,
         }
     return columns
 

@@ -3,8 +3,8 @@
 The split of a row depends on a seeded hash of its normalized prompt alone. Adding rows never moves others, and the
 hash never puts equal prompts in different splits. Rows of a dataset with `use` belong to that split instead. Training
 examples with a user message that equals or nearly matches one of the test split or the retention set are counted, and
-dropped if `drop_near_duplicates` is set. A part of the training split is left out if `train_fraction` or
-`drop_worst_fraction` say so. `data/scoring.parquet` has what is needed to score the answers.
+dropped if `drop_near_duplicates` is set. `train_fraction` and `drop_worst_fraction` leave out a part of the
+training split. `data/scoring.parquet` has what is needed to score the answers.
 
 The rows are read twice, because the user messages of these splits must be known before the first training row is
 written. One process per CPU core works on the shards of a large table.
@@ -40,7 +40,7 @@ QUESTIONS_SCHEMA = pa.schema(
     [*QUESTION_FIELDS, ("split", pa.string()), *(SPLIT_SCHEMA.field(name) for name in LOCATION)]
 )
 SCORES = Path("data/train_scores.parquet")
-COUNTS = ("near_duplicates", "retention_near_duplicates", "equal_questions", "leaked_rows_in_train")
+LEAKAGE = ("near_duplicates", "retention_near_duplicates", "equal_questions", "leaked_rows_in_train")
 LEFT_OUT = ("left_out_by_fraction", "dropped_by_score")  # reasons for which rows are not trained on
 Nearest = tuple[float, str]  # the similarity of the most similar questions, and their rows in the sources
 
@@ -59,7 +59,7 @@ def main() -> None:
             counts.update(shard_counts)
             nearest = max(nearest, match, key=lambda match: match[0])
         check_counts(counts, params)
-    write_json(METRICS, {name: counts[name] for name in ("rows_in", "duplicates", *LEFT_OUT, *COUNTS, *SPLITS)})
+    write_json(METRICS, {name: counts[name] for name in ("rows_in", "duplicates", *LEFT_OUT, *LEAKAGE, *SPLITS)})
     listed = ", ".join(f"{counts[name]:,} {name}" for name in SPLITS)
     summary(
         {

@@ -77,6 +77,12 @@ def test_long_rows_are_rejected_if_the_parameter_says_so_even_if_they_are_most_o
     ]
 
 
+def test_the_error_if_all_rows_are_too_long_names_the_parameter(project: Path, tiny_model: Path) -> None:
+    edit(project, long_rows="reject")
+    with pytest.raises(UserError, match=r"2 of 2 rows can't be trained on \(too_long: 2\); raise max_length. First: "):
+        run_format(tiny_model, [LONG, LONG], max_length=150)
+
+
 def test_a_conversation_is_rejected_as_a_whole(project: Path, tiny_model: Path) -> None:
     shutil.copytree(USER_FILES / "templates", "templates")
     edit(project, long_rows="reject", template="templates/plain.jinja")

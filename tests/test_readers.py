@@ -224,6 +224,13 @@ def test_the_only_data_file_of_a_zip_archive_is_read(tmp_path: Path) -> None:
     assert read(tmp_path / "a.zip") == [(1, ONE), (2, TWO)]
     pd.DataFrame([ONE]).to_csv(tmp_path / "b.csv.zip", index=False)
     assert read(tmp_path / "b.csv.zip") == [(1, ONE)]
+    (tmp_path / "a.zip").rename(tmp_path / "a.jsonl.zip")
+    (tmp_path / "b.csv.zip").unlink()
+    assert read(tmp_path) == [(1, ONE), (2, TWO)]
+
+
+def test_an_object_can_continue_in_a_line_that_begins_with_a_comma(tmp_path: Path) -> None:
+    assert read(tmp_path / "a.json", '{"instruction": "A"\n,"output": "b"}\n') == [(1, ONE)]
 
 
 # Carriage returns are written as part of CSV fields, too. Lone surrogates can't be written as UTF-8.

@@ -1,5 +1,6 @@
 """Scores of training rows: the losses of the plain model, with and without the prompt."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -90,14 +91,17 @@ def test_without_its_prompts_an_example_has_its_answers_after_an_empty_prompt() 
     )
     assert without_prompts(conversation, [1, 3]).input_ids.tolist() == [1, 3, 7, 2, 9, 2]
     assert without_prompts(conversation, [1, 3]).labels.tolist() == [-100, -100, 7, 2, 9, 2]
-    assert without_prompts(example([5], [2]), [1]).labels.tolist() == [-100, 2]
+
+
+def test_an_empty_prompt_is_never_longer_than_the_prompt_that_it_replaces() -> None:
+    assert without_prompts(example([5, 6], [2]), [1, 3, 4]).input_ids.tolist() == [3, 4, 2]
 
 
 LOSSES, ALONE = np.array([1.0, 2.0, 6.0]), np.array([4.0, 3.0, 7.0])
 
 
 def test_the_eos_token_is_scored_by_itself() -> None:
-    assert summarize({"truncated": False, "has_prompt": True}, LOSSES, ALONE) == {
+    assert summarize({"truncated": False}, LOSSES, ALONE) == {
         "tokens": 2,
         "loss": 1.5,
         "loss_without_prompt": 3.5,
@@ -108,10 +112,30 @@ def test_the_eos_token_is_scored_by_itself() -> None:
 
 
 def test_a_truncated_row_has_no_eos_token() -> None:
-    found = summarize({"truncated": True, "has_prompt": True}, LOSSES, ALONE)
+    found = summarize({"truncated": True}, LOSSES, ALONE)
     assert (found["tokens"], found["loss"], found["pmi"], found["eos_loss"]) == (3, 3.0, 5.0, None)
 
 
-def test_plain_text_has_a_loss_but_no_pmi() -> None:
-    found = summarize({"truncated": False, "has_prompt": False}, LOSSES, ALONE)
-    assert found == {"tokens": 2, "loss": 1.5, "eos_loss": 6.0}
+def test_an_answer_without_tokens_has_a_pmi_of_zero() -> None:
+    found = summarize({"truncated": False}, LOSSES[:1], ALONE[:1])
+    assert found == {
+        "tokens": 0,
+        "loss": 0.0,
+        "loss_without_prompt": 0.0,
+        "pmi": 0.0,
+        "pmi_per_token": 0.0,
+        "eos_loss": 1.0,
+    }
+
+
+def test_plain_text_has_a_loss_but_no_pmi(project: Path, tiny_model: Path) -> None:
+    rows = [{"text": "A line.\n"}, *({"instruction": f"Name {n}.", "output": "x"} for n in range(9))]
+    Path("data/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    edit(project, dataset_file="data/a.jsonl", model_name=str(tiny_model), score_rows="true")
+    edit(project, test_fraction="0", validation_fraction="0")
+    run_pipeline(project, "download_dataset", "download_model", "format", "score_rows")
+    text, *others = scores()
+    assert text["loss"] > 1
+    assert text["eos_loss"] > 1
+    assert (text["pmi"], text["pmi_per_token"], text["loss_without_prompt"]) == (None, None, None)
+    assert all(row["pmi"] is not None for row in others)

@@ -1,6 +1,5 @@
 """What `make data` looks for in the data: repetitions, contradictions, near-duplicates, languages, checks, scores."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from stages.data.checks import CheckTimeoutError, passes
+from stages.data.checks import is_right
 from stages.data.conversations import normalize
 from stages.data.near_duplicates import MIN_ESTIMATED_SIMILARITY, THRESHOLD, band_keys, jaccard, minhash, shingles
 from stages.data.splits import SPLITS
@@ -181,13 +180,6 @@ def failing_checks(count: int) -> Finding:
         if len(groups) >= min(count, MAX_GROUPS) or num_checked >= MAX_CHECKED:
             break
     return Finding(count, count, groups[:MAX_GROUPS])
-
-
-def is_right(check: str, answer: str) -> bool:
-    try:
-        return passes(json.loads(check), answer)
-    except CheckTimeoutError:
-        return False
 
 
 def score_ends(tables: Tables, scores: pd.DataFrame) -> dict[str, Finding]:

@@ -203,8 +203,8 @@ class ChatTemplate:
     def _encode_apart(self, all_prompt_ids: list[list[int]], responses: list[Response]) -> list[list[list[int]]]:
         """The spans of an example per answer, whose ids are those of the prompt and then of the answer alone.
 
-        So begins an answer at inference. It is the way for answers that begin with whitespace, such as code, which a
-        token could contain together with the end of the prompt.
+        This is how an answer begins at inference. It is used for answers that begin with whitespace, such as code,
+        because one token could contain both the end of the prompt and this whitespace.
 
         Raises:
             BadRowError: an answer does not begin with whitespace, or the ids are not those of its text.

@@ -20,7 +20,7 @@ COUNT_NAMES += ["checks_failing_own_answer"]
 MAX_LISTED = 5  # rows whose own answer fails their check
 LENGTH_BIN = 16  # tokens per bar in the plot of lengths
 KEPT_WHOLE = {"95%": 0.95, "99%": 0.99, "100%": 1.0}  # shares of the examples for which a max_length is named
-MANY_TRUNCATED = 0.05  # share of the examples, from which the summary says what to do
+MANY_TRUNCATED = 0.05  # share of the examples, above which the summary says what to do
 
 
 class FormattedBatch(NamedTuple):
@@ -112,9 +112,11 @@ class Counts:
             # Long rows are rejected because the user chose so.
             mistakes = counts["left_out"] - self.reasons[name]["not_rendered"] - self.reasons[name]["too_long"]
             if mistakes > counts["rows_in"] / 2 or not counts["kept"]:
+                is_long = self.reasons[name]["too_long"] or self.reasons[name]["prompt_too_long"] == counts["left_out"]
+                advice = "raise max_length" if is_long else "more than half were rejected; fix the source"
                 raise UserError(
                     f"{name}: {counts['left_out']:,} of {counts['rows_in']:,} rows can't be trained on "
-                    f"({listed(self.reasons[name])}); more than half were rejected; fix the source. First: "
+                    f"({listed(self.reasons[name])}); {advice}. First: "
                     f"{self.first_rejected[name]}"
                 )
 

@@ -33,7 +33,7 @@ def load(
     A pinned revision that is complete in the cache is loaded without a request.
     """
     commit = resolve_commit("dataset", name, revision)
-    # An own folder for each choice: if a download fails, load_dataset returns whatever it finds there.
+    # A separate folder for each choice: if a download fails, load_dataset returns whatever it finds there.
     key = hashlib.sha256(repr((name, commit, subset, data_files)).encode()).hexdigest()
     cache = Path(datasets.config.HF_DATASETS_CACHE, key)
     choice = {"name": subset, "data_files": data_files, "cache_dir": str(cache)}
@@ -53,16 +53,17 @@ def load(
 
 def open_prepared(folder: Path, name: str, split: str) -> Rows:
     """The rows that `load_dataset` has prepared in its cache."""
-    owner_and_name, config, version, hash_ = folder.parts[-4:]
+    owner_and_name, config, version, fingerprint = folder.parts[-4:]
     owner, _, dataset_name = owner_and_name.rpartition("___")  # a snapshot has no owner
-    builder = Cache(str(folder.parents[3]), dataset_name, config, version, hash_, repo_id=name if owner else None)
+    builder = Cache(str(folder.parents[3]), dataset_name, config, version, fingerprint, repo_id=name if owner else None)
     return builder.as_dataset(split)
 
 
 def complete_snapshot(name: str, commit: str) -> str | None:
     """The folder with all files of a commit, as `hf download` writes it; None if one is missing."""
     try:
-        get_cached_repo_tree(name, repo_type="dataset", revision=commit)  # without it, nobody knows what is missing
+        # Without the list of files, missing ones would not be noticed.
+        get_cached_repo_tree(name, repo_type="dataset", revision=commit)
         return snapshot_download(name, repo_type="dataset", revision=commit, local_files_only=True)
     except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
         return None

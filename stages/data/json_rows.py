@@ -26,7 +26,7 @@ def read_json(path: Path, slice_column: str, parser: RowParser) -> Iterator[Row]
     with open_binary(path) as file:
         lines = (line.strip() for line in decoded_lines(path, file) if line.strip())
         first, second = next(lines, ""), next(lines, "")
-    if not second or first.endswith(("{", "[", ",", ":")):  # the first object continues
+    if not second or first.endswith(("{", "[", ",", ":")) or second.startswith((",", "}", "]", ":")):  # it continues
         return read_json_objects(path, parser)
     return read_json_lines(path)
 

@@ -130,7 +130,8 @@ class NearDuplicates:
         others = [at for at, content in enumerate(contents) if not best[at][0] and not content <= self._common]
         for query, owner in self._candidates(others, [contents[at] - self._common for at in others]):
             if are_comparable(query, owner):
-                similarity = similarity_without(self._common, contents[query], self._shingles(owner))
+                # Not 1, which is for equal questions.
+                similarity = min(0.99, similarity_without(self._common, contents[query], self._shingles(owner)))
                 best[query] = max(best[query], (similarity, owner), key=lambda match: match[0])
         matches = dict(zip(distinct, best, strict=True))
         nearest = [max(map(matches.__getitem__, row), key=lambda match: match[0]) for row in keyed]

@@ -46,7 +46,7 @@ class PlainText:
                 continue
             prompt = self.bos or ids[:1]
             spans = [prompt, [*ids[0 if self.bos else 1 :], eos_token_id]]
-            examples.append(Rendered(row, conversations[row], [text], [text.strip()], spans))
+            examples.append(Rendered(row, conversations[row], [text.strip()], [text.strip()], spans))
         return examples
 
     def reject_special_tokens(self, texts: Iterable[str]) -> None:

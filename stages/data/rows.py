@@ -265,7 +265,7 @@ def parse_options(where: str, options: Any) -> dict[str, Any]:
         raise BadRowError(
             "bad_options", f'{where} is {describe(options)}; must be an object, such as {{"enable_thinking": false}}'
         )
-    return require_json(where, {name: value for name, value in found.items() if value is not None})
+    return require_json(where, {name: value for name, value in found.items() if value is not None}, "bad_options")
 
 
 def find_schema(columns: Iterable[str]) -> tuple[str, ...]:

@@ -125,7 +125,7 @@ def find_files(path: Path, parameter: str) -> list[Path]:
         files = [file for file in path.rglob("*") if file.is_file()]
         files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
         for file in sorted(files):
-            if way_out := WAYS_OUT.get(file.suffix.lower()) or WAYS_OUT.get(file_format(file)):
+            if way_out := WAYS_OUT.get(file_format(file)):
                 raise UserError(f"{file}: is in a folder of data; {way_out}, or move it out of the folder")
         files = [file for file in files if file_format(file) in READERS] or files
     elif path.is_file():

@@ -45,7 +45,7 @@ def parse_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
             raise BadRowError("bad_tool_call", f"{where} is {reprlib.repr(call)}; {CALLS_ALLOWED}")
         number = {"id": call["id"]} if call.get("id") is not None else {}
         content = {"name": function["name"], "arguments": arguments}
-        parsed.append(require_json(where, {**number, "type": "function", "function": content}))
+        parsed.append(require_json(where, {**number, "type": "function", "function": content}, "bad_tool_call"))
     if not parsed:
         raise BadRowError("bad_tool_call", f"{where} is {reprlib.repr(calls)}; {CALLS_ALLOWED}")
     return parsed
