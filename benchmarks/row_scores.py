@@ -1,9 +1,10 @@
 """Validate the scores of training rows: replace answers with bad ones, and measure which scores find them.
 
-    python -m benchmarks.row_scores [DATA] [MODELS]
+    python -m benchmarks.row_scores [DATA] [MODELS] [ROWS]
 
-DATA: a file of rows with one question and one answer. MODELS: a folder with `base` and `tokenizer`. The results of each
-pair are one entry of `benchmarks/row_scores.json`; the command prints all entries as Markdown tables.
+DATA: a file of rows with one question and one answer. MODELS: a folder with `base` and `tokenizer`. ROWS: how many of the
+rows are used. The results of each pair are one entry of `benchmarks/row_scores.json`; the command prints all entries as
+Markdown tables.
 """
 
 import json
@@ -37,7 +38,7 @@ from stages.runtime.params import FormatParams, ScoreRowsParams, load_params
 from stages.score_rows import score_examples, summarize
 
 RESULTS = Path(__file__).with_name("row_scores.json")
-NUM_ROWS, NUM_BAD = 400, 60  # rows of the dataset, and those of them whose answers are replaced by each kind
+BAD = 0.15  # share of the rows whose answers are replaced by each kind
 SHARES, DRAWS = (0.01, 0.05), 200  # of bad rows in a dataset, and how often they are drawn to measure the precision
 REFUSALS = [
     "I'm sorry, but I can't help with that.",
@@ -93,9 +94,9 @@ SCORES: dict[str, Callable[[pd.DataFrame], "pd.Series[float]"]] = {
 }
 
 
-def main(data: str = "data/instructions.jsonl", models: str = "models") -> None:
+def main(data: str = "data/instructions.jsonl", models: str = "models", rows: str = "400") -> None:
     results = read_json(RESULTS) if RESULTS.exists() else {}
-    results[f"{Path(data).name}, {model_name(Path(models))}"] = validate(Path(data), Path(models))
+    results[f"{Path(data).name}, {model_name(Path(models))}"] = validate(Path(data), Path(models), int(rows))
     write_json(RESULTS, dict(sorted(results.items())))
     print(tables(results))
 
@@ -105,10 +106,10 @@ def model_name(models: Path) -> str:
     return re.split("[=#]", Path(read_json(models / "base/source.json")["model_name"]).name)[0]
 
 
-def validate(data: Path, models: Path) -> dict[str, Any]:
+def validate(data: Path, models: Path, num_rows: int) -> dict[str, Any]:
     """For each kind of bad answer and each score, the AUC against the other rows, and the precision at `SHARES`."""
     score = Scorer(models)
-    rows = list(islice(read_rows(data), NUM_ROWS))
+    rows = list(islice(read_rows(data), num_rows))
     pairs = [pair_of(row) for row in rows]
     good = score(rows)
     choose = random.Random(0)
@@ -117,7 +118,7 @@ def validate(data: Path, models: Path) -> dict[str, Any]:
         replaced: list[tuple[int, dict[str, Any]]] = []
         for at in choose.sample(range(len(rows)), len(rows)):
             answer = replace(pairs, at, choose)
-            if answer.strip() and answer != pairs[at][1] and len(replaced) < NUM_BAD:
+            if answer.strip() and answer != pairs[at][1] and len(replaced) < BAD * len(rows):
                 replaced.append((at, with_answer(rows[at], answer)))
         numbers = [at for at, _ in replaced]
         bad = score([row for _, row in replaced])
