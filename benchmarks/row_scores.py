@@ -2,8 +2,8 @@
 
     python -m benchmarks.row_scores [DATA] [MODELS] [ROWS]
 
-DATA: a file of rows with one question and one answer. MODELS: a folder with `base` and `tokenizer`. ROWS: how many of the
-rows are used. The results of each pair are one entry of `benchmarks/row_scores.json`; the command prints all entries as
+DATA: a file of rows with one question and one answer. MODELS: a folder with `base` and `tokenizer`. ROWS: how many rows
+are used. The results of each pair are one entry of `benchmarks/row_scores.json`; the command prints all entries as
 Markdown tables.
 """
 
