@@ -138,7 +138,12 @@ def interval(found: dict[str, Any]) -> str:
 def draw(curve: list[dict[str, Any]]) -> bytes:
     """A picture of the test loss of each run over the number of training rows."""
     rows = [{"rows": point["rows"], "loss": value} for point in curve for value in point["losses"].values()]
-    x = {"field": "rows", "type": "quantitative", "scale": {"type": "log"}, "title": "training rows"}
+    x = {
+        "field": "rows",
+        "type": "quantitative",
+        "scale": {"type": "log", "base": 2, "nice": False, "padding": 20},
+        "title": "training rows",
+    }
     y = {"type": "quantitative", "scale": {"zero": False}, "title": "test loss (nats/token)"}
     points = {"mark": "point", "encoding": {"x": x, "y": {**y, "field": "loss"}}}
     means = {"mark": "line", "encoding": {"x": x, "y": {**y, "field": "loss", "aggregate": "mean"}}}
