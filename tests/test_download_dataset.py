@@ -368,7 +368,7 @@ def test_a_date_in_the_arguments_of_a_call_makes_its_row_unreadable(project: Pat
     edit(project, dataset_file="data/a.parquet")
     download_dataset.main()
     detail = "message 2: the tool call can't be written as JSON: Object of type date is not JSON serializable"
-    assert unreadable() == [(1, "bad_tools", detail)]
+    assert unreadable() == [(1, "bad_tool_call", detail)]
 
 
 def test_rows_under_several_keys_are_an_error(project: Path) -> None:

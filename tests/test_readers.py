@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from stages.data.examples import BadRowError
@@ -275,6 +275,8 @@ def test_csv_is_read_as_it_was_written_or_refused(
 def test_csv_of_pandas_is_read_as_it_was_written_or_refused(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, str]], separator: str
 ) -> None:
+    # pandas does not quote a carriage return, which then belongs to the end of the line.
+    assume(not any(row[list(rows[0])[-1]].endswith("\r") for row in rows))
     path = tmp_path_factory.mktemp("csv") / "a.tsv"
     pd.DataFrame(rows).to_csv(path, sep=separator, index=False)
     assert read_or_refuse(path) in (rows, None)
