@@ -45,5 +45,5 @@ def long_examples(num_examples: int, joined: tuple[int, int] = JOINED) -> list[E
     with TemporaryDirectory() as folder:
         path = Path(folder) / "long.parquet"
         with parquet_writer(path, SPLIT_SCHEMA) as writer:
-            writer.write(format_batch(rows, template, params)[0])
+            writer.write(format_batch(rows, template, params).examples.select(SPLIT_SCHEMA.names))
         return read_split(path)[:]
