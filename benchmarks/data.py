@@ -42,8 +42,13 @@ def long_examples(num_examples: int, joined: tuple[int, int] = JOINED) -> list[E
     params = load_params(FormatParams)
     template = load_template(params.template, load_tokenizer(), params.template_options, params.reasoning_end)
     rows = pa.Table.from_pylist(list(long_rows(num_examples, joined)), RAW_SCHEMA)
+    return read_examples(format_batch(rows, template, params).examples)
+
+
+def read_examples(table: pa.Table) -> list[Example]:
+    """The examples of a formatted table."""
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "long.parquet"
+        path = Path(folder) / "examples.parquet"
         with parquet_writer(path, SPLIT_SCHEMA) as writer:
-            writer.write(format_batch(rows, template, params).examples.select(SPLIT_SCHEMA.names))
+            writer.write(table.select(SPLIT_SCHEMA.names))
         return read_split(path)[:]

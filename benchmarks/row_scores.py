@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,11 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
-from stages.data.examples import FORMATTED_SCHEMA, RAW_SCHEMA, BadRowError, Split
+from benchmarks.data import read_examples
+from stages.data.examples import RAW_SCHEMA, BadRowError
 from stages.data.masking import load_tokenizer
 from stages.data.rows import RowParser
 from stages.data.sources import open_files
-from stages.data.tables import parquet_writer
 from stages.data.templates import load_template
 from stages.download_dataset import raw_row
 from stages.engine.distributed import DistributedContext
@@ -162,11 +161,7 @@ class Scorer:
         """The columns of `summarize` for each row, in order."""
         numbered = [row | {"source_row": number} for number, row in enumerate(rows)]
         table = format_batch(pa.Table.from_pylist(numbered, RAW_SCHEMA), self.template, self.format_params).examples
-        with TemporaryDirectory() as folder:
-            path = Path(folder) / "formatted.parquet"
-            with parquet_writer(path, FORMATTED_SCHEMA) as writer:
-                writer.write(table)
-            examples = Split(path)[:]
+        examples = read_examples(table)
         losses, without_prompt = score_examples(
             self.model, self.template, examples, examples, self.params, self.context
         )

@@ -182,11 +182,14 @@ def failing_checks(count: int) -> Finding:
     return Finding(count, count, groups[:MAX_GROUPS])
 
 
-def score_ends(tables: Tables, scores: pd.DataFrame) -> dict[str, Finding]:
+def score_ends(tables: Tables) -> dict[str, Finding]:
     """The training rows at each end of the scores: how many are beyond the limit, and the furthest ones.
 
-    Whether an answer copies its question is decided by their texts, which no score does as well.
+    Empty if there are no scores. Whether an answer copies its question is decided by their texts, which no score does
+    as well.
     """
+    if (scores := tables.scores) is None:
+        return {}
     late = scores["eos_loss"] - scores["eos_loss"].median()
     # Plain text, which has no PMI, is its own question and answer.
     is_copy = [

@@ -59,7 +59,7 @@ def collect(tables: Tables, max_length: int) -> dict[str, Any]:
         "contradictions": findings.contradictions(used),
         **findings.near_duplicates(tables),
         "checks": findings.failing_checks(read_json(FORMAT_METRICS).get("checks_failing_own_answer", 0)),
-        **(findings.score_ends(tables, tables.scores) if tables.scores is not None else {}),
+        **findings.score_ends(tables),
     }
     languages = findings.languages(tables)
     examples = choose_examples(tables)
