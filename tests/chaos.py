@@ -43,6 +43,10 @@ CUT_LOCK = re.compile(r"'(?:\./)?(dvc\.lock|\.dvc/tmp/rwlock)'(?: validation fai
 # `dvc exp run` stops with this message; `git reset` is enough.
 STAGED = "uncommitted changes exist in the index"
 RESUMING = "Resuming from the checkpoint at step"
+# Printed by Python if a Ctrl-C interrupts DVC while it creates a progress bar.
+DVC_PROGRESS_BAR = re.compile(
+    r"Exception ignored in: <function tqdm\.__del__ .*\nTraceback .*\n(?: .*\n)*AttributeError: .*"
+)
 # Several seconds of training with many checkpoints, so that kills happen between them.
 LONGER = {"num_epochs": "6", "eval_steps": "20"}
 
@@ -157,6 +161,7 @@ class Chaos:
     def count_events(self, output: str) -> None:
         self.seen["resumes"] += output.count(RESUMING)
         self.seen["damaged checkpoints refused"] += output.count("this checkpoint is damaged")
+        output = DVC_PROGRESS_BAR.sub("", output)
         if "Traceback" in output and "KeyboardInterrupt" not in output:
             self.problems.append(f"a traceback:\n{output}")
 

@@ -27,9 +27,7 @@ def reference(ran: Path) -> Reference:
 def test_a_killed_pipeline_has_the_results_of_an_uninterrupted_one(
     reference: Reference, tmp_path: Path, tiny_model: Path
 ) -> None:
-    seed = random.randrange(1000)
-    print(f"seed {seed}")
-    some = Chaos(reference, random.Random(seed))
+    some = Chaos(reference, random.Random(0))
     while (kills := NUM_KILLS - some.kills.total()) > 0:  # again if DVC ignored a Ctrl-C between two stages
         some.run_until_done(make_clone(tmp_path / str(kills), tiny_model), ("dvc", "repro"), kills)
         assert some.problems == []
@@ -156,6 +154,30 @@ def test_lost_work_is_detected(reference: Reference, output: str, checkpoint: in
     some = Chaos(reference, random.Random(0))
     some.check_resumed(output, checkpoint)
     assert some.problems == expected
+
+
+IN_DVC = (
+    "ERROR: interrupted by the user\nException ignored in: <function tqdm.__del__ at 0x7fc0>\n"
+    "Traceback (most recent call last):\n"
+    '  File "site-packages/dvc/progress.py", line 136, in close\n    self.postfix["info"] = ""\n    ^^^^^^^\n'
+    "AttributeError: 'Tqdm' object has no attribute 'postfix'\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("output", "num_problems"),
+    [
+        (IN_DVC, 0),
+        ("Traceback (most recent call last):\n  File 'stages/train.py'\nKeyError: 'loss'\n", 1),
+        (f"{IN_DVC}Traceback (most recent call last):\n  File 'stages/train.py'\nKeyError: 'loss'\n", 1),
+    ],
+)
+def test_a_traceback_is_detected_unless_a_progress_bar_of_dvc_was_interrupted(
+    reference: Reference, output: str, num_problems: int
+) -> None:
+    some = Chaos(reference, random.Random(0))
+    some.count_events(output)
+    assert len(some.problems) == num_problems
 
 
 def test_a_damaged_checkpoint_is_remembered_if_the_next_run_is_killed_before_it_notices(
