@@ -167,7 +167,7 @@ def save_tuned(engine: "Engine", metrics: dict[str, Any], checkpoints: "Checkpoi
 
     params = engine.params
     if params.uses_lora:
-        from stages.engine.lora import add_adapters, merge, save_adapter
+        from stages.engine.lora import add_adapters, merge, save_adapter, without_gradient
     model = engine.model
     if hasattr(model, "unshard"):  # this rank has only a part of a sharded model
         model = load_model(BASE, torch.device("cpu"))
@@ -183,6 +183,8 @@ def save_tuned(engine: "Engine", metrics: dict[str, Any], checkpoints: "Checkpoi
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(template.eos_token_ids[0])
     with atomic_path(folder, durable=True) as partial:
         if params.uses_lora:
+            if names := without_gradient(model):
+                print(f"Adapters that no gradient has reached: {names}", flush=True)
             save_adapter(model, BASE, partial / "adapter")
             model = merge(BASE, partial / "adapter")
         model.generation_config = GenerationConfig(

@@ -28,7 +28,7 @@ def load_for_training(
     set_seed(params.seed)
     precision = "bf16" if uses_bf16(params.precision, context.device) else "fp32"
     messages = [f"Precision: {precision} on {context.device}"]
-    quantization = nf4(params, context) if params.finetuning == "qlora" else None
+    quantization = nf4(params, context, base) if params.finetuning == "qlora" else None
     if not context.sharded:
         stored = precision if params.uses_lora else "fp32"  # weights that are trained are in fp32
         model = load_model(base, context.device, stored, quantization).train()
@@ -68,11 +68,11 @@ def load_to_shard(folder: Path, context: DistributedContext) -> PreTrainedModel:
     return load_model(folder, torch.device("cpu")) if context.is_main_process else load_on_meta(folder)
 
 
-def nf4(params: TrainParams, context: DistributedContext) -> Any:
+def nf4(params: TrainParams, context: DistributedContext, base: Path) -> Any:
     """The quantization of QLoRA (https://arxiv.org/abs/2305.14314): 4-bit NormalFloat, with quantized constants.
 
     Raises:
-        UserError: bitsandbytes is not installed, or the weights are sharded.
+        UserError: bitsandbytes is not installed, the weights are sharded, or the model has fused experts.
     """
     if find_spec("bitsandbytes") is None:
         raise UserError(
@@ -85,6 +85,14 @@ def nf4(params: TrainParams, context: DistributedContext) -> Any:
             "launcher"
         )
     from transformers import BitsAndBytesConfig
+
+    from stages.engine.lora import expert_weights
+
+    if any(expert_weights(load_on_meta(base))):
+        raise UserError(
+            "finetuning: found 'qlora'; must be lora for this model, because bitsandbytes can't quantize its experts "
+            "(most of its weights), which are fused into one parameter per layer"
+        )
 
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -4,12 +4,19 @@
 """
 
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -25,52 +32,166 @@ ADAPTER = "adapter_model.safetensors"
 
 
 def add_adapters(model: PreTrainedModel, params: TrainParams) -> str:
-    """Freeze the model and add adapters to the linear layers that `lora_target_modules` names.
+    """Freeze the model, and add adapters to the linear layers and experts that `lora_target_modules` names.
 
     Returns:
-        A log message that says what is trained.
+        A log message that says what is trained and, with all linear layers, which matrices have no adapter.
 
     Raises:
-        UserError: no linear layer has one of the names, or peft does not support one of them.
+        UserError: nothing has one of the names, or peft can't adapt it.
     """
-    linear = dict(linear_layers(model))
-    names = sorted({name.rpartition(".")[2] for name in linear})
-    target_modules = names if params.lora_target_modules == ALL else params.lora_target_modules
-    if unknown := [name for name in target_modules if not any(f".{path}".endswith(f".{name}") for path in linear)]:
-        raise UserError(
-            f"lora_target_modules: found {unknown[0]!r}; "
-            f"must be {ALL}, or a list of this model's linear layers: {', '.join(names)}"
-        )
-    config = LoraConfig(
-        r=params.lora_rank,
-        lora_alpha=params.lora_alpha,
-        lora_dropout=params.lora_dropout,
-        target_modules=target_modules,
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in linear.values()),  # GPT-2's matrices are transposed
-        task_type="CAUSAL_LM",
-    )
     try:
-        inject_adapter_in_model(config, model)
-    except ValueError as error:  # such as layers of Mamba whose weights are read by a kernel
-        raise UserError(
-            f"lora_target_modules: peft can't adapt one of these layers: {str(error).rstrip('.')}; "
-            f"must be a list without it, from: {', '.join(names)}"
-        ) from None
+        inject_adapter_in_model(lora_config(model, params), model)
+    except ValueError as error:
+        raise UserError(f"lora_target_modules: peft can't adapt one of these layers: {error}; leave it out") from None
+    for module in model.modules():
+        if isinstance(module, ParamWrapper):  # it adds the adapter to the weight, in the weight's dtype
+            weight = getattr(module.get_base_layer(), module.parameter_name)
+            weight.data = weight.data.float()
     for parameter in trainable_parameters(model).values():
         parameter.data = parameter.data.float()  # peft gives adapters the dtype of their layer
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     # A quantized weight has two parameters per byte.
     num_all = sum(parameter.numel() * (1 + (parameter.dtype == torch.uint8)) for parameter in model.parameters())
-    layers = ", ".join(target_modules)
-    return f"LoRA of rank {params.lora_rank} on {layers}: {num_trained:,} of {num_all:,} parameters are trained"
+    adapted, frozen = adapted_and_frozen(model)
+    message = f"LoRA of rank {params.lora_rank} on {adapted}: {num_trained:,} of {num_all:,} parameters are trained"
+    return f"{message}; no adapter on {frozen}" if frozen and params.lora_target_modules == ALL else message
+
+
+def lora_config(model: PreTrainedModel, params: TrainParams) -> LoraConfig:
+    """The layers to adapt in the terms of peft, which adapts fused experts by the names of their parameters."""
+    linear, experts = dict(linear_layers(model)), dict(expert_weights(model))
+    for path in (excluded := sorted({*tied_layers(linear), *lost_in_loading(linear, model)})):
+        del linear[path]
+    names = sorted({short_name(path) for path in (*linear, *experts) if not is_refused(path, model)})
+    paths = [path for path in (*linear, *experts) if short_name(path) in names]
+    targets = names if params.lora_target_modules == ALL else params.lora_target_modules
+    if unknown := [name for name in targets if not select(name, paths)]:
+        reason = ", which can't have adapters" if select(unknown[0], dict(model.named_modules())) else ""
+        raise UserError(
+            f"lora_target_modules: found {unknown[0]!r}{reason}; must be {ALL}, or a list of this model's linear layers"
+            f"{' and fused experts' if experts else ''}: {', '.join(names)}"
+        )
+    modules = [name for name in targets if select(name, linear)]
+    taken = [name for name in modules if is_taken_for_experts(name, model)]
+    parameters = {f"{name}.weight" for name in taken}
+    parameters |= {name + experts[path] for name in targets for path in select(name, experts)}
+    if parameters and params.lora_dropout and params.lora_target_modules != ALL:
+        raise UserError(
+            f"lora_dropout: found {params.lora_dropout}; must be 0 with adapters on {', '.join(sorted(parameters))}, "
+            "for which peft has no dropout, or leave them out of lora_target_modules"
+        )
+    return LoraConfig(
+        r=params.lora_rank,
+        lora_alpha=params.lora_alpha,
+        lora_dropout=params.lora_dropout,
+        target_modules=[name for name in modules if name not in taken],
+        exclude_modules=excluded or None,
+        target_parameters=None if params.lora_dropout else sorted(parameters),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in linear.values()),  # GPT-2's matrices are transposed
+        task_type="CAUSAL_LM",
+    )
+
+
+def short_name(path: str) -> str:
+    """The last part of a path; the whole path if this is a number, by which peft would find other modules."""
+    name = path.rpartition(".")[2]
+    return path if name.isdigit() else name
+
+
+def tied_layers(layers: Mapping[str, torch.nn.Module]) -> list[str]:
+    """The layers that share their matrix with others, to which different adapters could not be merged."""
+    uses = Counter(id(layer.weight) for layer in layers.values())
+    return [path for path, layer in layers.items() if uses[id(layer.weight)] > 1]
+
+
+def is_refused(path: str, model: PreTrainedModel) -> bool:
+    """Whether it is a layer of Mamba that peft refuses, because a kernel reads its weights."""
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, short_name(path))
+    except ValueError:
+        return True
+    return False
+
+
+def lost_in_loading(paths: Iterable[str], model: PreTrainedModel) -> list[str]:
+    """The layers whose saved adapters peft renames in loading, as if they were of before transformers 5."""
+    keys = {f"base_model.model.{path}.lora_A.weight": torch.empty(1, 1) for path in paths}
+    found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), keys)
+    return [path for path, key in zip(paths, keys, strict=True) if key not in found]
+
+
+def is_taken_for_experts(name: str, model: PreTrainedModel) -> bool:
+    """Whether peft takes linear layers of this name for experts of before transformers 5, which were not fused.
+
+    It would adapt the fused experts instead, unless the layers' weights are named as parameters.
+    """
+    config = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # one of several layers that were fused
+        return True
+    return name not in (config.target_modules or ())
+
+
+def select(name: str, paths: Iterable[str]) -> list[str]:
+    """The paths that end with the name."""
+    return [path for path in paths if f".{path}".endswith(f".{name}")]
 
 
 def linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The model's linear layers by path, without the head, whose matrix is often the token embedding."""
+    """The model's linear layers by path, without the head, whose matrix is often the token embedding.
+
+    Subclasses that return something else, such as routers, are left out, because peft adds to what a layer returns.
+    """
     head = model.get_output_embeddings()
     for path, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head:
+        kind = type(module)
+        is_special = kind.__module__.startswith("transformers.models.") and kind.__name__ != "FalconLinear"
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and not is_special:
             yield path, module
+
+
+def expert_weights(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
+    """The fused weights of experts, which have three dimensions: path without a final `.weight`, and this ending."""
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if parameter.ndim == 3 and "Expert" in type(module).__name__:
+                short = name.removesuffix(".weight")
+                yield short, name[len(short) :]
+
+
+def adapted_and_frozen(model: PreTrainedModel) -> tuple[str, str]:
+    """The matrices with and without an adapter, except token embedding and head: names and how many have the name."""
+    adapted = set()
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            name = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+            adapted.add(f"{path}.{name}".replace(".base_layer", ""))
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    skipped = {id(parameter) for module in ends if module is not None for parameter in module.parameters()}
+    frozen = {
+        name.replace(".base_layer", "")
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and not parameter.requires_grad and id(parameter) not in skipped
+    }
+    return count_names(adapted), count_names(frozen - adapted)
+
+
+def count_names(parameters: Iterable[str]) -> str:
+    """Such as "experts.down_proj (2), self_attn.q_proj (2)"."""
+    names = Counter(".".join(name.removesuffix(".weight").split(".")[-2:]) for name in parameters)
+    return ", ".join(f"{name} ({count:,})" for name, count in sorted(names.items()))
+
+
+def without_gradient(model: PreTrainedModel) -> str:
+    """The adapters in which training has changed nothing, such as those of a part for images; like `count_names`."""
+    weights = trainable_parameters(model)
+    return count_names(
+        name.replace(".base_layer", "").removesuffix(".lora_B.default.weight")
+        for name, weight in weights.items()
+        if ".lora_B." in name and not weight.any()  # where it begins
+    )
 
 
 def save_adapter(model: PreTrainedModel, base: Path, folder: Path) -> None:
@@ -80,7 +201,8 @@ def save_adapter(model: PreTrainedModel, base: Path, folder: Path) -> None:
     (config,) = model.peft_config.values()
     config.base_model_name_or_path = source["model_name"] if source["revision"] else str(base)
     config.revision = source["revision"]
-    config.target_modules = sorted(config.target_modules)  # as a set, its order would differ between runs
+    for name in ("target_modules", "target_parameters"):  # as sets, their order would differ between runs
+        setattr(config, name, (names := getattr(config, name)) and sorted(names))
     config.inference_mode = True
     config.save_pretrained(folder)
     # With "auto", peft asks the Hub whether the vocabulary was extended. Here the embeddings are frozen.

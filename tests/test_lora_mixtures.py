@@ -1,0 +1,107 @@
+"""LoRA on mixtures of experts: every matrix has an adapter or is named, and plain `peft` loads what was trained."""
+
+import json
+import re
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from stages import train
+from stages.engine.distributed import DistributedContext
+from stages.engine.loading import load_for_training
+from stages.engine.lora import add_adapters, count_names, merge, save_adapter, without_gradient
+from stages.engine.models import load_model
+from stages.engine.optimizer import trainable_parameters
+from stages.runtime.errors import UserError
+from tests.test_lora import BASE, TUNED, edit_lora
+from tests.tiny_models import NOT_BUILT, tiny_config, tiny_model
+
+pytestmark = pytest.mark.usefixtures("training_inputs")
+CPU = torch.device("cpu")
+IDS = torch.arange(5, 29).reshape(2, 12)
+
+MIXTURES = """
+afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 doge dots1
+dots3_note dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint gemma4 gemma4_text glm4_moe glm4_moe_lite glm_moe_dsa
+gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 inkling2_text inkling_text
+jamba jetmoe kimi_linear kolibri1 laguna lfm2_moe llama4 llama4_text longcat_flash mellum mimo_v2_flash minimax minimax_m2
+minimax_m3_vl_text mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp
+qwen4_exp_text solar_open zaya
+""".split()
+# What has an adapter and what has none.
+DENSE = "self_attn.k_proj (2), self_attn.o_proj (2), self_attn.q_proj (2), self_attn.v_proj (2)"
+FUSED = "experts.down_proj (2), experts.gate_up_proj (2)"
+SHARED = "shared_experts.down_proj (1), shared_experts.gate_proj (1), shared_experts.up_proj (1)"
+FIRST = "experts.down_proj (1), experts.gate_up_proj (1), mlp.down_proj (1), mlp.gate_proj (1), mlp.up_proj (1)"
+EXPECTED = {
+    "mixtral": (f"{FUSED}, {DENSE}", "mlp.gate (2)"),
+    "gpt_oss": (f"{FUSED}, {DENSE}", "experts.down_proj_bias (2), experts.gate_up_proj_bias (2), mlp.router (2)"),
+    "phimoe": (f"{FUSED}, {DENSE}", "mlp.router (2)"),
+    "qwen3_moe": (f"{FIRST}, {DENSE}", "mlp.gate (1)"),  # its first layer is not a mixture
+    "glm4_moe": (f"{FIRST}, {DENSE}, {SHARED}", "mlp.gate (1)"),
+    # In loading, peft takes the names of its shared experts for old ones.
+    "laguna": (f"{FIRST}, self_attn.g_proj (2), {DENSE}", f"mlp.gate (1), {SHARED}"),
+    "dbrx": ("attn.Wqkv (2), attn.out_proj (2), router.layer (2)", "mlp.v1 (2), mlp.w1 (2), mlp.w2 (2)"),
+    "jetmoe": (
+        "experts.input_linear (2), experts.output_linear (2), mlp.input_linear (2), mlp.output_linear (2), "
+        "router.layer (4), self_attention.kv_proj (2)",
+        "",
+    ),
+}
+
+# Choices of keys and of experts, whose gradient is 0; Jamba reads this weight without calling the layer.
+WITHOUT_GRADIENT = ("indexer.", "scorer.", "router.classifier", "mamba.dt_proj", "qkv_proj.")
+
+
+def test_all_mixtures_of_transformers_are_tried() -> None:
+    names = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(NOT_BUILT)
+    assert sorted(name for name in names if "expert" in str(tiny_config(name).to_dict())) == MIXTURES
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_what_the_message_names_is_trained_merged_and_loaded_by_plain_peft(name: str, tmp_path: Path) -> None:
+    tiny_model(name).save_pretrained(tmp_path / "base")
+    (tmp_path / "base/source.json").write_text(json.dumps({"model_name": "tiny", "revision": None}))
+    model = load_model(tmp_path / "base", CPU).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        message = add_adapters(model, edit_lora())
+
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    torch.optim.AdamW(trainable_parameters(model).values(), 0.05).step()
+    save_adapter(model, tmp_path / "base", tmp_path / "adapter")
+    expected = model.eval()(IDS).logits
+
+    base = load_model(tmp_path / "base", CPU).eval()
+    assert (base(IDS).logits - expected).abs().max() > 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    torch.testing.assert_close(loaded(IDS).logits, expected, rtol=0, atol=1e-5)
+
+    merged = merge(tmp_path / "base", tmp_path / "adapter").eval()
+    torch.testing.assert_close(merged(IDS).logits, expected, rtol=0, atol=1e-4)
+    before = dict(load_model(tmp_path / "base", CPU).named_parameters())
+    changed = {key for key, weight in merged.named_parameters() if not torch.equal(weight, before[key])}
+    ends = {id(module.weight) for module in (merged.get_input_embeddings(), merged.get_output_embeddings())}
+    matrices = {key for key, weight in merged.named_parameters() if weight.ndim >= 2 and id(weight) not in ends}
+    adapted, _, frozen = message.removeprefix("LoRA of rank 4 on ").partition("; no adapter on ")
+    unreached = numbers(without_gradient(model))
+    assert all(name.startswith(WITHOUT_GRADIENT) for name in unreached)
+    assert numbers(adapted) == numbers(count_names(changed)) + unreached
+    assert numbers(frozen) == numbers(count_names(matrices - changed)) - unreached
+    assert changed <= matrices
+    if name in EXPECTED:
+        assert (adapted.partition(":")[0], frozen) == EXPECTED[name]
+
+
+def numbers(names: str) -> Counter[str]:
+    return Counter({name: int(number) for name, number in re.findall(r"([\w.]+) \(([\d]+)\)", names)})
