@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -21,6 +20,7 @@ from stages.engine.models import load_model
 from stages.engine.optimizer import trainable_parameters
 from stages.runtime.errors import UserError
 from tests.test_lora import BASE, TUNED, edit_lora
+from tests.test_train import curve
 from tests.tiny_models import NOT_BUILT, tiny_config, tiny_model
 
 pytestmark = pytest.mark.usefixtures("training_inputs")
@@ -28,13 +28,13 @@ CPU = torch.device("cpu")
 IDS = torch.arange(5, 29).reshape(2, 12)
 
 MIXTURES = """
-afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 doge dots1
-dots3_note dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint gemma4 gemma4_text glm4_moe glm4_moe_lite glm_moe_dsa
-gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 inkling2_text inkling_text
-jamba jetmoe kimi_linear kolibri1 laguna lfm2_moe llama4 llama4_text longcat_flash mellum mimo_v2_flash minimax minimax_m2
-minimax_m3_vl_text mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp
-qwen4_exp_text solar_open zaya
-""".split()
+afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 doge
+dots1 dots3_note dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint gemma4 gemma4_text glm4_moe glm4_moe_lite
+glm_moe_dsa gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4
+inkling2_text inkling_text jamba jetmoe kimi_linear kolibri1 laguna lfm2_moe llama4 llama4_text longcat_flash mellum
+mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe
+qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp qwen4_exp_text solar_open zaya
+""".split()  # noqa: SIM905 (a list would have a line for each)
 # What has an adapter and what has none.
 DENSE = "self_attn.k_proj (2), self_attn.o_proj (2), self_attn.q_proj (2), self_attn.v_proj (2)"
 FUSED = "experts.down_proj (2), experts.gate_up_proj (2)"
@@ -56,8 +56,8 @@ EXPECTED = {
     ),
 }
 
-# Choices of keys and of experts, whose gradient is 0; Jamba reads this weight without calling the layer.
-WITHOUT_GRADIENT = ("indexer.", "scorer.", "router.classifier", "mamba.dt_proj", "qkv_proj.")
+# Layers that choose keys or experts, whose gradient is 0, and one whose weight Jamba reads without calling the layer.
+WITHOUT_GRADIENT = ("indexer.", "scorer.", "router.classifier", "mamba.dt_proj", "qkv_proj.", "self_attn.dt_proj")
 
 
 def test_all_mixtures_of_transformers_are_tried() -> None:
@@ -105,3 +105,82 @@ def test_what_the_message_names_is_trained_merged_and_loaded_by_plain_peft(name:
 
 def numbers(names: str) -> Counter[str]:
     return Counter({name: int(number) for name, number in re.findall(r"([\w.]+) \(([\d]+)\)", names)})
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "expected"),
+    [
+        ("mixtral", "[down_proj]", "experts.down_proj (2)"),  # exists only in experts
+        ("mixtral", "[gate_up_proj, q_proj]", "experts.gate_up_proj (2), self_attn.q_proj (2)"),
+        ("qwen3_moe", "[down_proj]", "experts.down_proj (1), mlp.down_proj (1)"),
+        ("qwen3_moe", "[gate_proj]", "mlp.gate_proj (1)"),
+        ("deepseek_v3", "[experts.down_proj]", "experts.down_proj (1)"),
+        ("deepseek_v3", "[shared_experts.down_proj]", "shared_experts.down_proj (1)"),
+        ("jetmoe", "[mlp.input_linear]", "mlp.input_linear (2)"),
+    ],
+)
+def test_a_list_can_name_experts(name: str, targets: str, expected: str) -> None:
+    message = add_adapters(tiny_model(name), edit_lora(lora_target_modules=targets))
+    assert message.partition(":")[0] == f"LoRA of rank 4 on {expected}"
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), [("mixtral", "w1"), ("olmoe", "gate_proj"), ("mixtral", "gate"), ("phimoe", "router")]
+)
+def test_an_expert_by_an_old_name_and_a_router_are_errors_that_list_the_names(name: str, target: str) -> None:
+    with pytest.raises(UserError) as error:
+        add_adapters(tiny_model(name), edit_lora(lora_target_modules=f"[{target}]"))
+    assert str(error.value) == (
+        f"lora_target_modules: found '{target}'; must be all-linear, or a list of this model's linear layers and fused "
+        "experts: down_proj, gate_up_proj, k_proj, o_proj, q_proj, v_proj"
+    )
+
+
+def test_with_dropout_experts_are_frozen_or_an_error_if_they_are_named() -> None:
+    message = add_adapters(tiny_model("mixtral"), edit_lora(lora_dropout="0.1"))
+    assert message.startswith(f"LoRA of rank 4 on {DENSE}: ")
+    assert message.endswith(f"; no adapter on {FUSED}, mlp.gate (2)")
+    with pytest.raises(UserError) as error:
+        add_adapters(tiny_model("mixtral"), edit_lora(lora_dropout="0.1", lora_target_modules="[q_proj, down_proj]"))
+    assert str(error.value) == (
+        "lora_dropout: found 0.1; must be 0 with adapters on down_proj, for which peft has no dropout, "
+        "or leave it out of lora_target_modules"
+    )
+
+
+def test_qlora_of_a_mixture_is_an_error_before_the_model_is_loaded() -> None:
+    tiny_model("mixtral").config.save_pretrained(BASE)
+    with pytest.raises(UserError) as error:
+        load_for_training(edit_lora("qlora"), DistributedContext(CPU))
+    assert str(error.value) == (
+        "finetuning: found 'qlora'; must be lora for this model, because bitsandbytes can't quantize its experts, "
+        "which are fused into one parameter per layer"
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_mixture_is_trained(precision: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model("deepseek_v3").save_pretrained(BASE)
+    edit_lora(precision=precision)
+    train.main()
+    output = capsys.readouterr().out
+    assert "experts.gate_up_proj (1)" in output
+    assert "no gradient" not in output
+    losses = [loss for _, loss in curve("loss")]
+    assert losses[-1] < losses[0] - 0.3
+    tuned = AutoModelForCausalLM.from_pretrained(TUNED)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), str(TUNED / "adapter"))
+    torch.testing.assert_close(tuned(IDS).logits, loaded(IDS).logits, rtol=0, atol=1e-4)
+
+
+def test_frozen_matrices_in_bf16_that_peft_adds_adapters_to_are_widened(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe").to(torch.bfloat16).save_pretrained(tmp_path)
+    losses = []
+    for precision in ("fp32", "bf16"):
+        model = load_model(tmp_path, CPU, precision)
+        add_adapters(model, edit_lora())
+        for name, parameter in trainable_parameters(model).items():
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(model(input_ids=IDS, labels=IDS).loss)
+    assert losses[0] == losses[1]

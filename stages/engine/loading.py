@@ -90,8 +90,8 @@ def nf4(params: TrainParams, context: DistributedContext, base: Path) -> Any:
 
     if any(expert_weights(load_on_meta(base))):
         raise UserError(
-            "finetuning: found 'qlora'; must be lora for this model, because bitsandbytes can't quantize its experts "
-            "(most of its weights), which are fused into one parameter per layer"
+            "finetuning: found 'qlora'; must be lora for this model, because bitsandbytes can't quantize its experts, "
+            "which are fused into one parameter per layer"
         )
 
     return BitsAndBytesConfig(

@@ -67,20 +67,21 @@ def lora_config(model: PreTrainedModel, params: TrainParams) -> LoraConfig:
     paths = [path for path in (*linear, *experts) if short_name(path) in names]
     targets = names if params.lora_target_modules == ALL else params.lora_target_modules
     if unknown := [name for name in targets if not select(name, paths)]:
-        reason = ", which can't have adapters" if select(unknown[0], dict(model.named_modules())) else ""
+        reason = ", which peft can't adapt" if select(unknown[0], [*linear, *excluded]) else ""
         raise UserError(
             f"lora_target_modules: found {unknown[0]!r}{reason}; must be {ALL}, or a list of this model's linear layers"
             f"{' and fused experts' if experts else ''}: {', '.join(names)}"
         )
     modules = [name for name in targets if select(name, linear)]
     taken = [name for name in modules if is_taken_for_experts(name, model)]
+    by_parameter = [name for name in targets if name in taken or select(name, experts)]
+    if by_parameter and params.lora_dropout and params.lora_target_modules != ALL:
+        raise UserError(
+            f"lora_dropout: found {params.lora_dropout}; must be 0 with adapters on {by_parameter[0]}, for which peft "
+            "has no dropout, or leave it out of lora_target_modules"
+        )
     parameters = {f"{name}.weight" for name in taken}
     parameters |= {name + experts[path] for name in targets for path in select(name, experts)}
-    if parameters and params.lora_dropout and params.lora_target_modules != ALL:
-        raise UserError(
-            f"lora_dropout: found {params.lora_dropout}; must be 0 with adapters on {', '.join(sorted(parameters))}, "
-            "for which peft has no dropout, or leave them out of lora_target_modules"
-        )
     return LoraConfig(
         r=params.lora_rank,
         lora_alpha=params.lora_alpha,
