@@ -168,6 +168,17 @@ def test_a_layer_that_peft_does_not_support_stays_frozen_and_naming_it_is_an_err
     )
 
 
+def test_layers_that_share_their_matrix_stay_frozen() -> None:
+    message = add_adapters(tiny_model("zamba"), edit_lora())
+    assert message.startswith("LoRA of rank 4 on linear (2), mamba.in_proj (3), mamba.out_proj (3): ")
+    assert "self_attn.q_proj (1)" in message.partition("; no adapter on ")[2]
+
+
+def test_layers_with_a_number_as_their_name_are_adapted() -> None:
+    message = add_adapters(tiny_model("ctrl"), edit_lora())
+    assert message.startswith("LoRA of rank 4 on ffn.0 (2), ffn.2 (2), multi_head_attention.Wk (2), ")
+
+
 @pytest.mark.parametrize(("dropout", "shared"), [(0.0, True), (0.1, False)])
 def test_prefixes_are_not_shared_if_adapters_have_dropout(dropout: float, shared: bool) -> None:
     model = load_model(BASE).train()

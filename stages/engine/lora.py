@@ -3,6 +3,7 @@
 `peft` injects the adapters into the model in place, so the engine needs no other code path.
 """
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -181,7 +182,10 @@ def adapted_and_frozen(model: PreTrainedModel) -> tuple[str, str]:
 
 def count_names(parameters: Iterable[str]) -> str:
     """Such as "experts.down_proj (2), self_attn.q_proj (2)"."""
-    names = Counter(".".join(name.removesuffix(".weight").split(".")[-2:]) for name in parameters)
+    # A number before the last part is that of a layer.
+    names = Counter(
+        re.sub(r"^\d+\.", "", ".".join(name.removesuffix(".weight").split(".")[-2:])) for name in parameters
+    )
     return ", ".join(f"{name} ({count:,})" for name, count in sorted(names.items()))
 
 
