@@ -12,19 +12,32 @@ has a faster kernel for GPUs.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
-
-from stages.engine.varlen import VarlenLayout
 
 NAME = "packed"
 EXAMPLES_PER_BLOCK = 8
 # On a CPU two plain matrix multiplications take a third of the fused kernel's time, but the score matrices of longer
 # examples would need too much memory.
 MAX_MATMUL_LENGTH = 512  # tokens
+
+
+class Layout(Protocol):
+    """Which tokens of a packed row attend to which."""
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """Attention of one layer: query (tokens, heads, head size), key and value (tokens, key heads, head size)."""
 
 
 @dataclass(frozen=True)
@@ -101,20 +114,37 @@ class PackedLayout:
         return PackedLayout([block.map(function) for block in self.blocks], function(self.unpad_indices))
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, dropout: float
+        self,
+        _: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        dropout: float,
     ) -> torch.Tensor:
         """Attention of one layer: query (tokens, heads, head size), key and value (tokens, key heads, head size)."""
-        outs = []
-        for block in self.blocks:
-            q, k, v = block.gather_padded(query), block.gather_with_prefix(key), block.gather_with_prefix(value)
-            if query.device.type == "cpu" and k.shape[2] <= MAX_MATMUL_LENGTH:
-                out = matmul_attention(q, k, v, block.mask, scaling, dropout)
-            else:
-                # Not enable_gqa: no fused CUDA kernel supports it with a mask (huggingface/transformers#39412).
-                k, v = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (k, v))
-                out = scaled_dot_product_attention(q, k, v, block.mask.to(q.dtype), dropout, scale=scaling)
-            outs.append(out.transpose(1, 2).flatten(0, 1))
+        query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        query, key, value = to_autocast_dtype(query, key, value)  # before the copies below
+        device, outs = query.device.type, []
+        with torch.autocast(device, enabled=False):  # softmax returns its input's dtype, and computes in fp32
+            for block in self.blocks:
+                q, k, v = block.gather_padded(query), block.gather_with_prefix(key), block.gather_with_prefix(value)
+                if device == "cpu" and k.shape[2] <= MAX_MATMUL_LENGTH:
+                    out = matmul_attention(q, k, v, block.mask.to(query.dtype), dropout)
+                else:
+                    # Not enable_gqa: no fused CUDA kernel supports it with a mask (huggingface/transformers#39412).
+                    k, v = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (k, v))
+                    out = scaled_dot_product_attention(q, k, v, block.mask.to(query.dtype), dropout, scale=1.0)
+                outs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outs).index_select(0, self.unpad_indices)
+
+
+def to_autocast_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cast tensors as autocast would for a matrix multiplication."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
 def suffix_positions(start: int, suffix_lengths: Sequence[int]) -> torch.Tensor:
@@ -136,7 +166,7 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    layout: PackedLayout | VarlenLayout,
+    layout: Layout,
     scaling: float | None = None,
     dropout: float = 0.0,
     **_: Any,
@@ -152,27 +182,21 @@ def packed_attention(
     if attention_mask is not None:
         raise ValueError("packed attention supports no other mask")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head size)
-    return layout.attend(q, k, v, scaling, dropout)[None], None
+    return layout.attend(module, q, k, v, scaling, dropout)[None], None
 
 
 def matmul_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    scaling: float | None,
-    dropout: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, dropout: float
 ) -> torch.Tensor:
-    """`scaled_dot_product_attention` for grouped key heads; queries that share a key head are multiplied together.
+    """`scaled_dot_product_attention` with a scale of 1; queries that share a key head are multiplied together.
 
     query: (examples, heads, queries, head size); key and value: (examples, key heads, keys, head size).
     """
     examples, heads, num_queries, size = query.shape
     grouped = examples, key.shape[1], heads // key.shape[1] * num_queries
-    scaled = (query * (size**-0.5 if scaling is None else scaling)).reshape(*grouped, size)
-    scores = (scaled @ key.transpose(2, 3)).view(examples, heads, num_queries, -1)
-    weights = torch.nn.functional.dropout((scores + mask.to(scores.dtype)).softmax(-1), dropout)
-    return (weights.to(value.dtype).view(*grouped, -1) @ value).view(query.shape)
+    scores = (query.reshape(*grouped, size) @ key.transpose(2, 3)).view(examples, heads, num_queries, -1)
+    weights = torch.nn.functional.dropout((scores + mask).softmax(-1), dropout)
+    return (weights.view(*grouped, -1) @ value).view(query.shape)
 
 
 AttentionInterface.register(NAME, packed_attention)

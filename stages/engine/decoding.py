@@ -3,13 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from itertools import cycle, islice, takewhile
-from typing import Any
+from itertools import cycle, islice
 
 import numpy as np
 import torch
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -18,14 +16,15 @@ from transformers import (
 )
 
 from stages.data.answer_parts import AnswerParser, AnswerParts
-from stages.engine.attention import PackedLayout, use_packed_attention
+from stages.engine.attention import use_packed_attention
+from stages.engine.kv_cache import CachedRows
 from stages.engine.models import context_length, probing
 from stages.runtime.errors import UserError, is_out_of_memory
 from stages.runtime.terminal import progress
 
-# Per token of a micro-batch in training. The keys and values of a token take a twentieth of the memory of all its
-# activations, or less with grouped heads.
-CACHED_TOKENS = 20
+# Per token of a micro-batch in training. The keys and values of a token take a thirtieth of the memory of all its
+# activations (GPT-2), or less with grouped heads, and no activations are kept.
+CACHED_TOKENS = 40
 PROBE_TOKENS = 4  # decoded to find out whether a method is exact
 TOLERANCE = 1e-4  # of a logit, absolute and relative; fp32 rounding gives a tenth of this
 TokenIds = Sequence[int]
@@ -175,62 +174,32 @@ def generate_packed(model: PreTrainedModel, prompts: Sequence[TokenIds], setting
     warpers = LogitsProcessorList()
     if settings.do_sample:
         warpers += [TemperatureLogitsWarper(settings.temperature), TopPLogitsWarper(settings.top_p)]
-    logits, cache, mask = prefill_packed(model, prompts)
-    context = context_length(model)
-    eos_token_ids = torch.tensor(settings.eos_token_id or [], device=model.device)
-    rows = [NewTokens([], []) for _ in prompts]
-    active = list(rows)
-    for num_new in progress(range(1, settings.max_new_tokens + 1), f"answer {len(prompts):,} prompts", "token"):
-        top_logits, chosen = logits.max(-1)
-        if settings.do_sample:
-            warped = warpers(torch.LongTensor(), logits.float())  # neither warper looks at the previous tokens
-            chosen = torch.multinomial(warped.softmax(-1), 1).squeeze(1)
-        for row, token, logit in zip(active, chosen.tolist(), top_logits.tolist(), strict=True):
-            row.ids.append(token)
-            row.top_logits.append(logit)
-        keep = ~torch.isin(chosen, eos_token_ids) & (mask.sum(1) < context)
-        active = [row for row, is_kept in zip(active, keep.tolist(), strict=True) if is_kept]
-        if not active or num_new == settings.max_new_tokens:
-            break
-        if not keep.all():
-            cache.batch_select_indices(keep)
-            mask = mask[keep]
-        positions = mask.sum(1, keepdim=True)
-        mask = torch.cat([mask, mask.new_ones(len(active), 1)], 1)
-        logits = model(
-            input_ids=chosen[keep, None], attention_mask=mask, position_ids=positions, past_key_values=cache
-        ).logits[:, -1]
-    return rows
-
-
-def prefill_packed(
-    model: PreTrainedModel, prompts: Sequence[TokenIds]
-) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
-    """The logits after each prompt (prompts, vocabulary), its keys and values, and the mask (prompts, tokens)."""
-    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
-    prefix = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
-    lengths = [len(prompt) - prefix for prompt in prompts]
-    packed = list(prompts[0][:prefix]) + [token for prompt in prompts for token in prompt[prefix:]]
-    positions = [*range(prefix)] + [position for prompt in prompts for position in range(prefix, len(prompt))]
-    cache = DynamicCache()  # without a config, so that all layers keep all tokens; masks exclude those out of a window
-    ends = torch.tensor(lengths).cumsum(0) + prefix
+    cache = CachedRows(prompts, settings.max_new_tokens - 1, model.device)
     with use_packed_attention(model):
-        output = model(
-            input_ids=torch.tensor([packed], device=model.device),
-            position_ids=torch.tensor([positions], device=model.device),
-            past_key_values=cache,
-            logits_to_keep=(ends - 1).to(model.device),
-            layout=PackedLayout.build([(prefix, lengths)]).map(lambda tensor: tensor.to(model.device)),
-        )
-    # Unpack the cache to one row per prompt, padded on the left, so that distances in a row are those of positions.
-    rows = torch.full((len(prompts), max(map(len, prompts))), -1)
-    for row, end, length in zip(rows, ends.tolist(), lengths, strict=True):
-        row[-prefix - length :] = torch.cat([torch.arange(prefix), torch.arange(end - length, end)])
-    rows = rows.to(model.device)
-    layers: list[Any] = cache.layers
-    for layer in layers:
-        layer.keys, layer.values = (x[0][:, rows.clamp(min=0)].transpose(0, 1) for x in (layer.keys, layer.values))
-    return output.logits[0], cache, (rows >= 0).long()
+        logits = model(**cache.prompt_inputs(), use_cache=False).logits[0]
+        context = context_length(model)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+        eos_token_ids = torch.tensor(settings.eos_token_id or [], device=model.device)
+        rows = [NewTokens([], []) for _ in prompts]
+        active = list(rows)
+        for num_new in progress(range(1, settings.max_new_tokens + 1), f"answer {len(prompts):,} prompts", "token"):
+            top_logits, chosen = logits.max(-1)
+            if settings.do_sample:
+                warped = warpers(torch.LongTensor(), logits.float())  # neither warper looks at the previous tokens
+                chosen = torch.multinomial(warped.softmax(-1), 1).squeeze(1)
+            for row, token, logit in zip(active, chosen.tolist(), top_logits.tolist(), strict=True):
+                row.ids.append(token)
+                row.top_logits.append(logit)
+            kept = ~torch.isin(chosen, eos_token_ids) & (lengths < context)
+            if not kept.any() or num_new == settings.max_new_tokens:
+                break
+            if not kept.all():
+                order = cache.keep(kept)
+                chosen, lengths = chosen[order], lengths[order]
+                active = [active[index] for index in order.tolist()]
+            logits = model(**cache.token_inputs(chosen, lengths), use_cache=False).logits[0]
+            lengths = lengths + 1
+    return rows
 
 
 def generate_padded(model: PreTrainedModel, prompts: Sequence[TokenIds], settings: GenerationConfig) -> list[NewTokens]:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from stages.data.examples import IGNORE_INDEX, Example
 from stages.engine.attention import use_packed_attention
 from stages.engine.batches import MicroBatch
+
+LOGITS_PER_CHUNK = 2**20  # 4 MiB in fp32
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def target_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
 def summed_loss(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     """The loss summed over supervised tokens, in nats. Not the mean, because micro-batches differ in their number."""
     batch = batch.to(model.device)
-    return _cross_entropy(target_logits(model, batch), batch.labels, "sum")
+    return _cross_entropy(target_logits(model, batch), batch.labels).sum()
 
 
 def token_losses(model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
@@ -52,7 +55,7 @@ def token_losses(model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
     batch = batch.to(model.device)
     logits = target_logits(model, batch)
     is_supervised = batch.labels != IGNORE_INDEX
-    losses = _cross_entropy(logits, batch.labels, "none").view(batch.labels.shape)
+    losses = _cross_entropy(logits, batch.labels).view(batch.labels.shape)
     return TokenLosses(losses[is_supervised], (logits.argmax(-1) == batch.labels)[is_supervised])
 
 
@@ -68,5 +71,12 @@ def losses_by_example(
             yield example, TokenLosses(losses, correct)
 
 
-def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, reduction: str) -> torch.Tensor:
-    return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The loss at each label, (labels,), in fp32, in chunks, because fp32 copies of all logits take much memory."""
+    rows = max(1, LOGITS_PER_CHUNK // logits.shape[-1])
+    chunks = zip(logits.flatten(0, 1).split(rows), labels.flatten().split(rows), strict=True)
+    return torch.cat([checkpoint(_chunk_losses, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def _chunk_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="none")

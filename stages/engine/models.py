@@ -1,6 +1,7 @@
 """Load a model, and choose its device and precision."""
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -27,8 +28,10 @@ def keep_freed_memory() -> None:
     """Make glibc reuse the memory of freed tensors instead of returning it to the system.
 
     This saves a seventh of a training step on a CPU. Otherwise the kernel maps and zeroes the pages of each large
-    tensor.
+    tensor. On the other hand, oneDNN would keep the code and the buffers of 1,024 matrix multiplications, one for each
+    shape, and packed batches have many shapes. A step needs about 100.
     """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
         libc.mallopt(m_mmap_max, 0)
