@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from stages import train
+from stages.engine import adamw_8bit
 from stages.engine.optimizer import create_optimizer, optimizer_state, state_bytes
 from stages.engine.schedule import Schedule
 from stages.runtime.params import TrainParams, load_params
@@ -33,6 +34,27 @@ def test_moments_of_large_tensors_take_two_bytes_in_8_bits(project: Path, optimi
     ]
     assert found == sizes
     assert [state_bytes(parameter.numel(), optimizer) for parameter in model] == sizes
+
+
+@pytest.mark.parametrize("num_elements", [1024, 1025, 5000])
+def test_large_tensors_are_updated_in_parts_with_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, num_elements: int
+) -> None:
+    weights, states = [], []
+    for part_size in (2**20, 1024):
+        monkeypatch.setattr(adamw_8bit, "PART_SIZE", part_size)
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(num_elements, 4, generator=generator))
+        optimizer = adamw_8bit.AdamW8bit([weight], 0.1, weight_decay=0.1)
+        for _ in range(3):
+            weight.grad = torch.randn(4, num_elements, generator=generator).T  # not contiguous
+            optimizer.step()
+        weights.append(weight)
+        states.append(optimizer_state(optimizer)[0])
+    assert torch.equal(*weights)
+    assert states[0]["optimizer.0.step"] == 3
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_losses_are_close_to_those_with_moments_in_fp32(training_inputs: Path) -> None:

@@ -8,7 +8,7 @@ from stages.runtime.params import TrainParams
 if TYPE_CHECKING:
     import torch
 
-# bitsandbytes keeps the moments of smaller tensors in fp32, and those of larger ones in blocks with a common scale.
+# bitsandbytes keeps the moments of smaller tensors in fp32, and those of larger ones in blocks with a common fp32 scale.
 MIN_8BIT_SIZE, BLOCK_SIZE = 4096, 256
 
 
@@ -21,9 +21,9 @@ def create_optimizer(
     groups = parameter_groups(model, params.weight_decay)
     optimizer: torch.optim.Optimizer
     if params.optimizer == "adamw_8bit":
-        from bitsandbytes.optim.adamw import AdamW8bit
+        from stages.engine.adamw_8bit import AdamW8bit
 
-        optimizer = AdamW8bit(groups, params.learning_rate, min_8bit_size=MIN_8BIT_SIZE)
+        optimizer = AdamW8bit(groups, params.learning_rate)  # type: ignore[no-untyped-call]
     else:
         optimizer = torch.optim.AdamW(groups, params.learning_rate, fused=True)
     # The scheduler counts steps from 0.
