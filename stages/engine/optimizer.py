@@ -8,7 +8,7 @@ from stages.runtime.params import TrainParams
 if TYPE_CHECKING:
     import torch
 
-# bitsandbytes keeps the moments of smaller tensors in fp32, and those of larger ones in blocks with a common fp32 scale.
+# bitsandbytes keeps the moments of smaller tensors in fp32, and those of larger ones in blocks with a common scale.
 MIN_8BIT_SIZE, BLOCK_SIZE = 4096, 256
 
 
