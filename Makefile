@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 pytest --numprocesses $(shell $(PYTHON) -c 'import o
 	--dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help start update repro data review vote chat export lm-eval publish test test-fast lint check-lock audit chaos architectures templates clean bench scaling row-scores selection verdicts
+.PHONY: help start update repro data review vote chat export lm-eval publish test test-fast lint check-lock audit chaos architectures templates clean bench scaling row-scores selection optimizers memory verdicts
 # `make data` compares with BASE only if it is given.
 DATA_BASE := $(if $(filter-out undefined,$(origin BASE)),--base "$$BASE")
 # `make review` compares BASE with REV; each is a branch, a commit, an experiment or the workspace.
@@ -123,6 +123,14 @@ selection: $(INSTALLED)  ## train without bad rows and on parts of the data: 18 
 	python -m stages.runtime.preflight
 	dvc repro split
 	python -m benchmarks.selection
+
+optimizers: .venv/installed-bench  ## compare adamw_8bit with adamw, three seeds each (20 min)
+	python -m stages.runtime.preflight
+	dvc repro split
+	python -m benchmarks.optimizers
+
+memory: .venv/installed-bench  ## measure bytes/parameter with a model of 1.1 billion (15 min)
+	python -m benchmarks.bytes_per_parameter
 
 verdicts: $(INSTALLED)  ## validate the verdicts of reviews by simulation and on real runs (75 min)
 	python -m stages.runtime.preflight

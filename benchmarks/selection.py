@@ -112,12 +112,18 @@ def compare(runs: dict[str, dict[int, pd.DataFrame]], before: str, after: str) -
 
 def selection_table(selection: dict[str, Any]) -> str:
     """Markdown, for the terminal and `docs/row-scores.md`."""
-    lines = ["| change | difference in test loss | 95% interval | verdict |", "|---" * 4 + "|"]
-    for name, found in selection["comparisons"].items():
-        lines.append(f"| {name} | {signed(found['difference'])} | {interval(found)} | {found['verdict']} |")
     dropped = selection["dropped"]
     counts = f"{dropped['rows']:,} rows were dropped, and {dropped['swapped']:,} of these had swapped answers."
-    return "\n".join([*lines, "", f"{selection['swapped']:,} training rows had swapped answers. {counts}"])
+    rows = comparison_table(selection["comparisons"])
+    return f"{rows}\n\n{selection['swapped']:,} training rows had swapped answers. {counts}"
+
+
+def comparison_table(comparisons: dict[str, dict[str, Any]]) -> str:
+    """Markdown with a row for each comparison."""
+    lines = ["| change | difference in test loss | 95% interval | verdict |", "|---" * 4 + "|"]
+    for name, found in comparisons.items():
+        lines.append(f"| {name} | {signed(found['difference'])} | {interval(found)} | {found['verdict']} |")
+    return "\n".join(lines)
 
 
 def curve_table(curve: list[dict[str, Any]]) -> str:

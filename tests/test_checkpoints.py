@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stages.engine import checkpoints as checkpoints_module
-from stages.engine.checkpoints import Checkpoints, fingerprint, load
+from stages.engine.checkpoints import Checkpoints, describe_run, fingerprint, load
 from stages.runtime.locks import file_lock
 
 DVC_YAML = "stages:\n  train:\n    deps: [data/train.parquet, models/base]\n"
@@ -28,21 +28,24 @@ def inputs(project: Path) -> Path:
 
 
 def test_the_fingerprint_depends_on_parameters_inputs_and_versions(inputs: Path) -> None:
-    first = fingerprint("train", {"seed": 1}, {"torch": "2"})
-    assert fingerprint("train", {"seed": 1}, {"torch": "2"}) == first
-    assert fingerprint("train", {"seed": 2}, {"torch": "2"}) != first
-    assert fingerprint("train", {"seed": 1}, {"torch": "3"}) != first
+    def found(seed: int, torch_version: str) -> str:
+        return fingerprint(describe_run("train", {"seed": seed}, {"torch": torch_version}))
+
+    first = found(1, "2")
+    assert found(1, "2") == first
+    assert found(2, "2") != first
+    assert found(1, "3") != first
     (inputs / "models/base/weights").write_bytes(b"other weights")
-    assert fingerprint("train", {"seed": 1}, {"torch": "2"}) != first
+    assert found(1, "2") != first
 
 
-def open_run(seed: int = 1) -> AbstractContextManager[Checkpoints]:
-    return Checkpoints.open_run("train", {"seed": seed}, {})
+def open_run(params: dict[str, object] | None = None, **versions: str) -> AbstractContextManager[Checkpoints]:
+    return Checkpoints.open_run("train", params or {"seed": 1}, versions)
 
 
 def interrupted_run(*steps: int, seed: int = 1) -> Path:
     """Save best weights and a checkpoint at each of these steps, then interrupt the run; returns its folder."""
-    with suppress(KeyboardInterrupt), open_run(seed) as checkpoints:
+    with suppress(KeyboardInterrupt), open_run({"seed": seed}) as checkpoints:
         for step in steps:
             checkpoints.save_best({"w": torch.full((1,), step + 0.5)})
             checkpoints.save(step, {"w": torch.full((2,), step)}, {"step": step})
@@ -52,7 +55,7 @@ def interrupted_run(*steps: int, seed: int = 1) -> Path:
 
 def resumed_step(seed: int = 1) -> int | None:
     """The step from which the next run resumes, if any. That run is interrupted, too."""
-    with suppress(KeyboardInterrupt), open_run(seed) as checkpoints:
+    with suppress(KeyboardInterrupt), open_run({"seed": seed}) as checkpoints:
         folder = checkpoints.restore_newest()
         loaded = load(folder) if folder else None
         if loaded:
@@ -68,7 +71,7 @@ def names(folder: Path) -> list[str]:
 
 def test_a_run_resumes_from_its_newest_checkpoint_and_keeps_two(inputs: Path) -> None:
     folder = interrupted_run(1, 2, 3)
-    assert names(folder) == ["best.safetensors", "step-00000002", "step-00000003"]
+    assert names(folder) == ["best.safetensors", "run.json", "step-00000002", "step-00000003"]
     assert resumed_step() == 3
     assert resumed_step(seed=2) is None
 
@@ -114,7 +117,7 @@ def test_a_damaged_checkpoint_is_deleted_and_the_one_before_it_is_used(
     else:
         expected = f"{folder}/step-00000002: this checkpoint is damaged ({name} {problem}); trying the one before it\n"
         assert capsys.readouterr().out == expected
-    assert names(folder) == ["best.safetensors", "step-00000001"]
+    assert names(folder) == ["best.safetensors", "run.json", "step-00000001"]
 
 
 def test_a_run_starts_from_the_beginning_if_all_checkpoints_are_damaged(inputs: Path) -> None:
@@ -133,14 +136,14 @@ def test_a_partially_written_checkpoint_is_ignored(inputs: Path) -> None:
     with suppress(KeyboardInterrupt), open_run() as checkpoints:
         checkpoints.save(2, {"w": torch.full((2,), 2)}, {"step": 2})
         raise KeyboardInterrupt
-    assert names(folder) == ["best.safetensors", "step-00000001", "step-00000002"]
+    assert names(folder) == ["best.safetensors", "run.json", "step-00000001", "step-00000002"]
 
 
 def test_a_finished_run_keeps_its_newest_checkpoint_until_another_starts(inputs: Path) -> None:
     folder = interrupted_run(1, 2)
     with open_run():
         pass
-    assert names(folder) == ["finished", "step-00000002"]
+    assert names(folder) == ["finished", "run.json", "step-00000002"]
     assert resumed_step() == 2
     assert resumed_step(seed=2) is None
     assert folder.exists()  # the run was resumed and interrupted, so it is not finished
@@ -155,7 +158,7 @@ def test_a_finished_run_that_another_process_has_locked_is_not_deleted(inputs: P
     (folder / "finished").touch()
     with file_lock(folder.with_suffix(".lock"), "runs the same training"):
         assert resumed_step(seed=2) is None
-    assert names(folder) == ["best.safetensors", "finished", "step-00000001"]
+    assert names(folder) == ["best.safetensors", "finished", "run.json", "step-00000001"]
 
 
 def test_checkpoints_are_in_the_folder_that_dvc_root_names(
@@ -225,3 +228,45 @@ def test_two_queue_workers_with_the_same_training_write_the_same_model(training_
 def test_a_process_never_waits_for_itself(inputs: Path) -> None:
     with open_run(), pytest.raises(RuntimeError, match="Deadlock"), open_run():
         pass
+
+
+STARTS = "Starting from the beginning: the checkpoint at step 1,002 is of a run with "
+
+
+def test_a_run_says_how_the_interrupted_run_with_the_newest_checkpoint_differs(
+    inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with suppress(KeyboardInterrupt), open_run({"optimizer": "adamw", "max_steps": None}, torch="2") as checkpoints:
+        checkpoints.save(1002, {}, {})
+        raise KeyboardInterrupt
+    assert capsys.readouterr().out == ""
+    with suppress(KeyboardInterrupt), open_run({"optimizer": "adamw_8bit", "max_steps": None}, torch="2"):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().out == f"{STARTS}optimizer: adamw (now adamw_8bit)\n"
+    (inputs / "models/base/weights").write_bytes(b"other weights")
+    (inputs / "models/base/config.json").write_bytes(b"{}")
+    with suppress(KeyboardInterrupt), open_run({"max_steps": 5, "optimizer": "adamw"}, torch="3"):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().out == (
+        f"{STARTS}max_steps: null (now 5), torch: 2 (now 3), another models/base/config.json and 1 more\n"
+    )
+
+
+def test_a_run_says_nothing_about_a_finished_or_a_running_one(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = interrupted_run(1)
+    with file_lock(folder.with_suffix(".lock"), "runs the same training"):
+        interrupted_run(seed=2)
+    with open_run():
+        pass
+    interrupted_run(seed=3)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut])
+def test_a_run_whose_description_is_damaged_is_not_mentioned(
+    inputs: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
+) -> None:
+    damage(interrupted_run(1) / "run.json")
+    interrupted_run(seed=2)
+    assert capsys.readouterr().out == ""
+    assert resumed_step() == 1

@@ -146,6 +146,26 @@ def test_two_processes_train_like_one_also_after_a_kill(
     assert metrics["environment"]["processes"] == processes
 
 
+@pytest.mark.usefixtures("training_inputs")
+def test_moments_in_8_bits_are_equal_in_all_processes_so_a_resumed_run_gives_the_same_bytes() -> None:
+    # A resumed run gives both processes the state of the first one. So if theirs differed, the bytes would, too.
+    edit(Path.cwd(), optimizer="adamw_8bit", precision="bf16", launcher=TORCHRUN)
+    names = ("models/tuned/model.safetensors", "metrics/curve.csv")
+    status, log = finish(TORCHRUN)
+    assert status == 0, log
+    expected = [Path(name).read_bytes() for name in names]
+    for folder in (".scratch", "models/tuned", "metrics"):
+        shutil.rmtree(folder)
+    kill_after_a_checkpoint(TORCHRUN)
+    status, log = finish(TORCHRUN)
+    assert status == 0, log
+    assert log.count("Resuming from the checkpoint at step ") == 1
+    assert [Path(name).read_bytes() for name in names] == expected
+    status, log = finish(TORCHRUN, **SHARDED)
+    assert status == 1
+    assert log.count("error: optimizer: found 'adamw_8bit' with a launcher that shards the weights (FSDP2)") == 1
+
+
 def test_a_sharded_model_has_the_losses_and_answers_of_one_process(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

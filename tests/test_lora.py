@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
 from stages import train
 from stages.data.examples import read_split
-from stages.engine import loading
 from stages.engine.batches import shuffled_batches
 from stages.engine.distributed import DistributedContext
 from stages.engine.loading import load_for_training
@@ -217,19 +216,6 @@ def test_qlora_stores_the_linear_layers_in_4_bits_and_divides_batches_exactly() 
         assert message == "Engine: packed batches with shared prefixes"
         losses.append(sum(summed_loss(model, batch).item() for batch in batches.micro_batches(examples)))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-def test_qlora_without_its_package_or_with_sharded_weights_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = edit_lora("qlora")
-    with pytest.raises(UserError, match=r"^finetuning: found 'qlora' with a launcher that shards the weights"):
-        load_for_training(params, DistributedContext(torch.device("cpu"), sharded=True))
-    monkeypatch.setattr(loading, "find_spec", lambda _: None)
-    with pytest.raises(UserError) as error:
-        train.main()
-    assert str(error.value) == (
-        "finetuning: found 'qlora', which needs the package bitsandbytes; install it with "
-        "`.venv/bin/pip install -c constraints.txt -e '.[qlora]'`, or use lora"
-    )
 
 
 def test_transposed_matrices_are_merged(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
         ("export", ["export"]),
         ("lm-eval", ["lm-eval"]),
         ("bench", ["bench"]),
-        ("scaling", ["bench"]),
+        ("scaling optimizers memory", ["bench"]),
         ("test", ["dev"]),
         ("test-fast lint audit chaos architectures templates", ["dev"]),
     ],
@@ -44,7 +44,7 @@ def test_a_target_installs_what_it_needs(folder: Path, target: str, extras: list
 
 
 @pytest.mark.subprocess
-@pytest.mark.parametrize("target", ["repro", "bench", "scaling", "verdicts"])
+@pytest.mark.parametrize("target", ["repro", "bench", "scaling", "optimizers", "verdicts"])
 def test_parameters_are_checked_before_dvc_deletes_outputs(folder: Path, target: str) -> None:
     commands = run(folder, "make", "--dry-run", target).stdout
     assert re.findall(r"^(python -m stages.runtime.preflight|dvc repro)", commands, re.MULTILINE) == [
@@ -118,7 +118,8 @@ def imported(*paths: Path) -> set[str]:
 
 
 def test_the_pipeline_has_the_packages_that_its_modules_import() -> None:
-    for_extras = {ROOT / f"tools/{name}.py" for name in ("export", "gguf", "harness")}
+    for_extras = {ROOT / f"{name}.py" for name in ("tools/export", "tools/gguf", "tools/harness")}
+    for_extras.add(ROOT / "stages/engine/adamw_8bit.py")
     modules = {path for name in ("stages", "review", "tools") for path in (ROOT / name).rglob("*.py")} - for_extras
     needed = imported(*modules, ROOT / ".ci/check_lock.py", ROOT / ".ci/comment.py")
     assert needed <= {*PROJECT["dependencies"]}

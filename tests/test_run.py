@@ -88,8 +88,8 @@ def test_full_disk_while_writing_parquet_is_reported(tmp_path: Path) -> None:
 
 OUT_OF_MEMORY = (
     "out of memory; lower batch_size (memory of activations grows with batch_size * max_length) or max_length, set "
-    "activation_checkpointing: on (keeps one activation per layer) or finetuning: lora (no gradients and optimizer "
-    "state for the base weights), or free some memory, and run again"
+    "activation_checkpointing: on (keeps one activation per layer), optimizer: adamw_8bit (a quarter of its state) or "
+    "finetuning: lora (no gradients and optimizer state for the base weights), or free some memory, and run again"
 )
 
 

@@ -319,21 +319,33 @@ def test_a_finished_run_whose_result_was_lost_resumes_too(capsys: pytest.Capture
     assert outcome() == expected
 
 
-@pytest.mark.parametrize("change", ["seed", "input", "code"])
-def test_a_run_with_a_changed_parameter_input_or_line_of_code_starts_from_the_beginning(
-    training_inputs: Path, capsys: pytest.CaptureFixture[str], change: str
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ("seed", "seed: 42 (now 7)"),
+        ("optimizer", "optimizer: adamw (now adamw_8bit)"),
+        ("input", "another data/validation.parquet"),
+        ("code", "another stages/engine/loss.py"),
+    ],
+)
+def test_a_run_with_a_changed_parameter_input_or_line_of_code_starts_from_the_beginning_and_says_why(
+    training_inputs: Path, capsys: pytest.CaptureFixture[str], change: str, difference: str
 ) -> None:
     with interruption(14):
         train.main()
     if change == "seed":
         edit(training_inputs, seed="7")
+    elif change == "optimizer":
+        edit(training_inputs, optimizer="adamw_8bit")
     elif change == "input":
         Path("data/validation.parquet").write_bytes(Path("data/train.parquet").read_bytes())
     else:
         with Path("stages/engine/loss.py").open("a") as file:
             file.write("# another line\n")
     train.main()
-    assert "Resuming" not in capsys.readouterr().out
+    log = capsys.readouterr().out
+    assert f"Starting from the beginning: the checkpoint at step 10 is of a run with {difference}\n" in log
+    assert "Resuming" not in log
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_with_its_step_and_examples(training_inputs: Path) -> None:

@@ -13,25 +13,48 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.runtime.errors import UserError, user_errors
-from stages.runtime.files import atomic_path, file_sha256, remove, write_json
+from stages.runtime.files import atomic_path, file_sha256, read_json, remove, write_json
 from stages.runtime.locks import file_lock
+from stages.runtime.text import printable
 from stages.runtime.yaml12 import parse_yaml
 
 SAVE_TOTAL_LIMIT = 2  # so that there is another checkpoint if the newest is damaged
 TENSORS, STATE, BEST, CHECKSUMS = "tensors.safetensors", "state.json", "best.safetensors", "sha256.json"
+RUN = "run.json"  # in the folder of a run: what its fingerprint is made from
+MAX_LISTED = 3  # differences between runs
 
 
-def fingerprint(stage: str, params: dict[str, Any], environment: dict[str, str]) -> str:
-    """A hash of everything that a run depends on: parameters, environment and the files that `dvc.yaml` declares."""
+def describe_run(stage: str, params: dict[str, Any], environment: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Everything that a run depends on: parameters, environment, and hashes of the files that `dvc.yaml` declares."""
     with user_errors(Path("dvc.yaml"), "restore it with `git checkout dvc.yaml`"):
         deps = parse_yaml(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
-    digest = hashlib.sha256(json.dumps([params, environment], sort_keys=True).encode())
-    for dep in map(Path, deps):
-        files = sorted(path for path in dep.rglob("*") if path.is_file()) if dep.is_dir() else [dep]
-        for path in files:
-            if "__pycache__" not in path.parts:
-                digest.update(f"\0{path}\0{file_sha256(path)}".encode())
-    return digest.hexdigest()[:16]
+    files = [
+        path
+        for dep in map(Path, deps)
+        for path in (sorted(path for path in dep.rglob("*") if path.is_file()) if dep.is_dir() else [dep])
+        if "__pycache__" not in path.parts
+    ]
+    hashes = {str(path): file_sha256(path) for path in files}
+    return {"parameters": params, "environment": environment, "files": hashes}
+
+
+def fingerprint(description: dict[str, dict[str, Any]]) -> str:
+    """A hash of what `describe_run` returned."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> list[str]:
+    """How the first of two runs differs from the second: parameters, then environment, then files."""
+    found = []
+    for kind, old in before.items():
+        new = after[kind]
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                values = [
+                    value if isinstance(value, str) else json.dumps(value) for value in (old.get(name), new.get(name))
+                ]
+                found.append(f"another {name}" if kind == "files" else f"{name}: {values[0]} (now {values[1]})")
+    return found
 
 
 class Checkpoints:
@@ -62,7 +85,8 @@ class Checkpoints:
         """
         # In `dvc exp run --temp` the stage runs in a copy; DVC_ROOT is the original folder.
         runs = Path(os.environ.get("DVC_ROOT", ".")) / ".scratch" / stage
-        folder = runs / fingerprint(stage, params, environment)
+        description = describe_run(stage, params, environment)
+        folder = runs / fingerprint(description)
         with file_lock(folder.with_suffix(".lock"), "runs the same training", wait=True):
             for finished in runs.glob("*/finished"):  # markers of finished runs, in their folders
                 if finished.parent != folder:
@@ -70,7 +94,10 @@ class Checkpoints:
                         shutil.rmtree(finished.parent)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "finished").unlink(missing_ok=True)
+            write_json(folder / RUN, description)
             checkpoints = cls(folder)
+            if not checkpoints._steps():
+                checkpoints._report_another_run(description)
             yield checkpoints
             checkpoints.keep_newest(1)
             remove(folder / BEST)
@@ -124,6 +151,20 @@ class Checkpoints:
         """Delete all checkpoints except the newest ones."""
         for old in self._steps()[:-count]:
             shutil.rmtree(old)
+
+    def _report_another_run(self, description: dict[str, dict[str, Any]]) -> None:
+        """Print how the interrupted run with the newest checkpoint differs from this run, if there is one."""
+        others = [step for step in self.folder.parent.glob("*/step-*") if not (step.parent / "finished").exists()]
+        if not others:
+            return
+        newest = max(others, key=lambda step: step.stat().st_mtime)
+        # Not if that run continues in another process, or if an older version of this code has started it.
+        with suppress(UserError, OSError), file_lock(newest.parent.with_suffix(".lock"), "reads about this training"):
+            found = differences(read_json(newest.parent / RUN), description)
+            listed = ", ".join(found[:MAX_LISTED]) + f" and {len(found) - MAX_LISTED} more" * (len(found) > MAX_LISTED)
+            step = int(newest.name.removeprefix("step-"))
+            line = f"Starting from the beginning: the checkpoint at step {step:,} is of a run with {listed}"
+            print(printable(line), flush=True)
 
     def _steps(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"))

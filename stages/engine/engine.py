@@ -28,7 +28,7 @@ from stages.engine.memory import (
     use_deterministic_kernels,
 )
 from stages.engine.models import autocast
-from stages.engine.optimizer import create_optimizer, trainable_parameters
+from stages.engine.optimizer import create_optimizer, load_optimizer_state, optimizer_state, trainable_parameters
 from stages.engine.probe import choose_batches
 from stages.engine.schedule import Schedule
 from stages.engine.speed import flops_per_token
@@ -195,24 +195,16 @@ class Engine:
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Everything that is needed to resume with the same bits: tensors, and state that is serializable as JSON."""
         tensors = {f"model.{name}": parameter.detach() for name, parameter in trainable_parameters(self.model).items()}
-        optimizer = self._optimizer.state_dict()
-        for index, entry in optimizer["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in entry.items()}
-        tensors = self._context.gather_full_tensors(tensors) | self._context.random_states()
-        return tensors, {"param_groups": optimizer["param_groups"], "scheduler": self._scheduler.state_dict()}
+        optimizer_tensors, param_groups = optimizer_state(self._optimizer)
+        tensors = self._context.gather_full_tensors(tensors | optimizer_tensors) | self._context.random_states()
+        return tensors, {"param_groups": param_groups, "scheduler": self._scheduler.state_dict()}
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         with torch.no_grad():
             for name, parameter in trainable_parameters(self.model).items():
                 parameter.copy_(shard_like(tensors[f"model.{name}"], parameter))
-        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        entries: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".")
-                entries.setdefault(int(index), {})[key] = shard_like(tensor, parameters[int(index)])
-        self._optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
+        load_optimizer_state(self._optimizer, tensors, state["param_groups"])
         self._scheduler.load_state_dict(state["scheduler"])
         self._context.load_random_state(tensors)
 
@@ -251,7 +243,7 @@ class Engine:
         )
 
     def _peak_memory(self, micro_batch: MicroBatch) -> int:
-        return peak_memory(self.model, partial(self._try, micro_batch))
+        return peak_memory(self.model, partial(self._try, micro_batch), self.params.optimizer)
 
     def _try(self, micro_batch: MicroBatch) -> None:
         with torch.random.fork_rng([self.model.device]), self._autocast(), attention_for(self.model, micro_batch):

@@ -9,9 +9,12 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from stages.engine.distributed import DistributedContext
-from stages.engine.models import load_model, load_on_meta, uses_bf16
+from stages.engine.models import load_model, load_on_meta, matrix_layers, uses_bf16
+from stages.engine.optimizer import state_bytes
 from stages.runtime.errors import UserError
+from stages.runtime.memory_limit import memory_limit
 from stages.runtime.params import TrainParams
+from stages.runtime.terminal import format_bytes
 
 BASE = Path("models/base")
 
@@ -22,12 +25,14 @@ def load_for_training(
     """The base model in training mode, and log messages about it.
 
     Raises:
-        UserError: the model can't be quantized, or not in this way.
+        UserError: bitsandbytes can't be used, or too little memory.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic kernels; read once
     set_seed(params.seed)
     precision = "bf16" if uses_bf16(params.precision, context.device) else "fp32"
     messages = [f"Precision: {precision} on {context.device}"]
+    require_bitsandbytes(params, context)
+    check_memory(base, context, params.precision, params)
     quantization = nf4(params, context, base) if params.finetuning == "qlora" else None
     if not context.sharded:
         stored = precision if params.uses_lora else "fp32"  # weights that are trained are in fp32
@@ -54,6 +59,7 @@ def load_for_inference(folder: Path, precision: str, context: DistributedContext
     """
     # Not all operations of generation have deterministic kernels, which training in the same process may have enabled.
     torch.use_deterministic_algorithms(False)
+    check_memory(folder, context, precision)
     if not context.sharded:
         model = load_model(folder, context.device, precision)
     else:
@@ -68,22 +74,85 @@ def load_to_shard(folder: Path, context: DistributedContext) -> PreTrainedModel:
     return load_model(folder, torch.device("cpu")) if context.is_main_process else load_on_meta(folder)
 
 
+def check_memory(folder: Path, context: DistributedContext, precision: str, params: TrainParams | None = None) -> None:
+    """Check, before a model is loaded, that it does not need more memory than this process may use.
+
+    Sharded weights, and those that are stored quantized, are not checked.
+
+    Args:
+        params: those of a training; None: only the weights are needed.
+
+    Raises:
+        UserError: it needs more even without activations.
+    """
+    model = None if context.sharded else load_on_meta(folder)
+    if model is None or getattr(model.config, "quantization_config", None):
+        return
+    on_gpu, in_bf16 = context.device.type == "cuda", uses_bf16(precision, context.device)
+    total = torch.cuda.get_device_properties(context.device).total_memory if on_gpu else 0
+    limit, source = (total, "this GPU") if on_gpu else memory_limit()
+    finetuning, optimizer = (params.finetuning, params.optimizer) if params else ("lora", "adamw")
+    needed = needed_memory(model, in_bf16, finetuning, optimizer)
+    if needed <= limit:
+        return
+    others = {
+        "optimizer: adamw_8bit": needed_memory(model, in_bf16, finetuning, "adamw_8bit"),
+        "finetuning: lora": needed_memory(model, in_bf16, "lora", optimizer),
+        "finetuning: qlora": needed_memory(model, in_bf16, "qlora", optimizer),
+    }
+    fitting = [f"{name} ({format_bytes(size)})" for name, size in others.items() if params and size <= limit]
+    purpose = "weights, gradients and optimizer state" if finetuning == "full" else "weights"
+    advice = f"set {', '.join(fitting)}, or " * bool(fitting) + "use a smaller model or more memory"
+    raise UserError(
+        f"{folder}: its {purpose} need {format_bytes(needed)} of memory, besides activations; {source} has "
+        f"{format_bytes(limit)}; {advice}"
+    )
+
+
+def needed_memory(model: PreTrainedModel, in_bf16: bool, finetuning: str, optimizer: str) -> int:
+    """Bytes of a model's weights as `load_model` stores them, and of their gradients and optimizer state.
+
+    Not included are activations, adapters, and copies that exist only during a step or while a model is loaded.
+    """
+    if finetuning == "full":
+        return sum(8 * weight.numel() + state_bytes(weight.numel(), optimizer) for weight in model.parameters())
+    matrices = {id(weight) for layer in matrix_layers(model) for weight in layer.parameters(recurse=False)}
+    bits = 4 if finetuning == "qlora" else 16 if in_bf16 else 32  # of an element of a matrix
+    return sum(weight.numel() * (bits if id(weight) in matrices else 32) for weight in model.parameters()) // 8
+
+
+def require_bitsandbytes(params: TrainParams, context: DistributedContext) -> None:
+    """Check that bitsandbytes is installed and has kernels for this device, if the parameters need it.
+
+    Raises:
+        UserError: it can't be used, or the weights are sharded.
+    """
+    for found, parameter, other in (("qlora", "finetuning", "lora"), ("adamw_8bit", "optimizer", "adamw")):
+        if getattr(params, parameter) != found:
+            continue
+        if context.sharded:
+            raise UserError(
+                f"{parameter}: found '{found}' with a launcher that shards the weights (FSDP2); must be {other}, or "
+                "use another launcher"
+            )
+        if find_spec("bitsandbytes") is None:
+            raise UserError(
+                f"{parameter}: found '{found}', which needs the package bitsandbytes; install it with "
+                f"`.venv/bin/pip install -c constraints.txt -e '.[bitsandbytes]'`, or use {other}"
+            )
+        if context.device.type == "mps" and found == "adamw_8bit":
+            raise UserError(
+                f"{parameter}: found '{found}' on an Apple GPU (MPS), for which bitsandbytes has no such optimizer; "
+                f"must be {other}"
+            )
+
+
 def nf4(params: TrainParams, context: DistributedContext, base: Path) -> Any:
     """The quantization of QLoRA (https://arxiv.org/abs/2305.14314): 4-bit NormalFloat, with quantized constants.
 
     Raises:
-        UserError: bitsandbytes is not installed, the weights are sharded, or the model has fused experts.
+        UserError: the model has fused experts.
     """
-    if find_spec("bitsandbytes") is None:
-        raise UserError(
-            "finetuning: found 'qlora', which needs the package bitsandbytes; install it with "
-            "`.venv/bin/pip install -c constraints.txt -e '.[qlora]'`, or use lora"
-        )
-    if context.sharded:
-        raise UserError(
-            "finetuning: found 'qlora' with a launcher that shards the weights (FSDP2); must be lora, or use another "
-            "launcher"
-        )
     from transformers import BitsAndBytesConfig
 
     from stages.engine.lora import expert_weights

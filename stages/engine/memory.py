@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from stages.data.examples import IGNORE_INDEX, Example
 from stages.engine.batches import Batches, Limits, MicroBatch, PackedBatches
-from stages.engine.optimizer import trainable_parameters
+from stages.engine.optimizer import state_bytes, trainable_parameters
 from stages.runtime.errors import UserError, is_out_of_memory
 
 MARGIN = 0.1  # of the available memory stays free, because later micro-batches have other shapes, which fragments it
@@ -109,7 +109,7 @@ def largest_micro_batch(batches: Batches, longest: Example) -> MicroBatch:
     return next(batches.micro_batches(examples))
 
 
-def peak_memory(model: PreTrainedModel, step: Callable[[], None]) -> int:
+def peak_memory(model: PreTrainedModel, step: Callable[[], None], optimizer: str) -> int:
     """Peak GPU memory in bytes of a forward and backward pass, with gradients and optimizer state, not fragmentation.
 
     Raises:
@@ -119,7 +119,7 @@ def peak_memory(model: PreTrainedModel, step: Callable[[], None]) -> int:
     torch.cuda.reset_peak_memory_stats(device)
     try:
         for parameter in trainable_parameters(model).values():
-            state += [torch.empty_like(parameter), torch.empty_like(parameter)]
+            state.append(torch.empty(state_bytes(parameter.numel(), optimizer), dtype=torch.uint8, device=device))
             parameter.grad = torch.zeros_like(parameter)  # as in all micro-batches but the first
         step()
         peak = torch.cuda.max_memory_allocated(device)

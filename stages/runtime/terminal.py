@@ -62,8 +62,8 @@ def format_bytes(num_bytes: float) -> str:
         >>> format_bytes(1_234_567)
         '1.23 MB'
     """
-    for unit in ("bytes", "kB", "MB"):
+    for unit in ("bytes", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
-    return f"{num_bytes:.3g} GB"
+    return f"{num_bytes:.3g} TB"

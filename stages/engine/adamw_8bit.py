@@ -1,0 +1,34 @@
+"""AdamW with moments in 8 bits (https://arxiv.org/abs/2110.02861), by bitsandbytes."""
+
+from typing import Any
+
+import torch
+from bitsandbytes.optim import adamw
+
+from stages.engine.optimizer import BLOCK_SIZE
+
+PART_SIZE = 2**14 * BLOCK_SIZE
+
+
+class AdamW8bit(adamw.AdamW8bit):
+    """Updates large tensors in parts on a CPU, where bitsandbytes needs 32 bytes for each element that it updates.
+
+    The bits are the same, because blocks do not depend on each other.
+    """
+
+    def update_step(self, group: dict[str, Any], p: torch.nn.Parameter, gindex: int, pindex: int) -> None:
+        state, gradient = self.state[p], p.grad
+        if p.device.type != "cpu" or p.numel() <= PART_SIZE or gradient is None or not p.is_contiguous():
+            super().update_step(group, p, gindex, pindex)  # type: ignore[no-untyped-call]
+            return
+        for start in range(0, p.numel(), PART_SIZE):
+            elements = slice(start, start + PART_SIZE)
+            blocks = slice(start // BLOCK_SIZE, (start + PART_SIZE) // BLOCK_SIZE)
+            part = torch.nn.Parameter(p.data.view(-1)[elements])
+            part.grad = gradient.contiguous().view(-1)[elements]
+            moments = {name: state[name].view(-1)[elements] for name in ("state1", "state2")}
+            scales = {name: state[name][blocks] for name in ("absmax1", "absmax2")}
+            self.state[part] = {**state, **moments, **scales}
+            super().update_step(group, part, gindex, pindex)  # type: ignore[no-untyped-call]
+            del self.state[part]
+        state["step"] += 1

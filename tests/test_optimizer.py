@@ -1,0 +1,85 @@
+"""AdamW with moments in 8 bits: its state, and runs that resume with it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stages import train
+from stages.engine import adamw_8bit
+from stages.engine.optimizer import create_optimizer, optimizer_state, state_bytes
+from stages.engine.schedule import Schedule
+from stages.runtime.params import TrainParams, load_params
+from tests.clone import edit
+from tests.test_train import curve, interruption, outcome, take_outcome
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "sizes"), [("adamw", [8 * 65 * 64, 8 * 63 * 64]), ("adamw_8bit", [2 * 65 * 64 + 8 * 17, 8 * 63 * 64])]
+)
+def test_moments_of_large_tensors_take_two_bytes_in_8_bits(project: Path, optimizer: str, sizes: list[int]) -> None:
+    edit(project, optimizer=optimizer)
+    params = load_params(TrainParams)
+    model = torch.nn.ParameterList([torch.randn(65, 64), torch.randn(63, 64)])
+    adamw, _ = create_optimizer(model, params, Schedule.plan(params, 100))
+    for parameter in model:
+        parameter.grad = torch.randn_like(parameter)
+    adamw.step()
+    tensors, _ = optimizer_state(adamw)
+    constant = ("step", "qmap1", "qmap2")
+    found = [
+        sum(tensor.nbytes for name, tensor in tensors.items() if name[:12] == prefix and name[12:] not in constant)
+        for prefix in ("optimizer.0.", "optimizer.1.")
+    ]
+    assert found == sizes
+    assert [state_bytes(parameter.numel(), optimizer) for parameter in model] == sizes
+
+
+@pytest.mark.parametrize("num_elements", [1024, 1025, 5000])
+def test_large_tensors_are_updated_in_parts_with_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, num_elements: int
+) -> None:
+    weights, states = [], []
+    for part_size in (2**20, 1024):
+        monkeypatch.setattr(adamw_8bit, "PART_SIZE", part_size)
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(num_elements, 4, generator=generator))
+        optimizer = adamw_8bit.AdamW8bit([weight], 0.1, weight_decay=0.1)
+        for _ in range(3):
+            weight.grad = torch.randn(4, num_elements, generator=generator).T  # not contiguous
+            optimizer.step()
+        weights.append(weight)
+        states.append(optimizer_state(optimizer)[0])
+    assert torch.equal(*weights)
+    assert states[0]["optimizer.0.step"] == 3
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_losses_are_close_to_those_with_moments_in_fp32(training_inputs: Path) -> None:
+    losses = []
+    for optimizer in ("adamw", "adamw_8bit"):
+        edit(training_inputs, optimizer=optimizer)
+        train.main()
+        losses.append([loss for _, loss in curve("loss")])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+@pytest.mark.parametrize(("finetuning", "precision"), [("full", "fp32"), ("full", "bf16"), ("qlora", "bf16")])
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    training_inputs: Path, capsys: pytest.CaptureFixture[str], finetuning: str, precision: str
+) -> None:
+    edit(training_inputs, optimizer="adamw_8bit", finetuning=finetuning, lora_rank="64", precision=precision)
+    train.main()
+    (checkpoint,) = Path(".scratch/train").glob("*/step-00000020/tensors.safetensors")
+    dtypes = {tensor.dtype for name, tensor in load_file(checkpoint).items() if name.endswith(".state1")}
+    assert dtypes == {torch.uint8, torch.float32}  # of large and of small tensors
+    expected = take_outcome()
+    with interruption(14):
+        train.main()
+    capsys.readouterr()
+    train.main()
+    assert "Resuming from the checkpoint at step 10\n" in capsys.readouterr().out
+    assert outcome() == expected
