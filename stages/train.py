@@ -163,14 +163,14 @@ def save_tuned(engine: "Engine", metrics: dict[str, Any], checkpoints: "Checkpoi
 
     from stages.engine.loading import BASE
     from stages.engine.model_card import model_card
-    from stages.engine.models import checkpoint_dtype, load_model
+    from stages.engine.models import checkpoint_dtype, load_as_stored, release_freed_memory
 
     params = engine.params
     if params.uses_lora:
         from stages.engine.lora import add_adapters, merge, save_adapter
     model = engine.model
     if hasattr(model, "unshard"):  # this rank has only a part of a sharded model
-        model = load_model(BASE, torch.device("cpu"))
+        model = load_as_stored(BASE, torch.device("cpu"))
         if params.uses_lora:
             add_adapters(model, params)
     best = checkpoints.load_best()
@@ -184,6 +184,9 @@ def save_tuned(engine: "Engine", metrics: dict[str, Any], checkpoints: "Checkpoi
     with atomic_path(folder, durable=True) as partial:
         if params.uses_lora:
             save_adapter(model, BASE, partial / "adapter")
+            for parameter in model.parameters():
+                parameter.data = parameter.data.new_empty(0)  # merging loads the base again
+            release_freed_memory()
             model = merge(BASE, partial / "adapter")
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
