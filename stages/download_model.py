@@ -119,6 +119,8 @@ def save(folder: Path, source: dict[str, Any]) -> dict[str, str]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
+    from stages.engine.models import save_model
+
     where = f"model_name: {source['model_name']!r}"
     fix = "use another causal language model, one that transformers can load"
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
@@ -150,7 +152,7 @@ def save(folder: Path, source: dict[str, Any]) -> dict[str, str]:
         token_ids, eos = set(tokenizer.get_vocab().values()), model.generation_config.eos_token_id
         if stop_ids := token_ids.intersection(eos if isinstance(eos, list) else [eos]) - {tokenizer.eos_token_id}:
             write_json(partial / STOP_IDS, sorted(stop_ids))
-        model.save_pretrained(base)
+        save_model(model, base)
         write_json(base / "source.json", source)
         del loaded, model  # the saved model is loaded again
         with user_errors(where, fix):

@@ -163,7 +163,7 @@ def save_tuned(engine: "Engine", metrics: dict[str, Any], checkpoints: "Checkpoi
 
     from stages.engine.loading import BASE
     from stages.engine.model_card import model_card
-    from stages.engine.models import checkpoint_dtype, load_as_stored, release_freed_memory
+    from stages.engine.models import checkpoint_dtype, load_as_stored, release_freed_memory, save_model
 
     params = engine.params
     if params.uses_lora:
@@ -195,7 +195,7 @@ def save_tuned(engine: "Engine", metrics: dict[str, Any], checkpoints: "Checkpoi
             pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         )
         torch.nn.Module.to(model, checkpoint_dtype(BASE))
-        model.save_pretrained(partial)
+        save_model(model, partial)
         tokenizer.save_pretrained(partial)
         write_text(partial / "README.md", model_card(params, metrics))
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -14,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.pytorch_utils import Conv1D
 
 from stages.runtime.errors import UserError, user_errors
+
+SHARD_SIZE = "1GB"  # of a file with weights; saving can take as much memory
 
 
 def pick_device() -> torch.device:
@@ -110,6 +113,19 @@ def matrix_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | Conv1D) and module.weight is not getattr(embeddings, "weight", None):
             yield module
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model in shards."""
+    # Saving undoes the conversions of loading, such as fused experts, for all weights at once, which copies them. With
+    # a device map that names the CPU, transformers does so for one shard at a time. A tensor of the checkpoint that
+    # became several can't be restored so.
+    targets = [conversion.target_patterns for conversion in getattr(model, "_weight_conversions", None) or ()]
+    if targets and all(len(names) == 1 and "*" not in names[0] for names in targets):
+        model.hf_device_map = {"": "cpu"}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
 
 
 def load_on_meta(folder: Path) -> PreTrainedModel:
