@@ -65,7 +65,7 @@ def make_model(folder: Path, config: PreTrainedConfig) -> None:
     tokenizer.save_pretrained(folder)
     config.vocab_size, config.dtype = len(tokenizer), torch.bfloat16
     config.save_pretrained(folder)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     shapes = [(name, weight.shape) for name, weight in load_on_meta(folder).state_dict().items()]
     for number, (_, shard) in enumerate(groupby(shapes, lambda item: item[0].split(".")[:3])):
         tensors = {name: (torch.randn(shape) * 0.02).bfloat16() for name, shape in shard}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,7 +64,7 @@ print("added", peak[0] - before)
 def test_a_large_model_takes_at_most_its_size_and_one_layer_in_fp32(project: Path, tiny_model: Path) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 24}
+    heads: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 24}
     config = LlamaConfig(vocab_size=400, hidden_size=1024, intermediate_size=2048, **heads, dtype="bfloat16")
     model = LlamaForCausalLM._from_config(config)
     num_parameters, layer = model.num_parameters(), sum(p.numel() for p in model.model.layers[0].parameters())

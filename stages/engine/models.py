@@ -122,7 +122,7 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     # became several can't be restored so.
     targets = [conversion.target_patterns for conversion in getattr(model, "_weight_conversions", None) or ()]
     if targets and all(len(names) == 1 and "*" not in names[0] for names in targets):
-        model.hf_device_map = {"": "cpu"}
+        setattr(model, "hf_device_map", {"": "cpu"})  # noqa: B010 (nn.Module types attributes as tensors)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
@@ -170,8 +170,8 @@ def stored_dtype(folder: Path) -> torch.dtype:
         with safe_open(path, "pt") as file:
             dtypes |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a dict)
     in_fp32 = [name for name, dtype in dtypes.items() if dtype == "F32"]
-    others = {*dtypes.values()} - {"F32"}
-    dtype = {("BF16",): torch.bfloat16, ("F16",): torch.float16}.get((*others,), torch.float32)
+    others = "".join({*dtypes.values()} - {"F32"})  # a code, unless there are several
+    dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(others, torch.float32)
     # Some classes of transformers always load certain tensors in fp32.
     kept = load_on_meta(folder)._get_dtype_plan(dtype) if in_fp32 else ()
     return dtype if all(any(key in name for key in kept) for name in in_fp32) else torch.float32
