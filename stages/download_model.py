@@ -119,6 +119,8 @@ def save(folder: Path, source: dict[str, Any]) -> dict[str, str]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
+    from stages.engine.models import save_model
+
     where = f"model_name: {source['model_name']!r}"
     fix = "use another causal language model, one that transformers can load"
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
@@ -150,9 +152,9 @@ def save(folder: Path, source: dict[str, Any]) -> dict[str, str]:
         token_ids, eos = set(tokenizer.get_vocab().values()), model.generation_config.eos_token_id
         if stop_ids := token_ids.intersection(eos if isinstance(eos, list) else [eos]) - {tokenizer.eos_token_id}:
             write_json(partial / STOP_IDS, sorted(stop_ids))
-        model.save_pretrained(base)
+        save_model(model, base)
         write_json(base / "source.json", source)
-        del loaded, model  # the saved model is loaded again, in fp32
+        del loaded, model  # the saved model is loaded again
         with user_errors(where, fix):
             results |= probe_model(where, base, sorted(token_ids))
     return results
@@ -171,10 +173,10 @@ def probe_model(where: str, folder: Path, token_ids: list[int]) -> dict[str, str
 
     from stages.data.examples import IGNORE_INDEX, Example
     from stages.engine.decoding import PROBE_TOKENS, choose_method
-    from stages.engine.models import context_length, load_model
+    from stages.engine.models import context_length, load_as_stored
     from stages.engine.probe import choose_batches
 
-    model = load_model(folder).eval()
+    model = load_as_stored(folder).eval()  # both probes compute in fp32
     random = np.random.default_rng(0)
     examples = []
     for length in PROBE_LENGTHS:

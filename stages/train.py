@@ -163,14 +163,14 @@ def save_tuned(engine: "Engine", metrics: dict[str, Any], checkpoints: "Checkpoi
 
     from stages.engine.loading import BASE
     from stages.engine.model_card import model_card
-    from stages.engine.models import checkpoint_dtype, load_model
+    from stages.engine.models import checkpoint_dtype, load_as_stored, release_freed_memory, save_model
 
     params = engine.params
     if params.uses_lora:
         from stages.engine.lora import add_adapters, merge, save_adapter, without_gradient
     model = engine.model
     if hasattr(model, "unshard"):  # this rank has only a part of a sharded model
-        model = load_model(BASE, torch.device("cpu"))
+        model = load_as_stored(BASE, torch.device("cpu"))
         if params.uses_lora:
             add_adapters(model, params)
     best = checkpoints.load_best()
@@ -186,6 +186,9 @@ def save_tuned(engine: "Engine", metrics: dict[str, Any], checkpoints: "Checkpoi
             if names := without_gradient(model):
                 print(f"Adapters that no gradient has reached: {names}", flush=True)
             save_adapter(model, BASE, partial / "adapter")
+            for parameter in model.parameters():
+                parameter.data = parameter.data.new_empty(0)  # merging loads the base again
+            release_freed_memory()
             model = merge(BASE, partial / "adapter")
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
@@ -194,7 +197,7 @@ def save_tuned(engine: "Engine", metrics: dict[str, Any], checkpoints: "Checkpoi
             pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         )
         torch.nn.Module.to(model, checkpoint_dtype(BASE))
-        model.save_pretrained(partial)
+        save_model(model, partial)
         tokenizer.save_pretrained(partial)
         write_text(partial / "README.md", model_card(params, metrics))
 

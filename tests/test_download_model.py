@@ -2,16 +2,18 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stages import download_model
 from stages.runtime.errors import UserError
-from tests.clone import edit
+from tests.clone import ROOT, edit
 
 
 def test_model_and_tokenizer_are_saved_in_separate_folders(project: Path, tiny_model: Path) -> None:
@@ -34,6 +36,48 @@ def test_two_runs_write_the_same_bytes(project: Path, tiny_model: Path) -> None:
         return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     assert hashes() == hashes()
+
+
+# Peak anonymous memory during a call. Samples are enough, because the weights stay in memory for the whole call.
+MEASURE = """
+import os, threading, time
+from pathlib import Path
+import torch, transformers
+from transformers import LlamaForCausalLM
+from benchmarks.memory import anonymous_memory
+from stages import download_model
+from stages.engine import decoding, probe
+before, peak, done = anonymous_memory(os.getpid()), [0], threading.Event()
+def watch():
+    while not done.wait(0.005):
+        peak[0] = max(peak[0], anonymous_memory(os.getpid()))
+threading.Thread(target=watch).start()
+try:
+    download_model.main()
+finally:
+    done.set()
+print("added", peak[0] - before)
+"""
+
+
+@pytest.mark.subprocess
+def test_a_large_model_takes_at_most_its_size_and_one_layer_in_fp32(project: Path, tiny_model: Path) -> None:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    heads: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 24}
+    config = LlamaConfig(vocab_size=400, hidden_size=1024, intermediate_size=2048, **heads, dtype="bfloat16")
+    model = LlamaForCausalLM._from_config(config)
+    num_parameters, layer = model.num_parameters(), sum(p.numel() for p in model.model.layers[0].parameters())
+    model.save_pretrained("large", max_shard_size="100MB")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained("large")
+    edit(project, model_name="large")
+    command = [sys.executable, "-c", MEASURE]
+    found = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    constant = 150e6  # tokenizer, activations, and what transformers allocates while it loads
+    assert int(found.stdout.split()[-1]) < 2 * num_parameters + 4 * layer + constant
+    assert 4 * num_parameters > 2 * num_parameters + 4 * layer + constant  # fp32 would take more
 
 
 def failure(project: Path, name: object) -> str:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from stages.engine import models
 from stages.runtime.environment import LIBRARIES, environment
@@ -49,6 +51,50 @@ def test_tensors_that_a_bf16_checkpoint_stores_in_fp32_are_not_rounded(tmp_path:
     loaded = models.load_model(tmp_path, CPU, "bf16")
     assert loaded.model.norm.weight.tolist() == pytest.approx([1.0001] * 32, rel=1e-6)
     assert loaded.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral", "falcon_mamba", "bert"])
+def test_a_model_in_its_stored_dtype_gives_the_bits_of_fp32_in_the_probe(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    random_tiny_model(name).to(dtype).save_pretrained(tmp_path)
+    plain, stored = models.load_model(tmp_path, CPU).eval(), models.load_as_stored(tmp_path, CPU)
+    before = {name: (parameter.dtype, parameter.data_ptr()) for name, parameter in stored.named_parameters()}
+    assert {found for found, _ in before.values()} == {dtype}
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad(), models.probing(stored):
+        assert torch.equal(plain(ids).logits, stored(ids).logits)
+    assert before == {name: (parameter.dtype, parameter.data_ptr()) for name, parameter in stored.named_parameters()}
+
+
+def test_tensors_that_transformers_keeps_in_fp32_do_not_widen_the_others(tmp_path: Path) -> None:
+    random_tiny_model("dots1").save_pretrained(tmp_path / "fp32")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "fp32", dtype=torch.bfloat16).save_pretrained(tmp_path / "mixed")
+    assert models.stored_dtype(tmp_path / "fp32") == torch.float32
+    assert models.stored_dtype(tmp_path / "mixed") == torch.bfloat16
+    dtypes = {
+        name: parameter.dtype for name, parameter in models.load_as_stored(tmp_path / "mixed").state_dict().items()
+    }
+    in_fp32 = [name for name, dtype in dtypes.items() if dtype == torch.float32]
+    assert in_fp32 == ["model.layers.1.mlp.gate.e_score_correction_bias"]
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe"])
+def test_a_model_is_saved_in_shards_with_the_tensors_of_one_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    random_tiny_model(name).save_pretrained(tmp_path / "source")
+    monkeypatch.setattr(models, "SHARD_SIZE", "50KB")
+    models.save_model(models.load_model(tmp_path / "source", CPU), tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    tensors: dict[str, torch.Tensor] = {}
+    for path in (tmp_path / "shards").glob("*.safetensors"):
+        tensors |= load_file(path)
+    expected = load_file(tmp_path / "source/model.safetensors")
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+    assert not [warning for warning in recwarn if "offloaded" in str(warning.message)]
 
 
 @pytest.mark.parametrize(

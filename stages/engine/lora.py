@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
-from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
     convert_peft_config_for_transformers,
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from stages.engine.models import load_model
+from stages.engine.models import load_as_stored
 from stages.engine.optimizer import trainable_parameters
 from stages.runtime.errors import UserError
 from stages.runtime.files import read_json
@@ -215,12 +215,25 @@ def save_adapter(model: PreTrainedModel, base: Path, folder: Path) -> None:
     save_file({f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, folder / ADAPTER)
 
 
+@torch.no_grad()
 def merge(base: Path, adapter: Path) -> PreTrainedModel:
-    """The base model with saved adapters merged into its matrices, in fp32 on the CPU."""
-    cpu = torch.device("cpu")
+    """The base model with saved adapters merged into its matrices, on the CPU, in the dtype of the checkpoint.
+
+    One layer at a time is merged in fp32, so that each weight is rounded once.
+    """
     with warnings.catch_warnings():
         # peft 0.21 uses the name from before transformers 5.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        loaded = PeftModel.from_pretrained(load_model(base, cpu), str(adapter), torch_device="cpu")
-    merged: PreTrainedModel = loaded.merge_and_unload()
+        model = load_as_stored(base, torch.device("cpu"))
+        loaded = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
+    for layer in loaded.modules():
+        if isinstance(layer, BaseTunerLayer):
+            parameters = [*layer.get_base_layer().parameters()]
+            stored = [parameter.data for parameter in parameters]
+            for parameter in parameters:
+                parameter.data = parameter.data.float()
+            layer.merge()
+            for parameter, data in zip(parameters, stored, strict=True):
+                parameter.data = data.copy_(parameter)
+    merged: PreTrainedModel = loaded.unload()
     return merged

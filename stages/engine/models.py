@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -15,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.pytorch_utils import Conv1D
 
 from stages.runtime.errors import UserError, user_errors
+
+SHARD_SIZE = "1GB"  # of a file with weights; saving can take as much memory
 
 
 def pick_device() -> torch.device:
@@ -38,6 +41,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def release_freed_memory() -> None:
+    """Return the memory of freed tensors to the system, which `keep_freed_memory` prevents."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def load_model(
     folder: Path, device: torch.device | None = None, precision: str = "fp32", quantization: Any = None
 ) -> PreTrainedModel:
@@ -49,12 +58,32 @@ def load_model(
             cast them: the same bits, in half the memory.
         quantization: a quantization config of transformers.
     """
-    keep_freed_memory()
     device = device or pick_device()
     in_bf16 = uses_bf16(precision, device)
+    # A checkpoint in 16 bits is loaded without an intermediate fp32 copy; other checkpoints must not be rounded.
+    model = _load(folder, device, stored_dtype(folder) if in_bf16 else torch.float32, quantization)
+    if in_bf16:
+        matrices = {id(parameter) for layer in matrix_layers(model) for parameter in layer.parameters(recurse=False)}
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.bfloat16 if id(parameter) in matrices else torch.float32)
+    for layer in matrix_layers(model) if quantization else ():
+        # The CPU kernel for inference would replace the weights by a packed form, which rounds their scales.
+        setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010 (nn.Module types attributes as tensors)
+    return model
+
+
+def load_as_stored(folder: Path, device: torch.device | None = None) -> PreTrainedModel:
+    """Load a causal language model in the dtype of its checkpoint, to compute within `probing`.
+
+    On a CPU, weights in 16 bits are memory-mapped: they take no memory until they are changed.
+    """
+    return _load(folder, device or pick_device(), stored_dtype(folder))
+
+
+def _load(folder: Path, device: torch.device, dtype: torch.dtype, quantization: Any = None) -> PreTrainedModel:
+    keep_freed_memory()
     with user_errors(folder):
-        # A checkpoint in bf16 is loaded without an intermediate fp32 copy; other checkpoints must not be rounded.
-        dtype = torch.bfloat16 if in_bf16 and is_stored_in_bf16(folder) else torch.float32
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -63,16 +92,8 @@ def load_model(
             device_map={"": device},
             quantization_config=quantization,
         )
-    if in_bf16:
-        matrices = {id(parameter) for layer in matrix_layers(model) for parameter in layer.parameters(recurse=False)}
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(torch.bfloat16 if id(parameter) in matrices else torch.float32)
-    if dtype == torch.bfloat16:
+    if dtype != torch.float32:
         widen_buffers(model)
-    for layer in matrix_layers(model) if quantization else ():
-        # The CPU kernel for inference would replace the weights by a packed form, which rounds their scales.
-        setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010 (nn.Module types attributes as tensors)
     # A checkpoint's own settings, such as a repetition penalty, would change greedy answers.
     model.generation_config = GenerationConfig()
     return model
@@ -95,6 +116,19 @@ def matrix_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | Conv1D) and module.weight is not getattr(embeddings, "weight", None):
             yield module
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model in shards."""
+    # Saving undoes the conversions of loading, such as fused experts, for all weights at once, which copies them. With
+    # a device map that names the CPU, transformers does so for one shard at a time. A tensor of the checkpoint that
+    # became several can't be restored so.
+    targets = [conversion.target_patterns for conversion in getattr(model, "_weight_conversions", None) or ()]
+    if targets and all(len(names) == 1 and "*" not in names[0] for names in targets):
+        setattr(model, "hf_device_map", {"": "cpu"})  # noqa: B010 (nn.Module types attributes as tensors)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
 
 
 def load_on_meta(folder: Path) -> PreTrainedModel:
@@ -132,13 +166,18 @@ def checkpoint_dtype(folder: Path) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def is_stored_in_bf16(folder: Path) -> bool:
-    """Whether all tensors of a saved model are in bf16, whatever its config says."""
+def stored_dtype(folder: Path) -> torch.dtype:
+    """bf16 or fp16 if a saved model can be loaded in this dtype without rounding, whatever its config says; or fp32."""
+    dtypes: dict[str, str] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            if any(file.get_slice(name).get_dtype() != "BF16" for name in file.keys()):  # noqa: SIM118 (not a dict)
-                return False
-    return True
+            dtypes |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    in_fp32 = [name for name, dtype in dtypes.items() if dtype == "F32"]
+    others = "".join({*dtypes.values()} - {"F32"})  # a code, unless there are several
+    dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(others, torch.float32)
+    # Some classes of transformers always load certain tensors in fp32.
+    kept = load_on_meta(folder)._get_dtype_plan(dtype) if in_fp32 else ()
+    return dtype if all(any(key in name for key in kept) for name in in_fp32) else torch.float32
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
@@ -185,8 +224,9 @@ def probing(model: PreTrainedModel) -> Iterator[None]:
     """
     stored: dict[torch.nn.Module, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
 
-    def widen(module: torch.nn.Module, _: Any) -> None:
-        stored[module] = [(item, item.data) for item in module.parameters() if item.dtype == torch.bfloat16]
+    def widen(module: torch.nn.Module, _: Any = None, recurse: bool = True) -> None:
+        half = (torch.bfloat16, torch.float16)
+        stored[module] = [(item, item.data) for item in module.parameters(recurse) if item.dtype in half]
         for parameter, data in stored[module]:
             parameter.data = data.float()
 
@@ -195,12 +235,16 @@ def probing(model: PreTrainedModel) -> Iterator[None]:
             parameter.data = data
 
     with inference(model), torch.autocast(model.device.type, enabled=False), ExitStack() as undo:
-        blocks = [block for block in model.modules() if type(block).__name__ in (model._no_split_modules or ())]
-        # The layers of a block together, because a block can read their matrices without calling them.
-        others = {*matrix_layers(model)}.difference(*(block.modules() for block in blocks))
-        for module in (*blocks, *others):
-            undo.callback(module.register_forward_pre_hook(widen).remove)
-            undo.callback(module.register_forward_hook(restore, always_call=True).remove)
+        layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+        # The modules of a layer together, because it can read their matrices without calling them.
+        inside = {module for layer in layers for module in layer.modules()}
+        for module in model.modules():
+            if module not in inside:  # such as the head, whose dtype some models read before they call it
+                widen(module, recurse=False)
+                undo.callback(restore, module)
+        for layer in layers:
+            undo.callback(layer.register_forward_pre_hook(widen).remove)
+            undo.callback(layer.register_forward_hook(restore, always_call=True).remove)
         for layer in matrix_layers(model):
             if hasattr(layer, "compute_dtype"):  # a quantized layer
                 undo.callback(setattr, layer, "compute_dtype", layer.compute_dtype)
