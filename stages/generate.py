@@ -23,7 +23,7 @@ def main() -> None:
 
     from transformers import set_seed
 
-    from stages.engine.decoding import generate_answers, generation_settings
+    from stages.engine.decoding import choose_method, generate_answers, generation_settings
     from stages.engine.distributed import init_distributed
     from stages.engine.loading import load_for_inference
     from stages.engine.models import autocast, check_context_length
@@ -41,7 +41,8 @@ def main() -> None:
     set_seed(params.seed)
     settings = generation_settings(template.eos_token_ids, params.max_new_tokens, params.temperature, params.top_p)
     with autocast(params.precision, model.device, cache_enabled=not context.sharded):
-        answers = generate_answers(model, template.answer_parser, prompts, settings, params.tokens_per_batch)
+        method = choose_method(model, prompts, params.max_new_tokens)
+        answers = generate_answers(model, template.answer_parser, prompts, settings, params.tokens_per_batch, method)
     context.shutdown()
     if not context.is_main_process:
         return

@@ -86,6 +86,7 @@ def predict(folder: Path, params: PredictParams, context: "DistributedContext") 
     Raises:
         UserError: the loss is far above that of a random guess, or not a number.
     """
+    from stages.engine.decoding import choose_method
     from stages.engine.loading import load_for_inference
     from stages.engine.probe import choose_batches
 
@@ -96,11 +97,13 @@ def predict(folder: Path, params: PredictParams, context: "DistributedContext") 
     examples = chain.from_iterable(splits.values())
     batches, messages, _ = choose_batches(model, examples, SCORED_TOKENS * params.tokens_per_batch, params.precision)
     print(*messages, sep="\n", flush=True)
+    prompts = [prompt_ids(example) for split in splits.values() for example in split]
+    method = choose_method(model, prompts, params.max_new_tokens)
     # One split after the other, so that rows of the retention set have no effect on the rounding of the test losses.
     rows = [
         {"split": name} | row
         for name, split in splits.items()
-        for row in predict_split(model, tokenizer, batches, split, params, context)
+        for row in predict_split(model, tokenizer, batches, split, method, params, context)
     ]
     loss = mean_loss(rows)
     if not loss < MAX_LOSS:
@@ -115,6 +118,7 @@ def predict_split(
     tokenizer: "PreTrainedTokenizerBase",
     batches: "Batches",
     examples: Split,
+    method: str,
     params: PredictParams,
     context: "DistributedContext",
 ) -> list[dict[str, Any]]:
@@ -125,14 +129,16 @@ def predict_split(
     from stages.engine.models import autocast
 
     num_answers = params.answers_per_prompt
-    prompts = [example.input_ids[: example.last_response].tolist() for example in examples for _ in range(num_answers)]
+    prompts = [prompt_ids(example) for example in examples for _ in range(num_answers)]
     template = load_template(params.template, tokenizer, params.template_options, params.reasoning_end)
     temperature = 0.0 if num_answers == 1 else 1.0
     settings = generation_settings(template.eos_token_ids, params.max_new_tokens, temperature)
     set_seed(SEED)
     with autocast(params.precision, model.device, cache_enabled=not context.sharded):
         scores = score_tokens(model, batches, examples)
-        answers = iter(generate_answers(model, template.answer_parser, prompts, settings, params.tokens_per_batch))
+        answers = iter(
+            generate_answers(model, template.answer_parser, prompts, settings, params.tokens_per_batch, method)
+        )
     rows = []
     for example, score in zip(examples, scores, strict=True):
         own = list(islice(answers, num_answers))
@@ -152,6 +158,11 @@ def predict_split(
             }
         )
     return rows
+
+
+def prompt_ids(example: Example) -> list[int]:
+    """The tokens before the last response."""
+    return [*map(int, example.input_ids[: example.last_response])]
 
 
 def mean_loss(rows: Sequence[dict[str, Any]]) -> float:

@@ -39,16 +39,15 @@ def test_answer_ends_before_the_eos_token(tokenizer: Any, monkeypatch: pytest.Mo
     a, b = tokenizer.encode("ab")
     monkeypatch.setattr(decoding, "generate", lambda *_: [[a, 0], [a, b, b]])
     parser = AnswerParser(tokenizer)
-    answers = generate_answers(None, parser, [[7], [8, 9]], generation_settings([0], 3), 1000)  # type: ignore[arg-type]
+    answers = generate_answers(None, parser, [[7], [8, 9]], generation_settings([0], 3), 1000, "")  # type: ignore[arg-type]
     assert answers == [Answer(AnswerParts("a"), 1, stopped=True), Answer(AnswerParts("abb"), 3, stopped=False)]
 
 
 def test_answers_are_in_the_order_of_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     # Batches are sorted by length, which saves padding.
-    monkeypatch.setattr(decoding, "choose_method", lambda *_: "lengths")
     monkeypatch.setitem(METHODS, "lengths", lambda _, prompts, __: [NewTokens([len(ids)], []) for ids in prompts])
     prompts = [[1, 2], [3], [4, 5, 6]]
-    assert generate(None, prompts, generation_settings([0], 1), 1) == [[2], [1], [3]]  # type: ignore[arg-type]
+    assert generate(None, prompts, generation_settings([0], 1), 1, "lengths") == [[2], [1], [3]]  # type: ignore[arg-type]
 
 
 def test_batches_of_prompts_have_similar_lengths_and_are_limited_by_tokens() -> None:
@@ -63,6 +62,7 @@ def model() -> Any:
     return random_model(LlamaConfig(**(SMALL | {"vocab_size": 400}))).eval()
 
 
+PACKED = "packed prompts"
 PROMPTS = [[300, 301, 302, 303, 304, 305], [310], [320, 321, 322]]
 # With a common prefix; the first prompt is the prefix alone.
 SHARED = [[300, 301], [300, 301, 303, 304, 305, 306], [300, 301, 320, 321]]
@@ -91,13 +91,22 @@ def test_stopped_row_does_not_change_the_other_rows(model: Any, method: Method) 
     assert rows == [full[: len(row)] for full, row in zip(full_rows, rows, strict=True)]
 
 
+def test_rows_that_stop_at_different_times_do_not_change_the_others(model: Any) -> None:
+    prompts = [[300 + number, *range(310, 310 + number % 4)] for number in range(16)]
+    full_rows = [textbook_answer(model, prompt, None) for prompt in prompts]
+    eos = [row[column] for row, column in zip(full_rows, [0, 3, 7, 5] * 4, strict=True)]
+    rows = new_ids(METHODS[PACKED], model, prompts, generation_settings(eos, 12))
+    assert rows == [NewTokens(full, []).until(eos).ids for full in full_rows]
+    assert len({len(row) for row in rows}) > 3
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_prompts_give_the_answers_of_transformers(name: str) -> None:
     model = random_model(CONFIGS[name]).eval()
     prompts = [[5, 6, 7, 8], [5, 6, 9, 10, 11, 12, 13], [5, 6, 14]]
     expected = [textbook_answer(model, prompt, 2, 20) for prompt in prompts]
-    assert choose_method(model, prompts, 12) == "packed prompts"
-    assert generate(model, prompts, generation_settings([2], 20), 1000) == expected
+    assert choose_method(model, prompts, 12) == PACKED
+    assert generate(model, prompts, generation_settings([2], 20), 1000, PACKED) == expected
     assert len({tuple(answer) for answer in expected}) == 3
 
 
@@ -106,7 +115,7 @@ def test_answers_beyond_a_sliding_window_equal_those_of_transformers() -> None:
     for window, method in ((4, "padded prompts"), (8, "padded prompts"), (64, "packed prompts")):
         model = random_model(Gemma3TextConfig(**SLIDING_WINDOW.to_dict() | {"sliding_window": window})).eval()
         assert choose_method(model, prompts, 12) == method
-        found = generate(model, prompts, generation_settings([2], 12), 1000)
+        found = generate(model, prompts, generation_settings([2], 12), 1000, method)
         assert found == [textbook_answer(model, prompt, 2) for prompt in prompts]
         # `evaluate` calls it inside autocast, where bf16 rounding would hide the difference.
         with torch.autocast("cpu", torch.bfloat16):
@@ -126,8 +135,8 @@ def test_answer_ends_when_the_context_is_full(name: str, method: Method) -> None
 def test_batch_gives_the_same_answers_as_single_prompts(model: Any, tokenizer: Any) -> None:
     settings = generation_settings([0], 8)
     parser = AnswerParser(tokenizer)
-    together = generate_answers(model, parser, PROMPTS, settings, 1000)
-    assert together == [generate_answers(model, parser, [prompt], settings, 1000)[0] for prompt in PROMPTS]
+    together = generate_answers(model, parser, PROMPTS, settings, 1000, PACKED)
+    assert together == [generate_answers(model, parser, [prompt], settings, 1000, PACKED)[0] for prompt in PROMPTS]
     assert all(answer.num_tokens == 8 or answer.stopped for answer in together)
 
 
@@ -135,7 +144,7 @@ def test_samples_depend_on_the_seed(model: Any, tokenizer: Any) -> None:
     def sample(seed: int) -> list[str]:
         torch.manual_seed(seed)
         settings = generation_settings([0], 8, temperature=1.0, top_p=0.9)
-        answers = generate_answers(model, AnswerParser(tokenizer), PROMPTS, settings, 1000)
+        answers = generate_answers(model, AnswerParser(tokenizer), PROMPTS, settings, 1000, PACKED)
         return [answer.parts.text for answer in answers]
 
     assert sample(1) == sample(1)
@@ -144,7 +153,7 @@ def test_samples_depend_on_the_seed(model: Any, tokenizer: Any) -> None:
 
 def test_temperature_zero_is_textbook_answer(model: Any, tokenizer: Any) -> None:
     torch.manual_seed(1)
-    first = generate(model, PROMPTS, generation_settings([0], 8, temperature=0, top_p=0.5), 1000)
+    first = generate(model, PROMPTS, generation_settings([0], 8, temperature=0, top_p=0.5), 1000, PACKED)
     assert first == [textbook_answer(model, prompt, 0, 8) for prompt in PROMPTS]
 
 

@@ -174,7 +174,7 @@ def test_the_tuned_model_is_complete_and_its_snippet_runs(capsys: pytest.Capture
     assert "| learning_rate | 0.001 |" in card
     assert "| training examples | 22; sha256 of `data/train.parquet`: `" in card
     (folder,) = Path(".scratch/train").glob("*/")
-    assert sorted(path.name for path in folder.iterdir()) == ["finished", "step-00000020"]
+    assert sorted(path.name for path in folder.iterdir()) == ["finished", "run.json", "step-00000020"]
     capsys.readouterr()
     exec(card.split("```python\n")[1].split("```")[0], {})
     assert capsys.readouterr().out.endswith("\n")

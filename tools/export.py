@@ -115,14 +115,15 @@ def tuned_answers(
     Raises:
         UserError: a prompt is longer than the model's context.
     """
-    from stages.engine.decoding import generate, generation_settings
+    from stages.engine.decoding import choose_method, generate, generation_settings
     from stages.engine.models import check_context_length, load_as_stored, probing
 
     model = load_as_stored(TUNED)
     check_context_length(model, max(map(len, prompts)), "the longest of sample_prompts")
     settings = generation_settings([int(tokenizer.eos_token_id)], params.max_new_tokens)
     with probing(model):  # in fp32
-        return generate(model, prompts, settings, params.tokens_per_batch)
+        method = choose_method(model, prompts, params.max_new_tokens)
+        return generate(model, prompts, settings, params.tokens_per_batch, method)
 
 
 def show(

@@ -93,10 +93,11 @@ def generate_answers(
     prompts: Sequence[TokenIds],
     settings: GenerationConfig,
     tokens_per_batch: int,
+    method: str,
 ) -> list[Answer]:
-    """Generate answers, in the order of `prompts`, which are token ids."""
+    """Generate answers, in the order of `prompts`, which are token ids; see `generate`."""
     answers = []
-    for prompt, new_ids in zip(prompts, generate(model, prompts, settings, tokens_per_batch), strict=True):
+    for prompt, new_ids in zip(prompts, generate(model, prompts, settings, tokens_per_batch, method), strict=True):
         stopped = new_ids[-1] in (settings.eos_token_id or [])
         kept = new_ids[:-1] if stopped else new_ids
         answers.append(Answer(parser.read(prompt, kept, new_ids[len(kept) :]), len(kept), stopped))
@@ -110,7 +111,11 @@ def generate_answers(
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel, prompts: Sequence[TokenIds], settings: GenerationConfig, tokens_per_batch: int
+    model: PreTrainedModel,
+    prompts: Sequence[TokenIds],
+    settings: GenerationConfig,
+    tokens_per_batch: int,
+    method: str,
 ) -> list[list[int]]:
     """The new token ids of each prompt, ending with EOS if it was generated.
 
@@ -118,13 +123,11 @@ def generate(
 
     Args:
         tokens_per_batch: tokens of the largest micro-batch in training, from which the size of batches is derived.
+        method: see `choose_method`.
     """
-    name = choose_method(model, prompts, settings.max_new_tokens)
-    print(f"Generation: {name}", flush=True)
-    method = METHODS[name]
     new_ids: dict[int, list[int]] = {}
     for indices in batches_of_prompts(prompts, settings.max_new_tokens, CACHED_TOKENS * tokens_per_batch):
-        rows = method(model, [prompts[index] for index in indices], settings)
+        rows = METHODS[method](model, [prompts[index] for index in indices], settings)
         new_ids |= {index: row.ids for index, row in zip(indices, rows, strict=True)}
     return [new_ids[index] for index in range(len(prompts))]
 
@@ -146,6 +149,9 @@ def choose_method(model: PreTrainedModel, prompts: Sequence[TokenIds], max_new_t
     A few tokens are decoded in fp32, and tokens and logits are compared. One answer ends before the others if possible,
     because some caches can't drop a row. The longest prompt is extended by `max_new_tokens`, because attention can
     change with the length, as with a sliding window.
+
+    Returns:
+        Its name, which is also printed.
     """
     length = min(max(map(len, prompts)) + max_new_tokens, context_length(model) - PROBE_TOKENS)
     shortest, *_, longest = sorted([prompts[0], *prompts], key=len)
@@ -162,6 +168,7 @@ def choose_method(model: PreTrainedModel, prompts: Sequence[TokenIds], max_new_t
                     raise
                 continue
             if all(row.agrees_with(other.until(early)) for row, other in zip(found, endless, strict=True)):
+                print(f"Generation: {name}", flush=True)
                 return name
     raise UserError("this model's answers differ from call to call; set model_name to another model")
 
