@@ -185,10 +185,10 @@ def generate_packed(model: PreTrainedModel, prompts: Sequence[TokenIds], setting
     with use_packed_attention(model):
         logits = model(**cache.prompt_inputs(), use_cache=False).logits[0]
         context = context_length(model)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+        lengths = torch.tensor([len(prompts[index]) for index in cache.order], device=model.device)
         eos_token_ids = torch.tensor(settings.eos_token_id or [], device=model.device)
         rows = [NewTokens([], []) for _ in prompts]
-        active = list(rows)
+        active = [rows[index] for index in cache.order]
         for num_new in progress(range(1, settings.max_new_tokens + 1), f"answer {len(prompts):,} prompts", "token"):
             top_logits, chosen = logits.max(-1)
             if settings.do_sample:

@@ -1,42 +1,36 @@
 """Keys and values of prompts and their answers, without a copy of the whole cache at each new token."""
 
-from collections.abc import Sequence
-from itertools import takewhile
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from stages.engine.attention import PackedLayout, to_autocast_dtype
+from stages.data.examples import IGNORE_INDEX, Example
+from stages.engine.attention import to_autocast_dtype
+from stages.engine.batches import NO_LIMITS, MicroBatch, PackedBatches
 
 
 class CachedRows:
     """One row of keys and values per prompt, padded on the left, with room for new tokens.
 
-    A layout of `packed_attention`. The first call of the model computes the packed prompts, their common prefix once;
-    each later call computes one new token per row.
+    A layout of `packed_attention`. The first call of the model computes the packed prompts, common prefixes once; each
+    later call computes one new token per row.
 
     Args:
         room: the number of new tokens, at most, without the last one, which needs no keys.
+
+    order: the prompt of each row.
     """
 
     def __init__(self, prompts: Sequence[Sequence[int]], room: int, device: torch.device):
-        columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
-        prefix = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
-        lengths = [len(prompt) - prefix for prompt in prompts]
-        self._device = device
-        ends = torch.tensor(lengths).cumsum(0) + prefix - 1
-        self._ends = ends.to(device)
-        self._input_ids = list(prompts[0][:prefix]) + [token for prompt in prompts for token in prompt[prefix:]]
-        self._position_ids = [*range(prefix)]
-        for prompt in prompts:
-            self._position_ids += range(prefix, len(prompt))
-        self._packed = PackedLayout.build([(prefix, lengths)]).map(lambda tensor: tensor.to(device))
-        # The packed position of each token of a row, -1 for padding.
-        rows = torch.full((len(prompts), max(map(len, prompts))), -1)
-        for row, end, length in zip(rows, ends.tolist(), lengths, strict=True):
-            row[-prefix - length :] = torch.cat([torch.arange(prefix), torch.arange(end + 1 - length, end + 1)])
-        self._rows = rows.to(device)
+        packed = pack_prompts(prompts)
+        self.order = [int(example.example_id) for example in packed.examples]
+        rows = torch.full((len(prompts), max(map(len, prompts))), -1)  # the packed position of each token, -1: padding
+        for row, positions in zip(rows, packed_positions(packed), strict=True):
+            row[-len(positions) :] = torch.tensor(positions)
+        self._prompts, self._rows = packed.to(device), rows.to(device)
         self._num_columns = rows.shape[1]
         self._mask = torch.zeros(len(prompts), rows.shape[1] + room, device=device)
         self._mask[:, : rows.shape[1]].masked_fill_(self._rows < 0, float("-inf"))
@@ -44,8 +38,7 @@ class CachedRows:
 
     def prompt_inputs(self) -> dict[str, Any]:
         """Arguments of the first call, whose logits are those after each prompt."""
-        ids, positions = torch.tensor([self._input_ids, self._position_ids], device=self._device)
-        return {"input_ids": ids[None], "position_ids": positions[None], "logits_to_keep": self._ends, "layout": self}
+        return {**self._prompts.inputs, "logits_to_keep": self._prompts.columns, "layout": self}
 
     def token_inputs(self, token_ids: torch.Tensor, positions: torch.Tensor) -> dict[str, Any]:
         """Arguments of a call that adds a token to each row."""
@@ -62,7 +55,7 @@ class CachedRows:
             int64 (kept rows,), the row that is now in each place.
         """
         count = int(kept.sum())
-        order = torch.arange(count, device=self._device)
+        order = torch.arange(count, device=kept.device)
         free = (~kept[:count]).nonzero().squeeze(1)
         order[free] = kept[count:].nonzero().squeeze(1) + count
         for tensor in (self._mask, *(tensor for layer in self._layers.values() for tensor in layer)):
@@ -83,7 +76,7 @@ class CachedRows:
         query, key, value = to_autocast_dtype(query, key, value)
         if module not in self._layers:
             self._layers[module] = self._unpack(key), self._unpack(value)
-            return self._packed.attend(module, query, key, value, scaling, dropout)
+            return self._prompts.inputs["layout"].attend(module, query, key, value, scaling, dropout)
         num_rows, num_columns = len(query), self._num_columns
         keys, values = (cached[:num_rows, :, :num_columns] for cached in self._layers[module])
         keys[:, :, -1], values[:, :, -1] = key, value
@@ -99,3 +92,26 @@ class CachedRows:
         cached = x.new_empty(len(self._rows), x.shape[1], self._mask.shape[1], x.shape[2])
         cached[:, :, : self._rows.shape[1]] = x[self._rows.clamp(min=0)].transpose(1, 2)
         return cached
+
+
+def pack_prompts(prompts: Sequence[Sequence[int]]) -> MicroBatch:
+    """All prompts in one row, as if the model were to predict one token after each."""
+    examples = []
+    for index, prompt in enumerate(prompts):
+        labels = [IGNORE_INDEX] * len(prompt) + [0]
+        examples.append(Example(str(index), np.array([*prompt, 0], np.int32), np.array(labels, np.int32)))
+    return next(PackedBatches(NO_LIMITS).micro_batches(examples))
+
+
+def packed_positions(packed: MicroBatch) -> Iterator[list[int]]:
+    """The packed positions of each prompt's tokens: those of its prefix, then its own."""
+    positions = packed.inputs["position_ids"][0].tolist()
+    prefix = start = end = 0  # where the last prefix and the last prompt begin
+    for last in packed.columns.tolist():
+        for place in range(end, last + 1):
+            if place == 0 or positions[place] != positions[place - 1] + 1:
+                start = place
+            if positions[place] == 0:
+                prefix = place
+        end = last + 1
+        yield [*range(prefix, prefix + positions[start]), *range(start, end)]

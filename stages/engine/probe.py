@@ -25,6 +25,7 @@ from stages.engine.varlen import VarlenLayout
 from stages.runtime.errors import UserError, is_out_of_memory
 
 ROUNDING_FACTOR = 4  # over few tokens, rounding errors of equal kernels can differ by 2; a wrong one gives far more
+MAX_EXAMPLES = 8
 TOLERANCE = 1e-4  # nats/token; fp32 rounding gives a hundredth of this, a different attention pattern far more
 
 
@@ -91,7 +92,7 @@ def choose_batches(
 
 
 def scan_examples(examples: Iterable[Example], limits: Limits) -> tuple[list[Example], int]:
-    """About a micro-batch of examples for the probe, and how many examples exceed a limit by themselves.
+    """At most a micro-batch of examples for the probe, and how many examples exceed a limit by themselves.
 
     The probe has the longest example, the shortest, the one with the longest prompt twice, and the first ones. Two have
     the same prompt, so that a prefix is shared; in each of them one token is supervised.
@@ -105,13 +106,13 @@ def scan_examples(examples: Iterable[Example], limits: Limits) -> tuple[list[Exa
         shortest = min(shortest, example, key=lambda example: len(example.input_ids))
         long_prompt = max(long_prompt, example, key=lambda example: example.prompt_length)
         num_large += limits.exceeded_by(example)
-        if len(first) < limits.tokens // len(longest.input_ids):
+        if len(first) < MAX_EXAMPLES:
             first.append(example)
     end = long_prompt.prompt_length + 1
     short = replace(long_prompt, input_ids=long_prompt.input_ids[:end], labels=long_prompt.labels[:end])
     probe = [longest, shortest, short, short]
     # All of them must also fit into one padded micro-batch.
-    room = limits.tokens // len(longest.input_ids) - len(probe)
+    room = min(limits.tokens // len(longest.input_ids), MAX_EXAMPLES) - len(probe)
     num_supervised = longest.num_supervised
     for example in first[: max(room, 0)]:
         num_supervised += example.num_supervised
