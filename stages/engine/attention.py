@@ -29,13 +29,7 @@ class Layout(Protocol):
     """Which tokens of a packed row attend to which."""
 
     def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float | None,
-        dropout: float,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, dropout: float
     ) -> torch.Tensor:
         """Attention of one layer: query (tokens, heads, head size), key and value (tokens, key heads, head size)."""
 
@@ -114,13 +108,7 @@ class PackedLayout:
         return PackedLayout([block.map(function) for block in self.blocks], function(self.unpad_indices))
 
     def attend(
-        self,
-        _: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float | None,
-        dropout: float,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, dropout: float
     ) -> torch.Tensor:
         """Attention of one layer: query (tokens, heads, head size), key and value (tokens, key heads, head size)."""
         query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -182,7 +170,7 @@ def packed_attention(
     if attention_mask is not None:
         raise ValueError("packed attention supports no other mask")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head size)
-    return layout.attend(module, q, k, v, scaling, dropout)[None], None
+    return layout.attend(q, k, v, scaling, dropout)[None], None
 
 
 def matmul_attention(

@@ -34,7 +34,9 @@ class CachedRows:
         self._num_columns = rows.shape[1]
         self._mask = torch.zeros(len(prompts), rows.shape[1] + room, device=device)
         self._mask[:, : rows.shape[1]].masked_fill_(self._rows < 0, float("-inf"))
-        self._layers: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+        # By the order of calls, because some models call a layer several times.
+        self._cached: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._num_calls = 0
 
     def prompt_inputs(self) -> dict[str, Any]:
         """Arguments of the first call, whose logits are those after each prompt."""
@@ -43,6 +45,7 @@ class CachedRows:
     def token_inputs(self, token_ids: torch.Tensor, positions: torch.Tensor) -> dict[str, Any]:
         """Arguments of a call that adds a token to each row."""
         self._num_columns += 1
+        self._num_calls = 0
         return {"input_ids": token_ids[None], "position_ids": positions[None], "layout": self}
 
     def keep(self, kept: torch.Tensor) -> torch.Tensor:
@@ -58,31 +61,27 @@ class CachedRows:
         order = torch.arange(count, device=kept.device)
         free = (~kept[:count]).nonzero().squeeze(1)
         order[free] = kept[count:].nonzero().squeeze(1) + count
-        for tensor in (self._mask, *(tensor for layer in self._layers.values() for tensor in layer)):
+        for tensor in (self._mask, *(tensor for layer in self._cached for tensor in layer)):
             tensor[free] = tensor[order[free]]
         self._mask = self._mask[:count]
         return order
 
     def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float | None,
-        dropout: float,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, dropout: float
     ) -> torch.Tensor:
         """Attention of one layer: query (tokens, heads, head size), key and value (tokens, key heads, head size)."""
-        query, key, value = to_autocast_dtype(query, key, value)
-        if module not in self._layers:
-            self._layers[module] = self._unpack(key), self._unpack(value)
-            return self._prompts.inputs["layout"].attend(module, query, key, value, scaling, dropout)
+        key, value = to_autocast_dtype(key, value)
+        if self._num_columns == self._rows.shape[1]:  # the prompts
+            self._cached.append((self._unpack(key), self._unpack(value)))
+            out: torch.Tensor = self._prompts.inputs["layout"].attend(query, key, value, scaling, dropout)
+            return out
         num_rows, num_columns = len(query), self._num_columns
-        keys, values = (cached[:num_rows, :, :num_columns] for cached in self._layers[module])
+        keys, values = (cached[:num_rows, :, :num_columns] for cached in self._cached[self._num_calls])
+        self._num_calls += 1
         keys[:, :, -1], values[:, :, -1] = key, value
         # Queries that share a key head take the place of queries at different times.
-        grouped = query.view(num_rows, key.shape[1], -1, query.shape[2])
-        mask = self._mask[:, None, None, :num_columns].to(query.dtype)
+        grouped = query.to(key.dtype).view(num_rows, key.shape[1], -1, query.shape[2])
+        mask = self._mask[:, None, None, :num_columns].to(key.dtype)
         with torch.autocast(query.device.type, enabled=False):
             out = scaled_dot_product_attention(grouped, keys, values, mask, scale=scaling)
         return out.reshape(num_rows, query.shape[1], -1)

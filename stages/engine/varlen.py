@@ -51,13 +51,7 @@ class VarlenLayout:
         return VarlenLayout(query_offsets, key_offsets, function(self.key_positions), self.max_queries, self.max_keys)
 
     def attend(
-        self,
-        _: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float | None,
-        dropout: float,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, dropout: float
     ) -> torch.Tensor:
         """Attention of one layer: query (tokens, heads, head size), key and value (tokens, key heads, head size).
 
