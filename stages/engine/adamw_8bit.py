@@ -21,11 +21,12 @@ class AdamW8bit(adamw.AdamW8bit):
         if p.device.type != "cpu" or p.numel() <= PART_SIZE or gradient is None or not p.is_contiguous():
             super().update_step(group, p, gindex, pindex)  # type: ignore[no-untyped-call]
             return
+        gradient = gradient.contiguous().view(-1)
         for start in range(0, p.numel(), PART_SIZE):
             elements = slice(start, start + PART_SIZE)
             blocks = slice(start // BLOCK_SIZE, (start + PART_SIZE) // BLOCK_SIZE)
             part = torch.nn.Parameter(p.data.view(-1)[elements])
-            part.grad = gradient.contiguous().view(-1)[elements]
+            part.grad = gradient[elements]
             moments = {name: state[name].view(-1)[elements] for name in ("state1", "state2")}
             scales = {name: state[name][blocks] for name in ("absmax1", "absmax2")}
             self.state[part] = {**state, **moments, **scales}

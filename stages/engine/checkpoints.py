@@ -47,7 +47,7 @@ def differences(before: dict[str, dict[str, Any]], after: dict[str, dict[str, An
     """How the first of two runs differs from the second: parameters, then environment, then files."""
     found = []
     for kind, old in before.items():
-        new = after[kind]
+        new = after.get(kind, {})
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
                 values = [
@@ -157,10 +157,11 @@ class Checkpoints:
         others = [step for step in self.folder.parent.glob("*/step-*") if not (step.parent / "finished").exists()]
         if not others:
             return
-        newest = max(others, key=lambda step: step.stat().st_mtime)
         # Not if that run continues in another process, or if an older version of this code has started it.
-        with suppress(UserError, OSError), file_lock(newest.parent.with_suffix(".lock"), "reads about this training"):
-            found = differences(read_json(newest.parent / RUN), description)
+        with suppress(UserError, OSError):
+            newest = max(others, key=lambda step: step.stat().st_mtime)
+            with file_lock(newest.parent.with_suffix(".lock"), "reads about this training"):
+                found = differences(read_json(newest.parent / RUN), description)
             listed = ", ".join(found[:MAX_LISTED]) + f" and {len(found) - MAX_LISTED} more" * (len(found) > MAX_LISTED)
             step = int(newest.name.removeprefix("step-"))
             line = f"Starting from the beginning: the checkpoint at step {step:,} is of a run with {listed}"

@@ -22,9 +22,9 @@ from stages.engine.models import context_length, probing
 from stages.runtime.errors import UserError, is_out_of_memory
 from stages.runtime.terminal import progress
 
-# Per token of a micro-batch in training. The keys and values of a token take a thirtieth of the memory of all its
-# activations (GPT-2), or less with grouped heads, and no activations are kept.
-CACHED_TOKENS = 40
+# Per token of a micro-batch in training. The keys and values of a token take a twentieth of the memory of all its
+# activations, or less with grouped heads. A CPU has room for more, and large batches are faster.
+CACHED_TOKENS = {"cpu": 40, "mps": 20, "cuda": 20}
 PROBE_TOKENS = 4  # decoded to find out whether a method is exact
 TOLERANCE = 1e-4  # of a logit, absolute and relative; fp32 rounding gives a tenth of this
 TokenIds = Sequence[int]
@@ -126,7 +126,9 @@ def generate(
         method: see `choose_method`.
     """
     new_ids: dict[int, list[int]] = {}
-    for indices in batches_of_prompts(prompts, settings.max_new_tokens, CACHED_TOKENS * tokens_per_batch):
+    for indices in batches_of_prompts(
+        prompts, settings.max_new_tokens, CACHED_TOKENS[model.device.type] * tokens_per_batch
+    ):
         rows = METHODS[method](model, [prompts[index] for index in indices], settings)
         new_ids |= {index: row.ids for index, row in zip(indices, rows, strict=True)}
     return [new_ids[index] for index in range(len(prompts))]
@@ -181,10 +183,11 @@ def generate_packed(model: PreTrainedModel, prompts: Sequence[TokenIds], setting
     warpers = LogitsProcessorList()
     if settings.do_sample:
         warpers += [TemperatureLogitsWarper(settings.temperature), TopPLogitsWarper(settings.top_p)]
-    cache = CachedRows(prompts, settings.max_new_tokens - 1, model.device)
+    context = context_length(model)
+    room = min(settings.max_new_tokens - 1, context - min(map(len, prompts)))
+    cache = CachedRows(prompts, room, model.device)
     with use_packed_attention(model):
         logits = model(**cache.prompt_inputs(), use_cache=False).logits[0]
-        context = context_length(model)
         lengths = torch.tensor([len(prompts[index]) for index in cache.order], device=model.device)
         eos_token_ids = torch.tensor(settings.eos_token_id or [], device=model.device)
         rows = [NewTokens([], []) for _ in prompts]

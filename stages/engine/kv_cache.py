@@ -19,7 +19,7 @@ class CachedRows:
     later call computes one new token per row.
 
     Args:
-        room: the number of new tokens, at most, without the last one, which needs no keys.
+        room: how many keys of new tokens a row may get. The last new token needs none.
 
     order: the prompt of each row.
     """
@@ -79,7 +79,7 @@ class CachedRows:
         keys, values = (cached[:num_rows, :, :num_columns] for cached in self._cached[self._num_calls])
         self._num_calls += 1
         keys[:, :, -1], values[:, :, -1] = key, value
-        # Queries that share a key head take the place of queries at different times.
+        # Queries that share a key head are computed like several queries of one head.
         grouped = query.to(key.dtype).view(num_rows, key.shape[1], -1, query.shape[2])
         mask = self._mask[:, None, None, :num_columns].to(key.dtype)
         with torch.autocast(query.device.type, enabled=False):

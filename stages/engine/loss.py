@@ -14,7 +14,8 @@ from stages.data.examples import IGNORE_INDEX, Example
 from stages.engine.attention import use_packed_attention
 from stages.engine.batches import MicroBatch
 
-LOGITS_PER_CHUNK = 2**20  # 4 MiB in fp32
+# 4 MiB in fp32; 128 MiB on a GPU, which is slow with many small chunks.
+LOGITS_PER_CHUNK = {"cpu": 2**20, "mps": 2**20, "cuda": 2**25}
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,11 @@ def losses_by_example(
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The loss at each label, (labels,), in fp32, in chunks, because fp32 copies of all logits take much memory."""
-    rows = max(1, LOGITS_PER_CHUNK // logits.shape[-1])
+    rows = max(1, LOGITS_PER_CHUNK[logits.device.type] // logits.shape[-1])
     chunks = zip(logits.flatten(0, 1).split(rows), labels.flatten().split(rows), strict=True)
-    return torch.cat([checkpoint(_chunk_losses, *chunk, use_reentrant=False) for chunk in chunks])
+    return torch.cat(
+        [checkpoint(_chunk_losses, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    )
 
 
 def _chunk_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

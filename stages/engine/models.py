@@ -121,8 +121,8 @@ def matrix_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
 def save_model(model: PreTrainedModel, folder: Path) -> None:
     """Write a model in shards."""
     # Saving undoes the conversions of loading, such as fused experts, for all weights at once, which copies them. With
-    # a device map that names the CPU, transformers does so for one shard at a time. A tensor of the checkpoint that
-    # became several can't be restored so.
+    # a device map that names the CPU, transformers does so for one shard at a time, but it can't join tensors that loading
+    # has split.
     targets = [conversion.target_patterns for conversion in getattr(model, "_weight_conversions", None) or ()]
     if targets and all(len(names) == 1 and "*" not in names[0] for names in targets):
         setattr(model, "hf_device_map", {"": "cpu"})  # noqa: B010 (nn.Module types attributes as tensors)
@@ -173,7 +173,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
         with safe_open(path, "pt") as file:
             dtypes |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a dict)
     in_fp32 = [name for name, dtype in dtypes.items() if dtype == "F32"]
-    others = "".join({*dtypes.values()} - {"F32"})  # a code, unless there are several
+    others = "".join({dtype for dtype in dtypes.values() if "F" in dtype} - {"F32"})  # a code, unless there are several
     dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(others, torch.float32)
     # Some classes of transformers always load certain tensors in fp32.
     kept = load_on_meta(folder)._get_dtype_plan(dtype) if in_fp32 else ()
