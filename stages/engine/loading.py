@@ -77,8 +77,8 @@ def load_to_shard(folder: Path, context: DistributedContext) -> PreTrainedModel:
 def check_memory(folder: Path, context: DistributedContext, precision: str, params: TrainParams | None = None) -> None:
     """Check, before a model is loaded, that it does not need more memory than this process may use.
 
-    Sharded weights, and those that are stored quantized, are not checked. Weights that a CPU reads from a mapped file count,
-    too: reading them again for each micro-batch would take hours.
+    Sharded weights, and those that are stored quantized, are not checked. Weights that a CPU maps from a file count,
+    too, because reading them again for each micro-batch would take hours.
 
     Args:
         params: those of a training; None: only the weights are needed.

@@ -121,8 +121,8 @@ def matrix_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
 def save_model(model: PreTrainedModel, folder: Path) -> None:
     """Write a model in shards."""
     # Saving undoes the conversions of loading, such as fused experts, for all weights at once, which copies them. With
-    # a device map that names the CPU, transformers does so for one shard at a time, but it can't join tensors that loading
-    # has split.
+    # a device map that names the CPU, transformers does so for one shard at a time, but then it can't join tensors that
+    # loading has split.
     targets = [conversion.target_patterns for conversion in getattr(model, "_weight_conversions", None) or ()]
     if targets and all(len(names) == 1 and "*" not in names[0] for names in targets):
         setattr(model, "hf_device_map", {"": "cpu"})  # noqa: B010 (nn.Module types attributes as tensors)
