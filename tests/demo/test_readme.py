@@ -72,7 +72,7 @@ def test_the_benchmark_summary_matches_the_results() -> None:
         f"takes {trl[0]} times as long as here on short examples, {trl[1]} times on long and {trl[2]} times on "
         "Alpaca-like ones"
     ) in summary
-    assert f"A textbook loop takes {textbook[0]}, {textbook[1]} and {textbook[2]} times as long" in summary
+    assert f"A textbook loop in bf16 takes {textbook[0]}, {textbook[1]} and {textbook[2]} times as long" in summary
     picture = report.results_file(torch.device("cpu")).with_suffix(".png").relative_to(ROOT)
     assert f"]({picture})" in README
 
