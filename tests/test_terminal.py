@@ -1,10 +1,13 @@
 """Summaries, sizes and progress bars, on a terminal and in a log."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from stages.runtime.terminal import disk_usage, format_bytes, progress, summary
+from tests.clone import ROOT
 
 
 def test_disk_usage_counts_hard_links_once(tmp_path: Path) -> None:
@@ -48,3 +51,12 @@ def test_untrusted_text_in_a_summary_is_neither_markup_nor_terminal_control(caps
 def test_progress_yields_the_items_and_prints_nothing_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(progress(iter("abc"), "read", "row")) == ["a", "b", "c"]
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.subprocess
+def test_progress_starts_no_thread() -> None:
+    """A signal that came while tqdm started its monitor was lost, and the stage ran on."""
+    code = "import threading; from stages.runtime.terminal import progress\n[*progress([1, 2], 'd', 'u')]"
+    code += "; print(threading.active_count())"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "1\n"

@@ -27,6 +27,7 @@ def progress(items: Iterable[T], desc: str, unit: str, total: int | None = None)
     """Iterate with a progress bar that appears after a second and disappears at the end."""
     from tqdm import tqdm  # imported here because it reads TQDM_DISABLE, which `run` sets, at import
 
+    tqdm.monitor_interval = 0  # no thread: if a signal comes while tqdm starts it, tqdm swallows the signal's exception
     bar: Iterable[T] = tqdm(items, desc, total=total, unit=unit, unit_scale=True, leave=False, delay=1)
     return bar
 
