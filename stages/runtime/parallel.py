@@ -48,9 +48,10 @@ def map_processes(function: Callable[..., T], *arguments: Sequence[Any], desc: s
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(num_items, num_cores()), context, _start_worker, (Path.cwd(),))
     try:
-        on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it, so that they ignore Ctrl-C
+        # Workers inherit the mask, so that they ignore Ctrl-C. This process gets it after the next three lines.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         results = pool.map(function, *arguments)
-        signal.signal(signal.SIGINT, on_interrupt)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield from progress(results, desc, "shard", num_items)
     except BrokenProcessPool:
         raise UserError(
