@@ -162,7 +162,7 @@ def predict_split(
 
 def prompt_ids(example: Example) -> list[int]:
     """The tokens before the last response."""
-    return [*map(int, example.input_ids[: example.last_response])]
+    return example.input_ids[: example.last_response].tolist()
 
 
 def mean_loss(rows: Sequence[dict[str, Any]]) -> float:
