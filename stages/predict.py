@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from stages.data.examples import Example, Split, read_split
-from stages.data.masking import load_tokenizer
 from stages.data.tables import write_parquet
-from stages.data.templates import load_template
+from stages.data.tokenizer import load_tokenizer
 from stages.runtime.errors import UserError
 from stages.runtime.params import PredictParams, load_params
 from stages.runtime.run import run
 from stages.runtime.terminal import progress, summary
+from stages.templates.selection import load_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,7 +95,8 @@ def predict(folder: Path, params: PredictParams, context: "DistributedContext") 
         splits["retention"] = retention
     model, tokenizer = load_for_inference(folder, params.precision, context), load_tokenizer()
     examples = chain.from_iterable(splits.values())
-    batches, messages, _ = choose_batches(model, examples, SCORED_TOKENS * params.tokens_per_batch, params.precision)
+    max_tokens = SCORED_TOKENS * params.batch_size * params.max_length
+    batches, messages, _ = choose_batches(model, examples, max_tokens, params.precision)
     print(*messages, sep="\n", flush=True)
     prompts = [prompt_ids(example) for split in splits.values() for example in split]
     method = choose_method(model, prompts, params.max_new_tokens)
@@ -136,9 +137,8 @@ def predict_split(
     set_seed(SEED)
     with autocast(params.precision, model.device, cache_enabled=not context.sharded):
         scores = score_tokens(model, batches, examples)
-        answers = iter(
-            generate_answers(model, template.answer_parser, prompts, settings, params.tokens_per_batch, method)
-        )
+        max_tokens = params.batch_size * params.max_length
+        answers = iter(generate_answers(model, template.answer_parser, prompts, settings, max_tokens, method))
     rows = []
     for example, score in zip(examples, scores, strict=True):
         own = list(islice(answers, num_answers))

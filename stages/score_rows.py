@@ -18,14 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages.data.examples import IGNORE_INDEX, Example, Split
-from stages.data.masking import load_tokenizer
 from stages.data.splits import choose_splits
 from stages.data.tables import parquet_writer, read_batches
-from stages.data.templates import Template, load_template
+from stages.data.tokenizer import load_tokenizer
 from stages.runtime.errors import UserError
 from stages.runtime.params import ScoreRowsParams, load_params
 from stages.runtime.run import run
 from stages.runtime.terminal import progress, summary
+from stages.templates.selection import Template, load_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,7 +125,7 @@ def score_examples(
 
     empty_prompt = template.encode_prompts([""])[0] if with_prompt else []
     both = [examples, [without_prompts(example, empty_prompt) for example in with_prompt]]
-    max_tokens = SCORED_TOKENS * params.tokens_per_batch
+    max_tokens = SCORED_TOKENS * params.batch_size * params.max_length
     batches, messages, _ = choose_batches(model, chain.from_iterable(both), max_tokens, params.precision)
     print(*messages, sep="\n", flush=True)
     losses: list[dict[str, Losses]] = []

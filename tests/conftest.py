@@ -15,12 +15,12 @@ from filelock import FileLock
 from huggingface_hub import close_session
 from hypothesis import settings
 
-from stages.data.alpaca import AlpacaTemplate
-from stages.data.conversations import Conversation
 from stages.data.examples import SCORING_SCHEMA, SPLIT_SCHEMA, Example
-from stages.data.masking import load_tokenizer
+from stages.data.files import write_json
 from stages.data.tables import parquet_writer
-from stages.runtime.files import write_json
+from stages.data.tokenizer import load_tokenizer
+from stages.templates.alpaca import AlpacaTemplate
+from stages.templates.conversations import Conversation
 from tests import HUB_PORT
 from tests.clone import (
     ROOT,

@@ -433,7 +433,7 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("train split empty", "train", without_rows("data/train.parquet"), "data/train.parquet: has no examples; run `dvc repro`, or add rows to the dataset"),
     ("train split with other columns", "train", lambda p: pq.write_table(pa.table({"a": [1]}), p / "data/train.parquet"), f"data/train.parquet: can't be read: …; {RESTORE}"),
     ("source.json cut off", "train", file("data/source.json", "{"), f"data/source.json: can't be read: Expecting property name enclosed in double quotes: line 1 column 2 (char 1); {RESTORE}"),
-    ("selected template missing", "train", deleted("data/template.jinja"), f"data/template.jinja: No such file or directory; {REPRO}"),
+    ("prompt format missing", "train", deleted("data/prompt_format.json"), f"data/prompt_format.json: No such file or directory; {REPRO}"),
     ("dvc.yaml missing", "train", deleted("dvc.yaml"), f"dvc.yaml: No such file or directory; {REPRO}"),
     ("dvc.yaml without stages", "train", file("dvc.yaml", "{}"), "dvc.yaml: can't be read: 'stages'; restore it with `git checkout dvc.yaml`"),
     ("base model missing", "train", deleted("models/base"), f"models/base: No such file or directory; {REPRO}"),

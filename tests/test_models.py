@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from stages.engine import models
-from stages.runtime.environment import LIBRARIES, environment
+from stages.engine.environment import LIBRARIES, environment
 from tests.tiny_models import tiny_model as random_tiny_model
 
 CPU = torch.device("cpu")

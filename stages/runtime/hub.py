@@ -1,28 +1,17 @@
-"""Find commits on the Hub or in the client's cache, and turn Hub client errors into user errors."""
+"""Turn the errors of the Hub client into user errors."""
 
 import os
 import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from json import JSONDecodeError
-from pathlib import Path
 from traceback import walk_tb
 from typing import TypeAlias
 from urllib.parse import quote
 
 import httpx2
-from huggingface_hub import (
-    HfApi,
-    constants,
-    get_cached_repo_tree,
-    get_token,
-    is_offline_mode,
-    set_client_factory,
-    snapshot_download,
-)
+from huggingface_hub import constants, get_token, is_offline_mode, set_client_factory
 from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError,
     DisabledRepoError,
     FileMetadataError,
     HfHubHTTPError,
@@ -32,39 +21,16 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils._http import default_client_factory, parse_ratelimit_headers
 
 from stages.runtime.errors import UserError, describe_reason, is_out_of_memory
-from stages.runtime.text import printable, without_secrets
+from stages.runtime.secrets import without_secrets
+from stages.text import printable
 
 Answer: TypeAlias = HfHubHTTPError | httpx2.HTTPStatusError
 CONNECTION_ERRORS = (httpx2.HTTPError, FileMetadataError, ConnectionError)
-COMMIT = re.compile(r"[0-9a-f]{40}")
 TOKEN_VARIABLES = ("HF_OIDC_RESOURCE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # in the client's order
 # The client's modules that send requests. Its others parse files, such as the card: those errors are the repository's.
 CLIENT = re.compile(
     r"huggingface_hub\.(file_download|hf_api|hf_file_system|_snapshot_download|utils\._(auth|http|headers))"
 )
-
-
-def resolve_commit(repo_type: str, repo_id: str, revision: str | None) -> str:
-    """The commit of a revision on the Hub; from the cache if HF_HUB_OFFLINE is set."""
-    api, offline = HfApi(), is_offline_mode()
-    try:
-        if not (offline or COMMIT.fullmatch(revision or "")):  # `resolve_revision` would use the cache if this fails
-            api.repo_info(repo_id, repo_type=repo_type, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        resolved = api.resolve_revision(repo_id, repo_type=repo_type, revision=revision, local_files_only=offline)
-    except JSONDecodeError:
-        raise httpx2.ProxyError("the answer is not JSON") from None
-    return resolved.resolved
-
-
-def list_model_files(repo_id: str, commit: str) -> list[str]:
-    """The names of a model's files, from the cache if they are known there."""
-    try:
-        return [file.path for file in get_cached_repo_tree(repo_id, revision=commit)]
-    except CachedRepoTreeNotFoundError:
-        if is_offline_mode():  # another library may have filled the cache
-            return [path.name for path in Path(snapshot_download(repo_id, revision=commit)).iterdir()]
-    info = HfApi().model_info(repo_id, revision=commit, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    return [entry.rfilename for entry in info.siblings or []]
 
 
 @contextmanager

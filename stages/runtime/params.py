@@ -106,11 +106,6 @@ class BatchParams(StageParams):
     max_length: MaxLength
     batch_size: PositiveInt
 
-    @property
-    def tokens_per_batch(self) -> int:
-        """Tokens of the largest micro-batch in training."""
-        return self.batch_size * self.max_length
-
 
 class ScoreRowsParams(BatchParams, SplitFractions):
     score_rows: bool
@@ -154,16 +149,6 @@ class TrainingParams(BatchParams):
         if ratio and info.data.get("lr_scheduler") == "constant":
             raise ValueError("must be 0 with lr_scheduler: constant, which does not decay")
         return ratio
-
-    @property
-    def uses_lora(self) -> bool:
-        """Whether adapters are trained, and the base weights are frozen."""
-        return self.finetuning != "full"
-
-    @property
-    def effective_batch_size(self) -> int:
-        """Examples per optimizer step."""
-        return self.batch_size * self.gradient_accumulation_steps
 
 
 class TrainParams(TrainingParams):

@@ -17,7 +17,8 @@ from typing import NoReturn
 
 from stages.runtime.errors import LESS_MEMORY, UserError, is_out_of_memory
 from stages.runtime.locks import file_lock
-from stages.runtime.text import printable, without_secrets
+from stages.runtime.secrets import without_secrets
+from stages.text import printable
 
 LOCK = Path(".scratch/lock")
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import regex
 
-from stages.data.words import WITHOUT_SPACES, WORD, normalized, words
+from stages.checks.words import WITHOUT_SPACES, WORD, normalized, words
 
 ALPHABETIC = rf"(?![{WITHOUT_SPACES}]|\p{{Hangul}})[\p{{L}}\p{{M}}\p{{N}}]"
 KATAKANA = r"[\p{Katakana}ー]"

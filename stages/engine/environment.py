@@ -15,6 +15,6 @@ def environment(device: torch.device) -> dict[str, str]:
     versions = {"python": platform.python_version(), **releases}
     if device.type == "cuda":
         return {**versions, "device": f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"}
-    bf16 = ", bf16" if torch.cpu._is_avx512_bf16_supported() else ""
+    bf16 = ", bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else ""
     processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}{bf16}"
     return {**versions, "device": f"{device.type}, {processor}, {torch.get_num_threads()} threads"}

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -11,15 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from stages.data.examples import IGNORE_INDEX
-from stages.runtime.errors import user_errors
-from stages.runtime.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-# Beside the tokenizer: the ids of the tokens at which the model stops, if there are others than the EOS token.
-STOP_IDS = "stop_ids.json"
 TOKENIZING = Lock()  # threads share a tokenizer, and whether it allows special tokens is a flag of it
 
 
@@ -91,24 +85,3 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: list[str], allow_speci
             backend.no_truncation()
             backend.encode_special_tokens = not allow_special_tokens
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def load_stop_ids(folder: Path = Path("models/tokenizer")) -> list[int]:
-    """The tokens at which the model stops, besides the EOS token of the tokenizer."""
-    path = folder / STOP_IDS
-    return list(read_json(path)) if path.exists() else []
-
-
-def load_tokenizer(folder: Path = Path("models/tokenizer")) -> "PreTrainedTokenizerBase":
-    """Load a saved tokenizer, without access to the network."""
-    from transformers import TokenizersBackend
-
-    tokenizer: PreTrainedTokenizerBase
-    with user_errors(folder):
-        if read_json(folder / "tokenizer_config.json").get("tokenizer_class") == "TokenizersBackend":
-            tokenizer = TokenizersBackend.from_pretrained(folder, local_files_only=True)
-        else:
-            from transformers import AutoTokenizer  # this imports torch, which takes a second
-
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return tokenizer

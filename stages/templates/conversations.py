@@ -1,8 +1,6 @@
 """Raw rows → conversations, and the ids that determine splits and duplicates."""
 
-import hashlib
 import json
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -10,7 +8,8 @@ from typing import Any, Literal
 import regex
 
 from stages.data.examples import BadRowError, Message
-from stages.data.masking import Encoded
+from stages.data.splits import content_hash, normalize
+from stages.templates.masking import Encoded
 
 # Whitespace and characters without a glyph, such as zero-width spaces.
 BLANK = regex.compile(r"[\s\p{Default_Ignorable_Code_Point}\p{Cc}\p{Cf}\u2800]*")
@@ -145,13 +144,3 @@ def content_ids(conversation: Conversation) -> tuple[str, str]:
         return prompt_id, content_hash(prompt_id, others[0]["content"].strip())
     texts = (message[name].strip() for message in others for name in ("role", "content"))
     return prompt_id, content_hash(prompt_id, *texts, *more)
-
-
-def normalize(text: str) -> str:
-    """Remove differences of case, whitespace and Unicode form, so that prompts that differ only in these are equal."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def content_hash(*parts: str) -> str:
-    """The first 32 hexadecimal digits of the SHA-256 of the parts."""
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]

@@ -7,7 +7,7 @@ from typing import Any
 
 import regex
 
-from stages.data.numerals import exact
+from stages.checks.numerals import exact
 
 FENCE = regex.compile(r"`{3,}|~{3,}")
 # What follows the fence before the JSON: the name of a language, a line about the block, or nothing.

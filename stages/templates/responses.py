@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from os.path import commonprefix
 from re import Pattern
 
-from stages.data.answer_ends import ANSWER, QUESTION, REPLY, find_call_end, find_text_end
-from stages.data.answer_parts import THOUGHT
-from stages.data.conversations import Conversation
 from stages.data.examples import BadRowError, Message
-from stages.data.rendering import Renderer
 from stages.runtime.errors import UserError
+from stages.templates.answer_ends import ANSWER, QUESTION, REPLY, find_call_end, find_text_end
+from stages.templates.answer_parts import THOUGHT
+from stages.templates.conversations import Conversation
+from stages.templates.rendering import Renderer
 
 
 @dataclass(frozen=True)

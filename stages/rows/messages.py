@@ -11,8 +11,8 @@ from itertools import cycle
 from typing import Any
 
 from stages.data.examples import BadRowError, Message
-from stages.data.strict_json import parse_json
-from stages.data.tools import parse_tool_calls
+from stages.rows.strict_json import parse_json
+from stages.rows.tools import parse_tool_calls
 
 CALL_ROLES = ("function_call", "tool_call")  # their content is calls
 ROLES = {

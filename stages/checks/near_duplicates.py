@@ -22,10 +22,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import regex
 
-from stages.data.conversations import normalize
+from stages.checks.words import words
+from stages.data.files import read_json, remove, write_json
+from stages.data.splits import normalize
 from stages.data.tables import ROWS_PER_GROUP, ROWS_PER_SHARD
-from stages.data.words import words
-from stages.runtime.files import read_json, remove, write_json
 from stages.runtime.parallel import map_processes
 
 THRESHOLD = 0.8

@@ -19,8 +19,8 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
+from stages.rows.hub_commits import resolve_commit
 from stages.runtime.errors import UserError
-from stages.runtime.hub import resolve_commit
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 

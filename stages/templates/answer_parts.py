@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
-from stages.data.answer_ends import ANSWER, CALL, QUESTION, REPLY, WITH_TOOL
 from stages.data.examples import BadRowError
-from stages.data.plain_text import PlainText
-from stages.data.rendering import Renderer
 from stages.runtime.errors import UserError
+from stages.templates.answer_ends import ANSWER, CALL, QUESTION, REPLY, WITH_TOOL
+from stages.templates.plain_text import PlainText
+from stages.templates.rendering import Renderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

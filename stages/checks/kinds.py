@@ -14,14 +14,10 @@ from typing import Any
 
 import regex
 
-from stages.data.choices import first_named
-from stages.data.examples import BadRowError
-from stages.data.json_answers import has_data, is_valid, validate_schema, with_exact_values
-from stages.data.messages import is_missing
-from stages.data.numerals import numbers
-from stages.data.strict_json import parse_json
-from stages.data.tools import require_json
-from stages.data.words import count_words, words
+from stages.checks.choices import first_named
+from stages.checks.json_answers import has_data, is_valid, validate_schema, with_exact_values
+from stages.checks.numerals import numbers
+from stages.checks.words import count_words, words
 
 TIME_LIMIT = 1.0  # seconds for a regular expression and one answer
 SIZE_LIMIT, LENGTH_LIMIT = 500_000, 20_000  # of regular expressions; compiling takes up to 0.1 kB per character
@@ -31,36 +27,6 @@ EXAMPLE = 'must be an object such as {"contains": "Paris"} (docs/checks.md)'
 
 class CheckTimeoutError(Exception):
     """A regular expression did not end within `TIME_LIMIT`."""
-
-
-def parse_check(name: str, value: Any) -> dict[str, Any] | None:
-    """The check in a field of a row, an object or its JSON text; None if it is empty.
-
-    Raises:
-        BadRowError: it is not a valid check.
-    """
-    try:
-        check = without_nulls(parse_json(name, value.strip() if isinstance(value, str) else value))
-        if check in ("", {}) or is_missing(check):
-            return None
-        require_json(name, check, "invalid_check")
-        validate_check(check)
-    except (ValueError, OverflowError, RecursionError, MemoryError) as error:
-        raise BadRowError("invalid_check", f"{name}: {error}") from None
-    return dict(check)
-
-
-def without_nulls(check: Any) -> Any:
-    """A check without null members, which Parquet adds if rows have different kinds. A single `json` can be null."""
-    if not isinstance(check, dict):
-        return check
-    kept = {kind: value for kind, value in check.items() if not is_missing(value) or [*check] == ["json"]}
-    for kind, value in kept.items():
-        if kind in ("all", "any") and isinstance(value, list):
-            kept[kind] = [without_nulls(each) for each in value]
-        elif kind == "number" and isinstance(value, dict):
-            kept[kind] = {key: member for key, member in value.items() if not is_missing(member)}
-    return kept
 
 
 def validate_check(check: Any) -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages.data.examples import IGNORE_INDEX
-from stages.data.show import describe
+from stages.rows.show import describe
 from stages.runtime.errors import UserError
 from stages.runtime.params import FormatParams
 

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from stages.data.examples import BadRowError, Message
-from stages.data.strict_json import parse_json
+from stages.rows.strict_json import parse_json
 
 TOOLS_ALLOWED = "must be a list of tools with a 'name', or such a list as JSON text"
 # The names of the arguments in the formats of OpenAI, xLAM, LangChain and Anthropic.

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from stages.data.checks import parse_check
 from stages.data.examples import BadRowError, Message
-from stages.data.messages import (
+from stages.rows.columns import parse_check, parse_options
+from stages.rows.messages import (
     PAIR_ROLES,
     REASONING,
     describe,
@@ -16,16 +16,13 @@ from stages.data.messages import (
     looks_like_messages,
     parse_messages,
     read_text,
-    require_text,
 )
-from stages.data.strict_json import parse_json
-from stages.data.tools import (
+from stages.rows.tools import (
     check_tool_results,
     drop_null_arguments,
     order_results,
     parse_tool_calls,
     parse_tools,
-    require_json,
 )
 from stages.runtime.errors import UserError
 
@@ -238,34 +235,6 @@ class RowParser:
 def _is_list(value: Any) -> bool:
     """Whether a prompt or completion is a list of messages, or its text."""
     return looks_like_messages(value) if isinstance(value, str) else isinstance(value, list | dict)
-
-
-def parse_slice(row: dict[str, Any] | BadRowError, column: str) -> str | None:
-    """The value of a row's slice column as text; None if it has none.
-
-    Raises:
-        BadRowError: the value is not a text, number or truth value.
-    """
-    value = row.get(column) if isinstance(row, dict) else None
-    if is_missing(value):
-        return None
-    if not isinstance(value, str | int | float):
-        raise BadRowError("not_text", f"{column!r} (slice_column) is {describe(value)}; must be text or a number")
-    return require_text(repr(column), str(value).strip(), "must be text") or None
-
-
-def parse_options(where: str, options: Any) -> dict[str, Any]:
-    """The options of a row for the chat template. Null is none, because tables give every row the same keys.
-
-    Raises:
-        BadRowError: this is not an object, or its JSON text.
-    """
-    found = parse_json(where, options)
-    if not isinstance(found, dict):
-        raise BadRowError(
-            "bad_options", f'{where} is {describe(options)}; must be an object, such as {{"enable_thinking": false}}'
-        )
-    return require_json(where, {name: value for name, value in found.items() if value is not None}, "bad_options")
 
 
 def find_schema(columns: Iterable[str]) -> tuple[str, ...]:

@@ -4,9 +4,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from re import Pattern
 
-from stages.data.conversations import Conversation
 from stages.data.examples import BadRowError, Message
-from stages.data.rendering import Renderer
+from stages.templates.conversations import Conversation
+from stages.templates.rendering import Renderer
 
 ANSWER = "ANSWER"  # the response in test conversations; a special token after it is the template's EOS token
 QUESTION: Message = {"role": "user", "content": "A"}

@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from stages.data.conversations import Conversation, Rendered
 from stages.data.examples import BadRowError
-from stages.data.masking import tokenize
+from stages.templates.conversations import Conversation, Rendered
+from stages.templates.masking import tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

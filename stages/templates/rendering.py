@@ -8,9 +8,9 @@ from functools import cached_property
 from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
-from stages.data.conversations import Conversation
 from stages.data.examples import BadRowError, Message
 from stages.runtime.errors import UserError, is_out_of_memory
+from stages.templates.conversations import Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,10 +7,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.data.csv_rows import read_csv
-from stages.data.json_rows import read_json
-from stages.data.rows import Row, RowParser
 from stages.data.tables import ROWS_PER_GROUP, read_batches
+from stages.rows.csv_rows import read_csv
+from stages.rows.json_rows import read_json
+from stages.rows.row_parser import Row, RowParser
 from stages.runtime.errors import UserError, user_errors
 
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"

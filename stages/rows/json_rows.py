@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from stages.data.examples import BadRowError
-from stages.data.rows import ALLOWED, MEANINGS, Row, RowParser, find_schema
-from stages.data.strict_json import JSON, checked
-from stages.data.text_files import decoded_lines, open_binary, open_text
+from stages.rows.row_parser import ALLOWED, MEANINGS, Row, RowParser, find_schema
+from stages.rows.strict_json import JSON, checked
+from stages.rows.text_files import decoded_lines, open_binary, open_text
 from stages.runtime.errors import UserError, user_errors
 
 WHITESPACE = re.compile(r"[ \t\r\n]*")

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.data.readers import READERS, without_nulls
-from stages.data.rows import ALLOWED, Row, RowParser
-from stages.data.text_files import COMPRESSED, TEXT_FORMATS, file_format
+from stages.data.files import read_json
+from stages.rows.readers import READERS, without_nulls
+from stages.rows.row_parser import ALLOWED, Row, RowParser
+from stages.rows.text_files import COMPRESSED, TEXT_FORMATS, file_format
 from stages.runtime.errors import UserError, user_errors
-from stages.runtime.files import read_json
 from stages.runtime.param_types import DatasetParams
 from stages.runtime.params import DownloadDatasetParams
-from stages.runtime.text import printable
+from stages.text import printable
 
 OTHER_DATASET = "use another dataset, one with JSON, CSV or Parquet files"
 GLOB = re.compile(r"[*?\[]")
@@ -190,7 +190,7 @@ def open_hub(
     Raises:
         UserError: the dataset can't be downloaded or read, or lacks a column.
     """
-    from stages.data.hub_datasets import load
+    from stages.rows.hub_datasets import load
     from stages.runtime.hub import hub_errors
 
     where = f"dataset_name: {name!r}"

@@ -9,8 +9,8 @@ from itertools import chain
 from pathlib import Path
 
 from stages.data.examples import BadRowError
-from stages.data.rows import Row, RowParser
-from stages.data.text_files import decoded_lines, open_binary
+from stages.rows.row_parser import Row, RowParser
+from stages.rows.text_files import decoded_lines, open_binary
 from stages.runtime.errors import UserError
 
 DELIMITERS = (",", ";", "\t", "|")

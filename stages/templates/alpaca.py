@@ -4,11 +4,11 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from stages.data.answer_parts import AnswerParser
-from stages.data.conversations import Conversation, Formatted, Rendered
 from stages.data.examples import BadRowError, Message
-from stages.data.masking import mask_spans, tokenize
-from stages.data.plain_text import PlainText
+from stages.templates.answer_parts import AnswerParser
+from stages.templates.conversations import Conversation, Formatted, Rendered
+from stages.templates.masking import mask_spans, tokenize
+from stages.templates.plain_text import PlainText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

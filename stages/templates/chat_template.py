@@ -4,16 +4,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from stages.data.answer_ends import QUESTION
-from stages.data.answer_parts import AnswerFormat, AnswerParser
-from stages.data.completeness import missing_key, texts_in
-from stages.data.conversations import Conversation, Formatted, Rendered
 from stages.data.examples import BadRowError, Message
-from stages.data.masking import mask_spans, tokenize
-from stages.data.plain_text import PlainText
-from stages.data.rendering import TIME_LIMIT, Renderer, time_limit
-from stages.data.responses import Response, ResponseFinder
 from stages.runtime.errors import UserError
+from stages.templates.answer_ends import QUESTION
+from stages.templates.answer_parts import AnswerFormat, AnswerParser
+from stages.templates.completeness import missing_key, texts_in
+from stages.templates.conversations import Conversation, Formatted, Rendered
+from stages.templates.masking import mask_spans, tokenize
+from stages.templates.plain_text import PlainText
+from stages.templates.rendering import TIME_LIMIT, Renderer, time_limit
+from stages.templates.responses import Response, ResponseFinder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.data.alpaca import AlpacaTemplate
-from stages.data.chat_template import ChatTemplate
-from stages.data.masking import load_stop_ids
-from stages.data.plain_text import PlainText
+from stages.data.files import write_text
+from stages.data.tokenizer import load_stop_ids
 from stages.runtime.errors import UserError, user_errors
-from stages.runtime.files import write_text
+from stages.templates.alpaca import AlpacaTemplate
+from stages.templates.chat_template import ChatTemplate
+from stages.templates.plain_text import PlainText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

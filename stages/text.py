@@ -1,17 +1,11 @@
-"""Escape text from data, models and the Hub, so that it can't control a terminal or become Markdown or HTML.
+"""Escape text from data, models and the Hub, so that it can't control a terminal or become Markdown or HTML."""
 
-Also remove secrets from messages.
-"""
-
-import os
 import re
 
 # Control characters except tab and newline, line separators, text direction overrides (CVE-2021-42574), lone
 # surrogates, and what XML does not allow, so that text can be part of an SVG.
 UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 MARKUP = re.compile(r"([\\`*_\[\]<>#|~&$])")
-URL_LOGIN = re.compile(r"(?<=://)[^/\s]*@")
-SECRET_NAMES, MIN_SECRET_LENGTH = ("KEY", "TOKEN", "SECRET", "PASSWORD"), 8
 
 
 def printable(text: str) -> str:
@@ -22,20 +16,6 @@ def printable(text: str) -> str:
         '\\\\x1b[31mred'
     """
     return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text.replace("\r\n", "\n"))
-
-
-def without_secrets(text: str) -> str:
-    """Replace logins in URLs, and the values of environment variables such as OPENAI_API_KEY or HF_TOKEN, with `***`.
-
-    Example:
-        >>> without_secrets("http://token@mirror/v1 failed")
-        'http://***@mirror/v1 failed'
-    """
-    values = {value.strip() for name, value in os.environ.items() if name.upper().endswith(SECRET_NAMES)}
-    for value in sorted(values, key=len, reverse=True):  # one may be the beginning of another
-        if len(value) >= MIN_SECRET_LENGTH:  # a shorter one may be part of any word
-            text = text.replace(value, "***")
-    return URL_LOGIN.sub("***@", text)
 
 
 def code(text: object) -> str:

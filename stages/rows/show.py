@@ -9,14 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from stages.data.examples import IGNORE_INDEX, BadRowError
-from stages.data.masking import load_tokenizer
-from stages.data.rows import ALLOWED
-from stages.data.sources import open_sources
 from stages.data.tables import read_batches
+from stages.data.tokenizer import load_tokenizer
+from stages.rows.row_parser import ALLOWED
+from stages.rows.sources import open_sources
 from stages.runtime.errors import UserError
 from stages.runtime.params import DownloadDatasetParams, load_params
 from stages.runtime.terminal import console
-from stages.runtime.text import printable
+from stages.text import printable
 
 
 def describe(row: dict[str, Any]) -> str:
