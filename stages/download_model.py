@@ -101,8 +101,7 @@ def fetch_hub(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
     with user_errors(where, "check HF_ENDPOINT and proxies, and run again"), hub_errors("model_name", name, revision):
         commit = resolve_commit("model", name, revision)
         files = list_model_files(name, commit)
-        _reject_adapter(where, files)
-        _require_safetensors(where, files)
+        _check_files(where, files)
         folder = snapshot_download(name, revision=commit, allow_patterns=ALLOWED_FILES)
     return Path(folder), {"model_name": name, "revision": commit}
 
@@ -131,8 +130,7 @@ def save(folder: Path, source: dict[str, Any]) -> dict[str, str]:
         weights = {"dtype": "bfloat16", "quantization_config": GgufConfig(dequantize=True)}
     else:
         files = [path.name for path in folder.iterdir()]
-        _reject_adapter(where, files)
-        _require_safetensors(where, files)
+        _check_files(where, files)
         with user_errors(where, fix):
             _reject_paths(where, folder)
 
@@ -260,21 +258,18 @@ def cache_gguf_reader() -> None:
         setattr(gguf, name, functools.cache(getattr(gguf, name)))
 
 
-def _require_safetensors(where: str, files: list[str]) -> None:
+def _check_files(where: str, files: list[str]) -> None:
+    """Reject an adapter and pickled weights."""
+    if "adapter_config.json" in files:  # transformers would load the base model that it names, which can be any path
+        raise UserError(
+            f"{where} is an adapter (it has adapter_config.json); must be a complete model: use its base model, or a "
+            "folder with merged weights, as `merge_and_unload` of peft returns them"
+        )
     if not any(name.endswith(".safetensors") for name in files):
         weights = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf"))]
         raise UserError(
             f"{where} has no .safetensors weights; found {', '.join(weights) or 'no weights'}; "
             "pickles are never loaded: convert the model with its own `save_pretrained` on a machine you trust"
-        )
-
-
-def _reject_adapter(where: str, files: list[str]) -> None:
-    """Reject an adapter: transformers would load the base model that it names, which can be any path."""
-    if "adapter_config.json" in files:
-        raise UserError(
-            f"{where} is an adapter (it has adapter_config.json); must be a complete model: use its base model, or a "
-            "folder with merged weights, as `merge_and_unload` of peft returns them"
         )
 
 

@@ -35,9 +35,9 @@ def first_named(options: list[str], answer: str) -> str | None:
 
 @lru_cache(1024)
 def _pattern(option: str) -> "regex.Pattern[str]":
-    own = words(option)
-    letter = own[0]
-    if len(own) == 1 and len(letter) == 1 and letter != letter.upper():
+    option_words = words(option)
+    letter = option_words[0]
+    if len(option_words) == 1 and len(letter) == 1 and letter != letter.upper():
         # a) and an answer that is only this letter are not ambiguous; other small letters are parts of texts.
         capital = rf"(?<!\p{{L}}['’.-]){letter.upper()}(?![+#]|[-.&'’]\p{{L}}|-\d)(?!{INSIDE}){NOT_A_WORD}"
         return regex.compile(rf"(?!{INSIDE})(?:{capital}|{letter}(?=\)))|(?<=^\P{{L}}*){letter}(?=\P{{L}}*$)")

@@ -57,7 +57,7 @@ def with_exact_values(data: Any) -> Any:
     if isinstance(data, str):
         return unicodedata.normalize("NFC", data)
     if isinstance(data, list):
-        return [with_exact_values(each) for each in data]
+        return [with_exact_values(value) for value in data]
     if isinstance(data, dict):
         return {with_exact_values(key): with_exact_values(value) for key, value in data.items()}
     return data
@@ -108,8 +108,8 @@ def validate_schema(value: Any) -> None:
 def keywords(schema: Any) -> Iterator[tuple[str, Any]]:
     """The keywords of a JSON schema and of the schemas in it, with their values."""
     if isinstance(schema, list):
-        for each in schema:
-            yield from keywords(each)
+        for part in schema:
+            yield from keywords(part)
     elif isinstance(schema, dict):
         yield from schema.items()
         for keyword, value in schema.items():

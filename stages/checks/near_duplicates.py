@@ -112,21 +112,21 @@ class NearDuplicates:
         """
         keyed = [_normalize_questions(row) for row in rows]
         distinct = list(dict.fromkeys(question for row in keyed for question in row))
-        found = [words(text) for text, _ in distinct]
+        all_words = [words(text) for text, _ in distinct]
         is_first = np.array([first for _, first in distinct], bool)
-        is_long = np.array([len(each) >= MIN_WORDS for each in found], bool)
+        is_long = np.array([len(its_words) >= MIN_WORDS for its_words in all_words], bool)
         best: list[Match] = [(0.0, 0)] * len(distinct)
 
         def are_comparable(queries: Any, owners: Any) -> Any:
             return is_first[queries] | self._is_first[owners] | (is_long[queries] & self._is_long[owners])
 
         if len(self.questions):
-            keys = _text_keys([text for text, _ in distinct], found)
+            keys = _text_keys([text for text, _ in distinct], all_words)
             places = np.minimum(self._text_keys.searchsorted(keys), len(self._text_keys) - 1)
             owners = self._text_owners[places]
             equal = (self._text_keys[places] == keys) & are_comparable(np.arange(len(distinct)), owners)
             best = [(1.0, owner) if same else (0.0, 0) for same, owner in zip(equal, owners.tolist(), strict=True)]
-        contents = [_pairs(each) for each in found]
+        contents = [_pairs(its_words) for its_words in all_words]
         others = [at for at, content in enumerate(contents) if not best[at][0] and not content <= self._common]
         for query, owner in self._candidates(others, [contents[at] - self._common for at in others]):
             if are_comparable(query, owner):
@@ -214,13 +214,13 @@ def _normalize_questions(texts: Sequence[str]) -> list[tuple[str, bool]]:
     return [(IGNORABLE.sub("", normalize(text)), at == 0) for at, text in enumerate(texts)]
 
 
-def _pairs(found: list[str]) -> set[str]:
-    return {f"{first} {second}" for first, second in pairwise(["", *found, ""])} if found else set()
+def _pairs(its_words: list[str]) -> set[str]:
+    return {f"{first} {second}" for first, second in pairwise(["", *its_words, ""])} if its_words else set()
 
 
-def _text_keys(questions: list[str], found: list[list[str]]) -> npt.NDArray[np.uint64]:
+def _text_keys(questions: list[str], all_words: list[list[str]]) -> npt.NDArray[np.uint64]:
     """A hash of the words of each question, or of its text if it has none."""
-    texts = [" ".join(each) or text for text, each in zip(questions, found, strict=True)]
+    texts = [" ".join(its_words) or text for text, its_words in zip(questions, all_words, strict=True)]
     return np.array([int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) for text in texts], np.uint64)
 
 
@@ -231,8 +231,9 @@ def _describe(
     described = []
     for start in range(0, len(questions) or 1, ROWS_PER_GROUP):
         texts = questions.slice(start, ROWS_PER_GROUP).to_pylist()
-        found = [words(text) for text in texts]
-        is_long = np.array([len(each) >= MIN_WORDS for each in found], bool)
-        described.append((_text_keys(texts, found), is_long, minhash([_pairs(each) - common for each in found])))
+        all_words = [words(text) for text in texts]
+        is_long = np.array([len(its_words) >= MIN_WORDS for its_words in all_words], bool)
+        signatures = minhash([_pairs(its_words) - common for its_words in all_words])
+        described.append((_text_keys(texts, all_words), is_long, signatures))
     text_keys, is_long, signatures = map(np.concatenate, zip(*described, strict=True))
     return text_keys, is_long, signatures

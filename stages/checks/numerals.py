@@ -82,8 +82,8 @@ def numbers(text: str) -> list[Fraction | int | None]:
     """
     for pattern, plain in REWRITES:
         text = pattern.sub(plain, text).translate(CHARACTERS)
-    found = NUMBER.finditer(text)
-    return [_value(each) if each["number"] else None for each in found if not (each["name"] or each["exponent"])]
+    matches = [match for match in NUMBER.finditer(text) if not (match["name"] or match["exponent"])]
+    return [_value(match) if match["number"] else None for match in matches]
 
 
 def exact(text: str) -> Fraction | int:
@@ -100,21 +100,21 @@ def exact(text: str) -> Fraction | int:
     return int(value) if value.denominator == 1 else value
 
 
-def _value(found: Any) -> Fraction | int | None:
+def _value(match: Any) -> Fraction | int | None:
     value: Fraction | int
     try:
-        if found["denominator"]:
-            value = Fraction(int(found["numerator"]), int(found["denominator"]))
-            if found["whole"]:  # 2 1/2
+        if match["denominator"]:
+            value = Fraction(int(match["numerator"]), int(match["denominator"]))
+            if match["whole"]:  # 2 1/2
                 if value >= 1:
                     return None
-                value += int(found["whole"])
+                value += int(match["whole"])
         else:
-            digits = regex.sub("[, '’_]", "", found["decimal"] or "1")
-            if found["eu"]:
-                digits = regex.sub("[. ]", "", found["eu"]).replace(",", ".")
-            value = exact(f"{digits}e{found['power'] or 0}")
+            digits = regex.sub("[, '’_]", "", match["decimal"] or "1")
+            if match["eu"]:
+                digits = regex.sub("[. ]", "", match["eu"]).replace(",", ".")
+            value = exact(f"{digits}e{match['power'] or 0}")
     except (ValueError, ZeroDivisionError):
         return None
-    value *= math.prod(SCALES[scale.lower()] for scale in found.captures("scale"))
-    return -value if found["sign"] == "-" else value
+    value *= math.prod(SCALES[scale.lower()] for scale in match.captures("scale"))
+    return -value if match["sign"] == "-" else value

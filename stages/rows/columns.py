@@ -33,7 +33,7 @@ def without_nulls(check: Any) -> Any:
     kept = {kind: value for kind, value in check.items() if not is_missing(value) or [*check] == ["json"]}
     for kind, value in kept.items():
         if kind in ("all", "any") and isinstance(value, list):
-            kept[kind] = [without_nulls(each) for each in value]
+            kept[kind] = [without_nulls(part) for part in value]
         elif kind == "number" and isinstance(value, dict):
             kept[kind] = {key: member for key, member in value.items() if not is_missing(member)}
     return kept

@@ -95,9 +95,8 @@ def _records(path: Path) -> Iterator[Record]:
             start, header = start + 1, next(lines, "")
         if "\r" in header.rstrip("\r\n"):
             raise UserError(f"{path}:{start}: lines end with a carriage return only; save the file with line feeds")
-        delimiter = (
-            excel[1] if excel else max(DELIMITERS, key=lambda each: len(next(csv.reader([header], delimiter=each))))
-        )
+        widths = {name: len(next(csv.reader([header], delimiter=name))) for name in DELIMITERS}
+        delimiter = excel[1] if excel else max(DELIMITERS, key=widths.__getitem__)
         has_spaces = {*re.findall(f"{re.escape(delimiter)}(.?)", header)} == {" "}
         taken: list[str] = []
 

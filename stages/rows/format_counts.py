@@ -68,15 +68,15 @@ class Counts:
         # Without the texts, which `filter` would copy.
         counted = batch.examples.select(["source", "source_row", "labels", "truncated"])
         for name in pc.unique(counted["source"]).to_pylist():
-            own = counted.filter(pc.equal(counted["source"], name))
-            labels = own["labels"].combine_chunks()
+            rows = counted.filter(pc.equal(counted["source"], name))
+            labels = rows["labels"].combine_chunks()
             tokens = labels.flatten().to_numpy()
-            num_rows = pc.count_distinct(own["source_row"]).as_py()  # a row can have several examples
+            num_rows = pc.count_distinct(rows["source_row"]).as_py()  # a row can have several examples
             self.sources[name].update(
                 rows_in=num_rows,
                 kept=num_rows,
-                examples=len(own),
-                truncated=int(own["truncated"].to_numpy().sum()),
+                examples=len(rows),
+                truncated=int(rows["truncated"].to_numpy().sum()),
                 tokens=len(tokens),
                 supervised_tokens=int(np.count_nonzero(tokens != IGNORE_INDEX)),
             )

@@ -21,33 +21,33 @@ from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFou
 
 from stages.rows.hub_commits import resolve_commit
 from stages.runtime.errors import UserError
+from stages.runtime.param_types import DatasetParams
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
-def load(
-    name: str, revision: str | None, subset: str | None, split: str, data_files: str | None, streaming: bool
-) -> tuple[Rows, str, str | list[str] | None]:
+def load(entry: DatasetParams, streaming: bool) -> tuple[Rows, str, str | list[str] | None]:
     """The rows of a Hub dataset, its commit, and the license in its card.
 
     A pinned revision that is complete in the cache is loaded without a request.
     """
+    name, revision = str(entry.name), entry.revision
     commit = resolve_commit("dataset", name, revision)
     # A separate folder for each choice: if a download fails, load_dataset returns whatever it finds there.
-    key = hashlib.sha256(repr((name, commit, subset, data_files)).encode()).hexdigest()
+    key = hashlib.sha256(repr((name, commit, entry.subset, entry.data_files)).encode()).hexdigest()
     cache = Path(datasets.config.HF_DATASETS_CACHE, key)
-    choice = {"name": subset, "data_files": data_files, "cache_dir": str(cache)}
+    choice = {"name": entry.subset, "data_files": entry.data_files, "split": entry.split, "cache_dir": str(cache)}
     if commit == revision or is_offline_mode():
         if prepared := next(cache.glob("*/*/*/*/dataset_info.json"), None):
-            return open_prepared(prepared.parent, name, split), commit, cached_license(name, commit)
+            return open_prepared(prepared.parent, name, entry.split), commit, cached_license(name, commit)
         if folder := complete_snapshot(name, commit):
-            return load_dataset(name, folder, split=split, **choice), commit, cached_license(name, commit)
+            return load_dataset(name, folder, **choice), commit, cached_license(name, commit)
     info = HfApi().dataset_info(name, revision=commit, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     with suppress(RemoteEntryNotFoundError):  # load_dataset would not say why it can't be read
         hf_hub_download(name, "README.md", repo_type="dataset", revision=commit)
     # The client has its own retries, five for each of these.
     datasets.config.STREAMING_OPEN_MAX_RETRIES = datasets.config.STREAMING_READ_MAX_RETRIES = 2
-    rows = load_dataset(name, name, revision=commit, split=split, streaming=streaming, **choice)
+    rows = load_dataset(name, name, revision=commit, streaming=streaming, **choice)
     return rows, commit, info.card_data.get("license") if info.card_data else None
 
 

@@ -104,7 +104,7 @@ def _is_conversation(name: str, column: list[Any]) -> bool:
     if MEANINGS[name] != "messages":
         return any(isinstance(part, dict) for part in column)
     return not column or not all(
-        isinstance(part, list) and all(isinstance(each, dict) for each in part) for part in column
+        isinstance(part, list) and all(isinstance(message, dict) for message in part) for part in column
     )
 
 

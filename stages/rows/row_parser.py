@@ -118,7 +118,7 @@ class RowParser:
             raise BadRowError("not_an_object", f"found {describe(row)}; {ALLOWED}")
         fields = {name: value for name, value in row.items() if not is_missing(value)}
         if self.columns is not None:
-            renamed = {name: fields[own] for name, own in self.columns.items() if own in fields}
+            renamed = {name: fields[column] for name, column in self.columns.items() if column in fields}
             unread = fields.keys() - set(self.columns.values())
             self.missing -= fields.keys()
             schema = find_schema(self.columns)
@@ -156,10 +156,12 @@ class RowParser:
 
     def meanings(self, names: Iterable[str]) -> dict[str, str]:
         """What each of the columns of a row becomes."""
-        own = {name: name for name in names} if self.columns is None else {v: k for k, v in self.columns.items()}
-        schema = find_schema(own.values())
+        renamed = {name: name for name in names}
+        if self.columns is not None:
+            renamed = {column: name for name, column in self.columns.items()}
+        schema = find_schema(renamed.values())
         read = {*schema, *optional_columns(schema)} if self.columns is None else {*self.columns}
-        return {name: MEANINGS[own[name]] if own.get(name) in read else "not read" for name in names}
+        return {name: MEANINGS[renamed[name]] if renamed.get(name) in read else "not read" for name in names}
 
     def is_complete(self, row: Mapping[str, Any]) -> bool:
         """Whether a row has all columns of a schema."""
@@ -210,7 +212,8 @@ class RowParser:
         is_chat = prompt == "prompt" and _is_list(fields[prompt])
         if is_chat:
             context = self._messages(fields, prompt)
-            messages += [{**each, "train": False} if each["role"] == "assistant" else each for each in context]
+            for message in context:
+                messages.append(message | ({"train": False} if message["role"] == "assistant" else {}))
         else:
             messages.append({"role": "user", "content": self._text(fields, prompt)})
         questions = [message for message in messages if message["role"] == "user"]
@@ -252,5 +255,5 @@ def optional_columns(schema: tuple[str, ...]) -> tuple[str, ...]:
     """The columns that may be next to those of a schema."""
     if schema == ("text",):
         return ()
-    own = ("history", *REASONING) if len(schema) > 1 else ()
-    return (*SYSTEM, *TOOLS, OPTIONS, "check", *own, *(INPUT if schema[0] == "instruction" else ()))
+    of_pairs = ("history", *REASONING) if len(schema) > 1 else ()
+    return (*SYSTEM, *TOOLS, OPTIONS, "check", *of_pairs, *(INPUT if schema[0] == "instruction" else ()))

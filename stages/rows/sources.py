@@ -57,12 +57,16 @@ def open_sources(params: DownloadDatasetParams) -> list[Source]:
     """The datasets: those of the parameter `datasets`, or else the one of the other parameters."""
     if params.datasets is not None:
         return [open_dataset(entry, params) for entry in params.datasets]
-    parser = RowParser(params.dataset_columns)
     if params.dataset_name is None:
-        return [open_files(Path(params.dataset_file), params.slice_column, parser)]
-    streaming = params.max_examples is not None  # so the dataset may be larger than the disk
-    revision, split, subset = params.dataset_revision, params.dataset_split, params.dataset_subset
-    return [open_hub(params.dataset_name, revision, split, parser, subset, streaming=streaming)]
+        return [open_files(Path(params.dataset_file), params.slice_column, RowParser(params.dataset_columns))]
+    entry = DatasetParams(
+        name=params.dataset_name,
+        revision=params.dataset_revision,
+        subset=params.dataset_subset,
+        split=params.dataset_split,
+        columns=params.dataset_columns,
+    )
+    return [open_hub(entry, streaming=params.max_examples is not None)]  # it may be larger than the disk
 
 
 def open_retention(params: DownloadDatasetParams) -> Source | None:
@@ -75,16 +79,15 @@ def open_retention(params: DownloadDatasetParams) -> Source | None:
 
 def open_dataset(entry: DatasetParams, params: DownloadDatasetParams) -> Source:
     """Open one dataset of a mixture. The files are in a folder, which DVC hashes as a whole."""
-    folder, parser = Path(params.dataset_file), RowParser(entry.columns)
     if entry.file is None:
-        name, subset, data_files = str(entry.name), entry.subset, entry.data_files
-        return open_hub(name, entry.revision, entry.split, parser, subset, data_files, entry.use)
+        return open_hub(entry)
+    folder = Path(params.dataset_file)
     if not folder.is_dir():
         raise UserError(
             f"dataset_file: found {str(folder)!r}; must be the folder of the files in `datasets`, so that DVC notices "
             "when one of them changes"
         )
-    return open_files(folder / entry.file, params.slice_column, parser, entry.use)
+    return open_files(folder / entry.file, params.slice_column, RowParser(entry.columns), entry.use)
 
 
 def open_files(
@@ -170,21 +173,10 @@ def _saved_shards(folder: Path) -> list[Path]:
     return []
 
 
-def open_hub(
-    name: str,
-    revision: str | None,
-    split: str,
-    parser: RowParser,
-    subset: str | None = None,
-    data_files: str | None = None,
-    use: str | None = None,
-    streaming: bool = False,
-) -> Source:
+def open_hub(entry: DatasetParams, streaming: bool = False) -> Source:
     """Open a Hub dataset. Its metadata has the license, and the commit that the revision resolves to.
 
     Args:
-        subset: its configuration, if it has several.
-        data_files: a glob of files in its repository, instead of those that its card names.
         streaming: read the rows from the Hub as they are needed, and store nothing.
 
     Raises:
@@ -193,19 +185,21 @@ def open_hub(
     from stages.rows.hub_datasets import load
     from stages.runtime.hub import hub_errors
 
+    name, parser = str(entry.name), RowParser(entry.columns)
     where = f"dataset_name: {name!r}"
     if Path(name).exists():  # load_dataset would prefer the local path to the Hub
         raise UserError(f"{where} is also a local path; rename that path, or set dataset_file to a file")
-    with user_errors(where, OTHER_DATASET), hub_errors("dataset_name", name, revision):
-        dataset, commit, license_id = load(name, revision, subset, split, data_files, streaming)
+    with user_errors(where, OTHER_DATASET), hub_errors("dataset_name", name, entry.revision):
+        dataset, commit, license_id = load(entry, streaming)
     if dataset.column_names is not None:  # a stream may not know them
         parser.require_columns(name, dataset.column_names)
     license_id = ", ".join(map(str, license_id)) if isinstance(license_id, list) else license_id
     license_id = license_id and printable(str(license_id))
-    metadata = {"source": name, "subset": subset, "split": split, "revision": commit, "licence": license_id}
-    details = [detail for detail in (subset, data_files, split if split != "train" else None) if detail]
-    label = f"{name} ({', '.join(details)})" if details else name
-    return Source(label, lambda: _hub_rows(name, revision, dataset), metadata, parser, use)
+    metadata = {"source": name, "subset": entry.subset, "split": entry.split, "revision": commit, "licence": license_id}
+    choices = (entry.subset, entry.data_files, entry.split if entry.split != "train" else None)
+    details = ", ".join(choice for choice in choices if choice)
+    label = f"{name} ({details})" if details else name
+    return Source(label, lambda: _hub_rows(name, entry.revision, dataset), metadata, parser, entry.use)
 
 
 def _hub_rows(name: str, revision: str | None, dataset: Iterable[dict[str, Any]]) -> Iterator[Row]:

@@ -26,7 +26,7 @@ def parse_tools(where: str, tools: Any) -> list[dict[str, Any]]:
     functions = [_function(parse_json(where, tool)) for tool in _as_list(parse_json(where, tools))]
     if not all(isinstance(function.get("name"), str) for function in functions):
         raise BadRowError("bad_tools", f"{where} is {reprlib.repr(tools)}; {TOOLS_ALLOWED}")
-    return [{"type": "function", "function": _without_nulls(require_json(where, each))} for each in functions]
+    return [{"type": "function", "function": _without_nulls(require_json(where, function))} for function in functions]
 
 
 def parse_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
@@ -36,7 +36,7 @@ def parse_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
         BadRowError: these are not calls.
     """
     parsed = []
-    for call in [parse_json(where, each) for each in _as_list(parse_json(where, calls))]:
+    for call in [parse_json(where, call) for call in _as_list(parse_json(where, calls))]:
         function = _function(call)
         given = [parse_json(where, function[name]) for name in ARGUMENTS if name in function]
         arguments = given[0] if given and given[0] not in (None, "") else {}
@@ -163,7 +163,7 @@ def _allows_null(schema: Any) -> bool:
         "null" in types
         or None in values
         or schema.get("nullable") is True
-        or any(_allows_null(each) for parts in either for each in parts)
+        or any(_allows_null(part) for parts in either for part in parts)
     )
 
 

@@ -3,7 +3,7 @@
 import os
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from traceback import walk_tb
 from typing import TypeAlias
@@ -18,7 +18,8 @@ from huggingface_hub.errors import (
     HFValidationError,
     RemoteEntryNotFoundError,
 )
-from huggingface_hub.utils._http import default_client_factory, parse_ratelimit_headers
+from huggingface_hub.utils import parse_ratelimit_headers
+from huggingface_hub.utils._http import default_client_factory  # there is no public one
 
 from stages.runtime.errors import UserError, describe_reason, is_out_of_memory
 from stages.runtime.secrets import without_secrets
@@ -41,55 +42,58 @@ def hub_errors(parameter: str, repo_id: str, revision: str | None) -> Iterator[N
         parameter: `dataset_name` or `model_name`.
     """
     kind = parameter.removesuffix("_name")
-    where = f"{parameter}: {repo_id!r}"
-    _check_token(where)
-    set_client_factory(_client)
-    try:
-        yield
-    except HFValidationError as error:
-        raise UserError(f"{where} is neither a local folder nor a Hub id like owner/name: {error}") from None
-    except Exception as error:
-        if (fault := _find_fault(error)) is None:
-            raise
-        page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{repo_id}"
+    page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{repo_id}"
+
+    def describe(fault: Exception) -> str:
         if isinstance(fault, Answer):
-            raise UserError(f"{where} {_describe_answer(fault, kind, page, revision)}") from None
+            return f" {_describe_answer(fault, kind, page, revision)}"
         if is_offline_mode():
-            raise UserError(
-                f"{where}: revision {revision or 'main'!r} is not complete in the cache {constants.HF_HUB_CACHE}, and "
+            return (
+                f": revision {revision or 'main'!r} is not complete in the cache {constants.HF_HUB_CACHE}, and "
                 f"HF_HUB_OFFLINE is set; unset it and run again, or use a local {kind}"
-            ) from None
-        raise UserError(
-            f"{where}: {_describe_connection(fault)}; check the network and run again (finished downloads are kept), "
-            f"or use a local {kind}"
-        ) from None
+            )
+        advice = f"check the network and run again (finished downloads are kept), or use a local {kind}"
+        return f": {_describe_connection(fault)}; {advice}"
+
+    set_client_factory(_client)
+    where = f"{parameter}: {repo_id!r}"
+    with _user_errors(where, "is neither a local folder nor a Hub id like owner/name", describe):
+        yield
 
 
 @contextmanager
 def upload_errors(repo_id: str) -> Iterator[None]:
     """Turn the Hub client's errors during an upload into a `UserError`."""
-    where = f"REPO: {repo_id!r}"
+
+    def describe(fault: Exception) -> str:
+        if not isinstance(fault, Answer):
+            return f": {_describe_connection(fault)}; check the network and run again: nothing was published"
+        status, advice = fault.response.status_code, f"see {constants.ENDPOINT}/{repo_id}"
+        if status in (401, 403):
+            return (
+                " can't be written with this token; log in with `hf auth login` or set HF_TOKEN, with a token that may "
+                f"write to this repository{_answer(fault)}"
+            )
+        if status == 429 or status >= 500:
+            advice = "wait some minutes and run again"
+        return f": the Hub refused the upload; {advice}{_answer(fault)}"
+
+    with _user_errors(f"REPO: {repo_id!r}", "must be an id like owner/name", describe):
+        yield
+
+
+@contextmanager
+def _user_errors(where: str, invalid_id: str, describe: Callable[[Exception], str]) -> Iterator[None]:
+    """Turn the Hub client's errors into a `UserError`; `invalid_id` and `describe` say what follows `where`."""
     _check_token(where)
     try:
         yield
     except HFValidationError as error:
-        raise UserError(f"{where} must be an id like owner/name: {error}") from None
+        raise UserError(f"{where} {invalid_id}: {error}") from None
     except Exception as error:
         if (fault := _find_fault(error)) is None:
             raise
-        if not isinstance(fault, Answer):
-            raise UserError(
-                f"{where}: {_describe_connection(fault)}; check the network and run again: nothing was published"
-            ) from None
-        status, advice = fault.response.status_code, f"see {constants.ENDPOINT}/{repo_id}"
-        if status in (401, 403):
-            raise UserError(
-                f"{where} can't be written with this token; log in with `hf auth login` or set HF_TOKEN, with a token "
-                f"that may write to this repository{_answer(fault)}"
-            ) from None
-        if status == 429 or status >= 500:
-            advice = "wait some minutes and run again"
-        raise UserError(f"{where}: the Hub refused the upload; {advice}{_answer(fault)}") from None
+        raise UserError(f"{where}{describe(fault)}") from None
 
 
 def _check_token(where: str) -> None:
@@ -145,10 +149,11 @@ def _find_fault(error: Exception) -> Exception | None:
             faults.append(link)
         is_cause = link.__cause__ is not None
         link = link.__cause__ or link.__context__
-    by_kind = (
-        fault for kind in (HfHubHTTPError, *CONNECTION_ERRORS, Exception) for fault in faults if isinstance(fault, kind)
-    )
-    return next(by_kind, None)
+    for kind in (HfHubHTTPError, *CONNECTION_ERRORS, Exception):
+        for fault in faults:
+            if isinstance(fault, kind):
+                return fault
+    return None
 
 
 def _is_from_client(error: Exception) -> bool:

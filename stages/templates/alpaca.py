@@ -90,8 +90,8 @@ class AlpacaTemplate:
                     pairs[row] = conversation
             except BadRowError as error:
                 errors[row] = error
-        prompts = [render_alpaca(each.messages[0]["content"], each.input) for each in pairs.values()]
-        responses = [each.messages[1]["content"] for each in pairs.values()]
+        prompts = [render_alpaca(pair.messages[0]["content"], pair.input) for pair in pairs.values()]
+        responses = [pair.messages[1]["content"] for pair in pairs.values()]
         examples = [
             Rendered(row, conversation, [prompt], [response.strip()], spans)
             for (row, conversation), prompt, response, spans in zip(

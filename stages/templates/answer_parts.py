@@ -88,7 +88,7 @@ class AnswerFormat:
         if thinks or self.header:
             body = body.removeprefix(self.opening)
             ends = [self.header, self.call] if self.header else [self.closing]
-            end = next((each for each in ends if each and each in body), "")
+            end = next((candidate for candidate in ends if candidate and candidate in body), "")
             if end:
                 before, _, text = body.partition(end)
                 reasoning = before.rstrip().removesuffix(self.closing.removesuffix(self.header).strip())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from stages.data.examples import BadRowError, Message
 from stages.runtime.errors import UserError
 from stages.templates.answer_ends import QUESTION
-from stages.templates.answer_parts import AnswerFormat, AnswerParser
+from stages.templates.answer_parts import AnswerParser
 from stages.templates.completeness import missing_key, texts_in
 from stages.templates.conversations import Conversation, Formatted, Rendered
 from stages.templates.masking import mask_spans, tokenize
@@ -72,12 +72,11 @@ class ChatTemplate:
             with time_limit(TIME_LIMIT):
                 self._finder = ResponseFinder(self._renderer, self._plain_text.special, stop_tokens, reasoning_end)
                 header = len(self._render([QUESTION], add_generation_prompt=True)) - len(self._render([QUESTION]))
-                answer_format = AnswerFormat.of_template(self._renderer, self._plain_text.special, reasoning_end)
         except (BadRowError, TimeoutError) as error:
             fix = "fix it or template_options" if options else "fix it"
             raise UserError(f"{where}: can't render a question and an answer: {error}; {fix}") from None
         self._header_length = max(0, header)
-        self.answer_parser = AnswerParser(tokenizer, answer_format, response_template)
+        self.answer_parser = AnswerParser(tokenizer, self._finder.answer_format, response_template)
         eos_tokens = self._finder.eos_tokens
         self.eos_token_ids = [ids for (ids,) in tokenize(tokenizer, eos_tokens, allow_special_tokens=True)]
 
@@ -92,11 +91,10 @@ class ChatTemplate:
             except BadRowError as error:
                 errors[row] = error
         # Tokenize in a single call: for each example, the full text and then the prompt of each response.
-        parts = [
-            part
-            for *_, responses in texts
-            for part in (responses[-1].text, *(responses[-1].text[: response.start] for response in responses))
-        ]
+        parts = []
+        for *_, responses in texts:
+            full = responses[-1].text
+            parts += [full, *(full[: response.start] for response in responses)]
         ids = iter(tokenize(self._tokenizer, parts, allow_special_tokens=True))
         examples: list[Rendered] = self._plain_text.render(conversations, self.eos_token_ids[0], errors)
         for row, conversation, responses in texts:
@@ -110,14 +108,15 @@ class ChatTemplate:
                 if spans := self._split_spans(full_ids, prompt_ids, responses):
                     examples.append(Rendered(row, conversation, prompts, answers, spans))
                     continue
-                trained = [at for at, each in enumerate(conversation.messages) if is_trained(each)]
+                trained = [at for at, message in enumerate(conversation.messages) if is_trained(message)]
                 for number, spans in enumerate(self._encode_apart(prompt_ids, responses)):
-                    own = slice(number, number + 1)
                     part = conversation.up_to(trained[number])
-                    examples.append(Rendered(row, part, prompts[own], answers[own], spans))
+                    examples.append(Rendered(row, part, [prompts[number]], [answers[number]], spans))
             except BadRowError as error:
                 errors[row] = error
-        examples = sorted((each for each in examples if each.row not in errors), key=lambda each: each.row)
+        examples = sorted(
+            (example for example in examples if example.row not in errors), key=lambda example: example.row
+        )
         return Formatted(examples, mask_spans([example.spans for example in examples], max_length), errors)
 
     def encode_prompts(self, questions: Sequence[str], history: Sequence[Message] = ()) -> list[list[int]]:

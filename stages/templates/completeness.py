@@ -14,8 +14,9 @@ def stated_texts(message: Message) -> dict[str, list[str]]:
     if "name" in message and message["role"] != "tool":  # a tool's name is in the call
         stated["name"] = [message["name"]]
     if "tool_calls" in message:
-        functions = [call["function"] for call in message["tool_calls"]]
-        stated["tool_calls"] = [text for each in functions for text in (each["name"], *texts_in(each["arguments"]))]
+        stated["tool_calls"] = []
+        for call in message["tool_calls"]:
+            stated["tool_calls"] += [call["function"]["name"], *texts_in(call["function"]["arguments"])]
     return stated
 
 

@@ -46,8 +46,11 @@ class Conversation:
 
     def up_to(self, answer: int) -> "Conversation":
         """The messages up to one answer, which alone is trained."""
-        earlier = [{**each, "train": False} if each["role"] == "assistant" else each for each in self.messages[:answer]]
-        return replace(self, messages=[*earlier, self.messages[answer]])
+        messages = [
+            message | {"train": False} if message["role"] == "assistant" else message
+            for message in self.messages[:answer]
+        ]
+        return replace(self, messages=[*messages, self.messages[answer]])
 
 
 @dataclass(frozen=True)

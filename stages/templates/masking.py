@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -45,25 +44,29 @@ def mask_spans(examples: Sequence[Sequence[list[int]]], max_length: int) -> Enco
         >>> mask_spans([[[5, 6], [7, 2]]], max_length=3).labels
         array([-100, -100,    7], dtype=int32)
     """
-    kept: list[list[int]] = []  # for each example, the number of tokens kept of each span
+    input_ids: list[int] = []
+    labels: list[int] = []
+    lengths, responses, truncated = [], [], []
     for spans in examples:
-        room = max_length
-        lengths = []
-        for span in spans:
-            lengths.append(min(len(span), room))
-            room -= lengths[-1]
-        # Up to the last supervised span that has a token left. Later spans are missing in `kept`, hence strict=False.
-        kept.append(lengths[: 2 * sum(length > 0 for length in lengths[1::2])])
-    pairs = list(zip(examples, kept, strict=True))
-    joined = (span[:length] for spans, lengths in pairs for span, length in zip(spans, lengths, strict=False))
-    num_tokens = np.fromiter(map(sum, kept), np.int64, len(kept))
-    input_ids = np.fromiter(chain.from_iterable(joined), np.int32, num_tokens.sum())
-    span_lengths = np.fromiter(chain.from_iterable(kept), np.int64)
-    supervised = np.repeat(np.tile([False, True], len(span_lengths) // 2), span_lengths)
-    labels = np.where(supervised, input_ids, np.int32(IGNORE_INDEX))
-    responses = np.fromiter((len(lengths) // 2 for lengths in kept), np.int64, len(kept))
-    truncated = [sum(lengths[1::2]) < sum(map(len, spans[1::2])) for spans, lengths in pairs]
-    return Encoded(input_ids, labels, num_tokens, responses, np.array(truncated, bool))
+        start, num_responses, is_truncated = len(input_ids), 0, False
+        for prompt, response in zip(spans[::2], spans[1::2], strict=True):
+            room = max(0, max_length - (len(input_ids) - start) - len(prompt))
+            is_truncated = is_truncated or len(response) > room
+            if not room:
+                break
+            input_ids += prompt + response[:room]
+            labels += [IGNORE_INDEX] * len(prompt) + response[:room]
+            num_responses += 1
+        lengths.append(len(input_ids) - start)
+        responses.append(num_responses)
+        truncated.append(is_truncated)
+    return Encoded(
+        np.array(input_ids, np.int32),
+        np.array(labels, np.int32),
+        np.array(lengths, np.int64),
+        np.array(responses, np.int64),
+        np.array(truncated, bool),
+    )
 
 
 def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: list[str], allow_special_tokens: bool) -> list[list[int]]:

@@ -36,7 +36,9 @@ class PlainText:
 
         Without a BOS token the first token has no prediction, so it is masked.
         """
-        texts = {row: each.text for row, each in enumerate(conversations) if each.text is not None}
+        texts = {
+            row: conversation.text for row, conversation in enumerate(conversations) if conversation.text is not None
+        }
         examples = []
         for (row, text), ids in zip(texts.items(), tokenize(self._tokenizer, [*texts.values()], False), strict=True):
             try:

@@ -1,6 +1,7 @@
 """Render messages with a Jinja chat template, in the form in which it takes them."""
 
 import json
+import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -90,11 +91,11 @@ class Renderer:
     @cached_property
     def _variables(self) -> set[str]:
         """The variables that the template reads and does not compute itself."""
-        from jinja2 import meta, nodes
-        from transformers.utils.chat_template_utils import _compile_jinja_template
+        from jinja2 import Environment, meta, nodes
 
+        text = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self._text)  # a tag that only transformers knows
         try:
-            tree = _compile_jinja_template(self._text).environment.parse(self._text)
+            tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)  # noqa: S701 (not rendered)
         except Exception as error:
             raise BadRowError("refused_by_template", f"{self.where}: {error}") from None
         # `meta` also finds variables that only some branches of the template set. Those with a default value are tested

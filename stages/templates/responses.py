@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass
 from os.path import commonprefix
 from re import Pattern
@@ -10,7 +9,7 @@ from re import Pattern
 from stages.data.examples import BadRowError, Message
 from stages.runtime.errors import UserError
 from stages.templates.answer_ends import ANSWER, QUESTION, REPLY, find_call_end, find_text_end
-from stages.templates.answer_parts import THOUGHT
+from stages.templates.answer_parts import AnswerFormat
 from stages.templates.conversations import Conversation
 from stages.templates.rendering import Renderer
 
@@ -39,6 +38,7 @@ class ResponseFinder:
         reasoning_end: what ends the reasoning that the generation prompt opens, if the template does not render it.
 
     Attributes:
+        answer_format: how the template writes the parts of an answer.
         eos_tokens: the tokens that end an answer: that of a text, and if it is another one, that of a tool call.
 
     Raises:
@@ -51,7 +51,6 @@ class ResponseFinder:
     ):
         self._renderer = renderer
         self._render = renderer.render
-        self._special = special
         self._reasoning_end = reasoning_end
         text_end = find_text_end(renderer, special, stop_tokens)
         if not text_end:
@@ -62,7 +61,11 @@ class ResponseFinder:
             )
         self._text_end = text_end
         self._call_end = find_call_end(renderer, special, stop_tokens, text_end.after)
-        self._closing_tag = self._find_closing_tag()
+        self.answer_format = AnswerFormat.of_template(renderer, special, reasoning_end)
+        # The tag that ends the reasoning before an answer, such as `</think>`; empty if something else ends it.
+        closing = self.answer_format.closing
+        is_tag = re.fullmatch(r"</\w+>|\[/\w+\]", closing) and not special.search(closing)
+        self._closing_tag = closing if is_tag else ""
         self.eos_tokens = list(dict.fromkeys(end.token for end in (self._text_end, self._call_end) if end))
 
     def find(self, messages: list[Message], row: Conversation) -> Response:
@@ -163,12 +166,3 @@ class ResponseFinder:
             f"{self._renderer.where} renders message {len(messages):,} differently after a generation prompt, so no "
             "mask is exact; set template to a Jinja file that renders it the same",
         )
-
-    def _find_closing_tag(self) -> str:
-        """The tag that ends the reasoning before an answer, such as `</think>`; empty if something else ends it."""
-        reply = {**REPLY, "reasoning_content": THOUGHT}
-        with suppress(BadRowError):
-            _, found, after = self._render([QUESTION, reply]).partition(THOUGHT)
-            between = after.partition(ANSWER)[0].strip() if found else (self._reasoning_end or "").strip()
-            return between if re.fullmatch(r"</\w+>|\[/\w+\]", between) and not self._special.search(between) else ""
-        return ""
