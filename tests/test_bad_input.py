@@ -227,7 +227,7 @@ CASES: list[tuple[str, str, Setup, str]] = [
     ("params.yaml is a list", "split", file("params.yaml", "- a\n"), "params.yaml: found list; must be a list of `name: value` lines"),
     ("params.yaml is not YAML", "split", file("params.yaml", "a: [1\n"), "params.yaml: not valid YAML: …"),
     ("params.yaml in Latin-1", "split", file("params.yaml", "a: é\n".encode("latin-1")), "params.yaml: not valid YAML: 'utf-8' codec can't decode byte 0xe9 in position 3: invalid continuation byte"),
-    ("params.yaml names a parameter twice", "split", added("seed: 1\n"), "params.yaml: not valid YAML: found key 'seed' twice; keep one of them\n  in \"<unicode string>\", line …, column 1:\n    seed: 1\n    ^"),
+    ("params.yaml names a parameter twice", "split", added("seed: 1\n"), "params.yaml: not valid YAML: while constructing a mapping\n…found duplicate key \"seed\" with value \"1\" (original value: …)\n  in \"<unicode string>\", line …, column 1:\n    seed: 1\n    ^ (line: …)\nkeep one of them"),
     ("params.yaml has a Python tag", "split", params(seed="!!python/object/apply:os.system ['exit 1']"), "params.yaml: not valid YAML: could not determine a constructor for the tag …"),
     ("params.yaml has a number of 5,000 digits", "split", params(seed="9" * 5000), "params.yaml: not valid YAML: Exceeds the limit (4300 digits) for integer string conversion…"),
     ("params.yaml is nested too deeply", "split", params(seed="[" * 5000), "params.yaml: not valid YAML: maximum recursion depth exceeded…"),

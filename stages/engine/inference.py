@@ -9,15 +9,13 @@ from stages.data.examples import Example
 from stages.engine.batches import Batches
 from stages.engine.loss import TokenLosses, losses_by_example
 from stages.engine.probe import choose_batches
-from stages.runtime.params import PredictParams, ScoreRowsParams
+from stages.runtime.params import InferenceParams
 from stages.runtime.terminal import progress
 
 SCORED_TOKENS = 2  # per token of a micro-batch in training; no activations are kept for a backward pass
 
 
-def choose_scoring_batches(
-    model: PreTrainedModel, examples: Iterable[Example], params: PredictParams | ScoreRowsParams
-) -> Batches:
+def choose_scoring_batches(model: PreTrainedModel, examples: Iterable[Example], params: InferenceParams) -> Batches:
     """The kind of batch that is exact for a model; also prints it."""
     max_tokens = SCORED_TOKENS * params.batch_size * params.max_length
     batches, messages, _ = choose_batches(model, examples, max_tokens, params.precision)

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from datetime import date
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -57,8 +58,9 @@ def unknown_parameter(name: object, known: set[str]) -> str:
 
 def _describe(error: Any) -> str:
     name = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "string_type" and isinstance(error["input"], int | float):
-        return f"{name}: found the number {error['input']!r}; must be text; put it in quotes"
+    if error["type"] == "string_type" and isinstance(error["input"], int | float | date):
+        kind = "date" if isinstance(error["input"], date) else "number"
+        return f"{name}: found the {kind} {error['input']}; must be text; put it in quotes"
     if error["type"] == "missing":
         return f"{name}: missing; every parameter needs a value"
     if error["type"] == "string_pattern_mismatch":

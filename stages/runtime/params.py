@@ -107,12 +107,17 @@ class BatchParams(StageParams):
     batch_size: PositiveInt
 
 
-class ScoreRowsParams(BatchParams, SplitFractions):
-    score_rows: bool
+class InferenceParams(BatchParams):
+    """What stages need that only run a model."""
+
     template: Template
     template_options: TemplateOptions
     launcher: Launcher
     precision: Precision
+
+
+class ScoreRowsParams(InferenceParams, SplitFractions):
+    score_rows: bool
 
 
 class TrainingParams(BatchParams):
@@ -155,14 +160,13 @@ class TrainParams(TrainingParams):
     seed: Seed
 
 
-class PredictParams(BatchParams):
-    template: Template
-    template_options: TemplateOptions
+class AnswerParams(InferenceParams):
     reasoning_end: Text | None
-    launcher: Launcher
     max_new_tokens: PositiveInt
+
+
+class PredictParams(AnswerParams):
     answers_per_prompt: PositiveInt
-    precision: Precision
 
 
 class ReplicateParams(TrainingParams, PredictParams):
@@ -185,16 +189,10 @@ class SeedParams(StageParams):
         return seeds
 
 
-class GenerateParams(BatchParams):
-    template: Template
-    template_options: TemplateOptions
-    reasoning_end: Text | None
-    launcher: Launcher
+class GenerateParams(AnswerParams):
     sample_prompts: Annotated[list[Text], Field(min_length=1)]
-    max_new_tokens: PositiveInt
     temperature: Temperature
     top_p: Annotated[float, Field(gt=0, le=1)]
-    precision: Precision
     seed: Seed
 
 
