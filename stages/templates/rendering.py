@@ -93,7 +93,7 @@ class Renderer:
         """The variables that the template reads and does not compute itself."""
         from jinja2 import Environment, meta, nodes
 
-        text = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self._text)  # a tag that only transformers knows
+        text = re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", self._text)  # a tag that only transformers knows
         try:
             tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)  # noqa: S701 (not rendered)
         except Exception as error:
