@@ -5,7 +5,6 @@ process per CPU core formats the shards of a large table.
 """
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -176,7 +175,6 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if options.columns:
         run(show_columns, exclusive=False)
-        sys.exit()
     if options.show is None and not options.rejected:
         run(main)
     if options.show is None or options.show < 1:

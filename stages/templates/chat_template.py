@@ -114,9 +114,8 @@ class ChatTemplate:
                     examples.append(Rendered(row, part, [prompts[number]], [answers[number]], spans))
             except BadRowError as error:
                 errors[row] = error
-        examples = sorted(
-            (example for example in examples if example.row not in errors), key=lambda example: example.row
-        )
+        examples = [example for example in examples if example.row not in errors]
+        examples.sort(key=lambda example: example.row)
         return Formatted(examples, mask_spans([example.spans for example in examples], max_length), errors)
 
     def encode_prompts(self, questions: Sequence[str], history: Sequence[Message] = ()) -> list[list[int]]:
