@@ -159,7 +159,8 @@ def predict_split(
 
 def prompt_ids(example: Example) -> list[int]:
     """The tokens before the last response."""
-    return [*map(int, example.input_ids[: example.last_response])]
+    ids: list[int] = example.input_ids[: example.last_response].tolist()
+    return ids
 
 
 def mean_loss(rows: Sequence[dict[str, Any]]) -> float:

@@ -184,7 +184,7 @@ def save_tuned(engine: "Engine", metrics: dict[str, Any], checkpoints: "Checkpoi
     with atomic_path(folder, durable=True) as partial:
         if params.finetuning != "full":
             if names := without_gradient(model):
-                print(f"Adapters that no gradient has reached: {names}", flush=True)
+                print(f"Adapters unchanged by training: {names}", flush=True)
             save_adapter(model, BASE, partial / "adapter")
             for parameter in model.parameters():
                 parameter.data = parameter.data.new_empty(0)  # merging loads the base again

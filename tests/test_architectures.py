@@ -11,6 +11,7 @@ EXPECTED = {
     "gpt2": (PACKED, PACKED, PACKED_PROMPTS),
     "llama": (PACKED, PACKED, PACKED_PROMPTS),
     "opt": (PACKED, PACKED, PACKED_PROMPTS),
+    "deepseek_v2": (PACKED, PACKED, PACKED_PROMPTS),  # multi-head latent attention
     "qwen3": (PACKED, PADDED, PADDED_PROMPTS),  # this and the next ones have a sliding window
     "gemma3_text": (PACKED, PADDED, PADDED_PROMPTS),
     "mistral": (PACKED, PADDED, PADDED_PROMPTS),

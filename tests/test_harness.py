@@ -17,7 +17,7 @@ pytestmark = pytest.mark.subprocess
 COLORS = """\
 task: colors
 dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{folder}/colors.jsonl"}}}}
+dataset_kwargs: {{data_files: {{test: "{folder}/colors.jsonl"}}, cache_dir: "{folder}"}}  # other tests empty HF_HOME
 test_split: test
 output_type: multiple_choice
 description: "Answer with a color."

@@ -20,7 +20,7 @@ from stages.engine.models import load_model
 from stages.engine.optimizer import trainable_parameters
 from stages.runtime.errors import UserError
 from tests.test_lora import BASE, TUNED, edit_lora
-from tests.test_train import curve
+from tests.test_train import curve, interruption, outcome, take_outcome
 from tests.tiny_models import NOT_BUILT, tiny_config, tiny_model
 
 pytestmark = pytest.mark.usefixtures("training_inputs")
@@ -139,7 +139,7 @@ def test_an_expert_by_an_old_name_and_a_router_are_errors_that_list_the_names(na
 def test_with_dropout_experts_are_frozen_or_an_error_if_they_are_named() -> None:
     message = add_adapters(tiny_model("mixtral"), edit_lora(lora_dropout="0.1"))
     assert message.startswith(f"LoRA of rank 4 on {DENSE}: ")
-    assert message.endswith(f"; no adapter on {FUSED}, mlp.gate (2)")
+    assert message.endswith(f"; no adapter on {FUSED}, mlp.gate (2) (experts can have one if lora_dropout is 0)")
     with pytest.raises(UserError) as error:
         add_adapters(tiny_model("mixtral"), edit_lora(lora_dropout="0.1", lora_target_modules="[q_proj, down_proj]"))
     assert str(error.value) == (
@@ -159,18 +159,24 @@ def test_qlora_of_a_mixture_is_an_error_before_the_model_is_loaded() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_mixture_is_trained(precision: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mixture_is_trained_and_resumes_to_the_same_bytes(precision: str, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_model("deepseek_v3").save_pretrained(BASE)
     edit_lora(precision=precision)
     train.main()
     output = capsys.readouterr().out
     assert "experts.gate_up_proj (1)" in output
-    assert "no gradient" not in output
+    assert "unchanged by training" not in output
     losses = [loss for _, loss in curve("loss")]
     assert losses[-1] < losses[0] - 0.3
     tuned = AutoModelForCausalLM.from_pretrained(TUNED)
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), str(TUNED / "adapter"))
     torch.testing.assert_close(tuned(IDS).logits, loaded(IDS).logits, rtol=0, atol=1e-4)
+    expected = take_outcome()
+    with interruption(14):
+        train.main()
+    train.main()
+    assert "Resuming from the checkpoint at step 10" in capsys.readouterr().out
+    assert outcome() == expected
 
 
 def test_frozen_matrices_in_bf16_that_peft_adds_adapters_to_are_widened(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from stages.engine import models
@@ -66,6 +68,24 @@ def test_a_model_in_its_stored_dtype_gives_the_bits_of_fp32_in_the_probe(
     with torch.no_grad(), models.probing(stored):
         assert torch.equal(plain(ids).logits, stored(ids).logits)
     assert before == {name: (parameter.dtype, parameter.data_ptr()) for name, parameter in stored.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral"])
+def test_computing_buffers_again_takes_no_memory_for_weights(name: str, tmp_path: Path) -> None:
+    random_tiny_model(name).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = models.load_as_stored(tmp_path, CPU)
+    sizes = []
+
+    class Allocations(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.device == CPU:
+                sizes.append(result.numel())
+            return result
+
+    with Allocations():
+        models.widen_buffers(model)
+    assert max(sizes, default=0) <= 128  # of a vector; matrices have at least 1,024 elements
 
 
 def test_tensors_that_transformers_keeps_in_fp32_do_not_widen_the_others(tmp_path: Path) -> None:

@@ -178,13 +178,14 @@ def matmul_attention(
 ) -> torch.Tensor:
     """`scaled_dot_product_attention` with a scale of 1; queries that share a key head are multiplied together.
 
-    query: (examples, heads, queries, head size); key and value: (examples, key heads, keys, head size).
+    query: (examples, heads, queries, head size); key and value: (examples, key heads, keys, head size). In multi-head
+    latent attention (https://arxiv.org/abs/2405.04434), the head size of values is another one.
     """
     examples, heads, num_queries, size = query.shape
     grouped = examples, key.shape[1], heads // key.shape[1] * num_queries
     scores = (query.reshape(*grouped, size) @ key.transpose(2, 3)).view(examples, heads, num_queries, -1)
     weights = torch.nn.functional.dropout((scores + mask).softmax(-1), dropout)
-    return (weights.view(*grouped, -1) @ value).view(query.shape)
+    return (weights.view(*grouped, -1) @ value).view(examples, heads, num_queries, -1)
 
 
 AttentionInterface.register(NAME, packed_attention)

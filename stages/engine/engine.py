@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
 from stages.data.examples import Example
@@ -17,7 +18,7 @@ from stages.engine.batches import Batches, Limits, MicroBatch
 from stages.engine.checkpoints import Checkpoints, load
 from stages.engine.distributed import DistributedContext, full_tensor, shard_like
 from stages.engine.loading import BASE, load_for_training
-from stages.engine.loss import attention_for, summed_loss
+from stages.engine.loss import attention_for, cross_entropy, forward, summed_loss
 from stages.engine.memory import (
     available_memory,
     check_checkpointing,
@@ -60,8 +61,8 @@ class StepResult:
     loss_sum: summed over the supervised tokens of the effective batch, in nats.
     num_supervised, num_tokens: supervised tokens and all tokens of the effective batch.
     gradient_norm: L2 norm before clipping.
-    seconds: the duration of the step.
     flops: model FLOPs of forward and backward.
+    seconds: the duration of the step.
     """
 
     loss_sum: float
@@ -69,8 +70,8 @@ class StepResult:
     num_tokens: int
     learning_rate: float
     gradient_norm: float
-    seconds: float
     flops: float
+    seconds: float = 0.0
 
 
 class Engine:
@@ -142,36 +143,46 @@ class Engine:
             return EffectiveBatch(examples, [micro_batch.pin_memory() for micro_batch in micro_batches])
 
     def train_step(self, batch: EffectiveBatch) -> StepResult:
-        """Do one optimizer step. The device is only waited for at its end.
+        """Do one optimizer step, for the mean loss over the supervised tokens of an effective batch.
+
+        The effective batch has `batch_size` * `gradient_accumulation_steps` examples. It is divided into micro-batches
+        that fit into memory: each has a forward and a backward pass, and their gradients add up.
 
         Raises:
             UserError: the loss or the gradient is not finite.
         """
-        start, step = time.perf_counter(), self._scheduler.last_epoch + 1
-        num_supervised, losses = batch.num_supervised, []
+        start, losses = time.perf_counter(), []
         with self._autocast():  # around the whole step, so that each weight is cast once
             for micro_batch, is_padding_step in self._calls(batch):
+                micro_batch = micro_batch.to(self.model.device)
                 with attention_for(self.model, micro_batch):  # backward calls layers again if they are checkpointed
-                    loss = summed_loss(self.model, micro_batch)
+                    loss = cross_entropy(forward(self.model, micro_batch), micro_batch.labels).sum()
                     # Dividing by infinity makes the gradient of a padding step 0.
-                    (loss / (math.inf if is_padding_step else num_supervised)).backward()
+                    (loss / (math.inf if is_padding_step else batch.num_supervised)).backward()
                 losses.append(loss.detach())
         self._context.all_reduce_gradients(self.model)
-        norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.params.max_grad_norm))
-        own_losses = self._own_losses(losses, batch)
+        gradient_norm = clip_grad_norm_(self.model.parameters(), self.params.max_grad_norm)
+        result = self._step_result(batch, losses, gradient_norm)
+        self._optimizer.step()
+        self._scheduler.step()
+        self._optimizer.zero_grad()
+        return replace(result, seconds=time.perf_counter() - start)
+
+    def _step_result(self, batch: EffectiveBatch, losses: list[torch.Tensor], norm: torch.Tensor) -> StepResult:
+        """Add up the losses of all ranks; waits for the device."""
+        step, own_losses = self._scheduler.last_epoch + 1, self._own_losses(losses, batch)
         loss_sum = sum(self._context.gather(sum(own_losses)))
         for value, micro_batch in zip(own_losses, batch.micro_batches, strict=True):
             require_finite("loss", value, step, micro_batch.examples)
         require_finite("loss", loss_sum, step, batch.examples)  # of another rank
-        gradient_norm = require_finite("gradient norm", norm.item(), step, batch.examples)
-        learning_rate = float(self._scheduler.get_last_lr()[0])
-        self._optimizer.step()
-        self._scheduler.step()
-        self._optimizer.zero_grad()
-        num_tokens = sum(len(example.input_ids) for example in batch.examples)
-        flops = sum(self._context.gather(sum(map(self._flops, batch.micro_batches))))
-        seconds = time.perf_counter() - start
-        return StepResult(loss_sum, num_supervised, num_tokens, learning_rate, gradient_norm, seconds, flops)
+        return StepResult(
+            loss_sum=loss_sum,
+            num_supervised=batch.num_supervised,
+            num_tokens=sum(len(example.input_ids) for example in batch.examples),
+            learning_rate=float(self._scheduler.get_last_lr()[0]),
+            gradient_norm=require_finite("gradient norm", full_tensor(norm).item(), step, batch.examples),
+            flops=sum(self._context.gather(sum(map(self._flops, batch.micro_batches)))),
+        )
 
     def validation_loss(self, examples: Sequence[Example]) -> float:
         """Mean loss over all supervised tokens, in nats/token."""

@@ -56,7 +56,11 @@ def add_adapters(model: PreTrainedModel, params: TrainParams) -> str:
     num_all = sum(parameter.numel() * (1 + (parameter.dtype == torch.uint8)) for parameter in model.parameters())
     adapted, frozen = adapted_and_frozen(model)
     message = f"LoRA of rank {params.lora_rank} on {adapted}: {num_trained:,} of {num_all:,} parameters are trained"
-    return f"{message}; no adapter on {frozen}" if frozen and params.lora_target_modules == ALL else message
+    if params.lora_target_modules != ALL or not frozen:
+        return message
+    if params.lora_dropout and any(expert_weights(model)):
+        frozen += " (experts can have one if lora_dropout is 0)"
+    return f"{message}; no adapter on {frozen}"
 
 
 def lora_config(model: PreTrainedModel, params: TrainParams) -> LoraConfig:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -35,7 +35,7 @@ def attention_for(model: PreTrainedModel, batch: MicroBatch) -> AbstractContextM
     return use_packed_attention(model) if "layout" in batch.inputs else nullcontext()
 
 
-def target_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
+def forward(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     """Logits at the columns of a micro-batch, (rows, columns, vocabulary), by one call of the model."""
     with attention_for(model, batch):
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -48,15 +48,15 @@ def target_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
 def summed_loss(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     """The loss summed over supervised tokens, in nats. Not the mean, because micro-batches differ in their number."""
     batch = batch.to(model.device)
-    return _cross_entropy(target_logits(model, batch), batch.labels).sum()
+    return cross_entropy(forward(model, batch), batch.labels).sum()
 
 
 def token_losses(model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
     """The loss at each supervised token of a micro-batch."""
     batch = batch.to(model.device)
-    logits = target_logits(model, batch)
+    logits = forward(model, batch)
     is_supervised = batch.labels != IGNORE_INDEX
-    losses = _cross_entropy(logits, batch.labels).view(batch.labels.shape)
+    losses = cross_entropy(logits, batch.labels).view(batch.labels.shape)
     return TokenLosses(losses[is_supervised], (logits.argmax(-1) == batch.labels)[is_supervised])
 
 
@@ -72,7 +72,7 @@ def losses_by_example(
             yield example, TokenLosses(losses, correct)
 
 
-def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The loss at each label, (labels,), in fp32, in chunks, because fp32 copies of all logits take much memory."""
     rows = max(1, LOGITS_PER_CHUNK[logits.device.type] // logits.shape[-1])
     chunks = zip(logits.flatten(0, 1).split(rows), labels.flatten().split(rows), strict=True)
@@ -82,4 +82,4 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def _chunk_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="none")
+    return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="none")

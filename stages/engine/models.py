@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -99,9 +100,16 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype, quantization: 
     return model
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """Inside the block `torch.empty` takes no memory. `init_empty_weights` allocates each weight before it drops it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **({**(kwargs or {}), "device": "meta"} if func is torch.empty else kwargs or {}))
+
+
 def widen_buffers(model: PreTrainedModel) -> None:
     """Replace buffers that are not in the checkpoint, which transformers has computed in bf16."""
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _EmptyOnMeta():
         buffers = dict(AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).named_buffers())
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from stages.data.examples import IGNORE_INDEX, Example
 from stages.engine.batches import NO_LIMITS, Batches, Limits, PackedBatches, PaddedBatches
-from stages.engine.loss import losses_by_example, target_logits
+from stages.engine.loss import forward, losses_by_example
 from stages.engine.models import autocast, check_context_length, inference, probing, uses_bf16
 from stages.engine.varlen import VarlenLayout
 from stages.runtime.errors import UserError, is_out_of_memory
@@ -206,7 +206,7 @@ def has_dropout(model: PreTrainedModel, examples: Sequence[Example]) -> bool:
     batch = PaddedBatches(NO_LIMITS).collate(examples)
     with probing(model), fork_rng(model):
         model.train()
-        first, second = (target_logits(model, batch.to(model.device)) for _ in range(2))
+        first, second = (forward(model, batch.to(model.device)) for _ in range(2))
     return bool((first - second).abs().max() > TOLERANCE)
 
 

@@ -48,7 +48,7 @@ def map_processes(function: Callable[..., T], *arguments: Sequence[Any], desc: s
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(num_items, num_cores()), context, _start_worker, (Path.cwd(),))
     try:
-        # Workers inherit the mask, so that they ignore Ctrl-C. In this process it takes effect at the end of the mask.
+        # Workers inherit the mask, so they never see Ctrl-C. This process gets it when the mask is reset below.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         results = pool.map(function, *arguments)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
