@@ -23,7 +23,7 @@ FIXED_DATE = (
     "replace('%m', '07') | replace('%Y', '2024') | replace('%A', 'Friday') }}{% endmacro %}\n"
 )
 # What `apply_chat_template` passes to a template, besides special tokens.
-PASSED = {"messages", "tools", "documents", "add_generation_prompt"}
+PASSED = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
 TIME_LIMIT = 30  # seconds to find out how a template renders messages, which takes milliseconds
 
 
