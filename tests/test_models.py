@@ -83,7 +83,7 @@ def test_computing_buffers_again_takes_no_memory_for_weights(name: str, tmp_path
                 sizes.append(result.numel())
             return result
 
-    with Allocations():
+    with Allocations():  # type: ignore[no-untyped-call]
         models.widen_buffers(model)
     assert max(sizes, default=0) <= 128  # of a vector; matrices have at least 1,024 elements
 
