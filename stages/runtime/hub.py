@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     RemoteEntryNotFoundError,
 )
-from huggingface_hub.utils import parse_ratelimit_headers
+from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]  # its docstring imports it so
 from huggingface_hub.utils._http import default_client_factory  # there is no public one
 
 from stages.runtime.errors import UserError, describe_reason, is_out_of_memory
