@@ -234,6 +234,7 @@ CASES: list[tuple[str, str, Setup, str]] = [
     # one parameter
     ("revision of digits", "download_model", params(model_revision="1234567"), "params.yaml:\n  model_revision: found the number 1234567; must be text; put it in quotes"),
     ("revision that YAML reads as a number", "download_model", params(model_revision="12e4567"), "params.yaml:\n  model_revision: found the number inf; must be text; put it in quotes"),
+    ("revision that YAML reads as a date", "download_model", params(model_revision="2001-09-09"), "params.yaml:\n  model_revision: found the date 2001-09-09; must be text; put it in quotes"),
     ("unknown parameter", "split", added("num_epohs: 3\n"), "params.yaml:\n  num_epohs: not a parameter; did you mean num_epochs?"),
     ("unknown parameter with an escape sequence", "split", added('"\\e[31mred": 3\n'), "params.yaml:\n  \\x1b[31mred: not a parameter; known are activation_checkpointing, answers_per_prompt, batch_size, …"),
     ("missing parameter", "split", params(num_epochs=None), "params.yaml:\n  num_epochs: missing; every parameter needs a value"),
