@@ -9,7 +9,8 @@ import sys
 from dvc.repo import Repo
 from dvc.stage import PipelineStage
 
-from stages.runtime.text import printable, without_secrets
+from stages.runtime.secrets import without_secrets
+from stages.text import printable
 
 STAGES = re.compile(r"split|(predict|evaluate)@tuned|(evaluate_)?replicate@.*")
 

@@ -11,9 +11,10 @@ from benchmarks import formatting, training
 from benchmarks.data import ALPACA, long_examples
 from benchmarks.report import draw, results_file, table
 from stages.data.examples import read_split
+from stages.data.files import write_json
 from stages.engine.models import load_model, pick_device, uses_bf16
+from stages.engine.schedule import effective_batch_size
 from stages.engine.speed import flops_per_token
-from stages.runtime.files import write_json
 from stages.runtime.params import TrainParams, load_params
 
 GPU_BATCH_SIZE = 16  # examples; the default of 4 would measure little but the start of kernels
@@ -30,7 +31,7 @@ def main() -> None:
         print("This processor has no bf16 instructions, and emulation takes minutes per step, so all engines use fp32.")
         runs = [("textbook", "fp32"), ("TRL", "fp32"), ("this project", "fp32")]
     precision = runs[-1][1]
-    num_examples = training.num_steps() * params.effective_batch_size
+    num_examples = training.num_steps() * effective_batch_size(params)
     results = {
         **machine(),
         "flops_per_token": flops_per_token(load_model(training.BASE)),

@@ -21,12 +21,12 @@ import torch
 from benchmarks.__main__ import machine
 from benchmarks.memory import peak_memory
 from stages.data.examples import IGNORE_INDEX, Example
+from stages.data.files import write_json
 from stages.engine.distributed import DistributedContext
 from stages.engine.engine import Engine
 from stages.engine.models import matrix_layers, uses_bf16
 from stages.engine.optimizer import state_bytes, trainable_parameters
 from stages.engine.schedule import Schedule
-from stages.runtime.files import write_json
 from stages.runtime.params import TrainParams, load_params
 from stages.runtime.run import run
 

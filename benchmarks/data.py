@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow as pa
 
 from stages.data.examples import RAW_SCHEMA, SPLIT_SCHEMA, Example, read_split
-from stages.data.masking import load_tokenizer
 from stages.data.tables import parquet_writer
-from stages.data.templates import load_template
+from stages.data.tokenizer import load_tokenizer
 from stages.format import format_batch
 from stages.runtime.params import FormatParams, load_params
+from stages.templates.selection import load_template
 
 JOINED = 3, 3  # instructions and outputs per row; about 170 tokens with the template
 ALPACA = 1, 5  # about 170 tokens, of which 70% are supervised, as in the rows of Alpaca

@@ -13,9 +13,9 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from benchmarks.data import long_rows
-from stages.data.alpaca import render_alpaca
 from stages.data.examples import RAW_SCHEMA, REJECTED_SCHEMA
 from stages.data.tables import ROWS_PER_GROUP, parquet_writer
+from stages.templates.alpaca import render_alpaca
 
 ALPACA_ROWS = 52_000
 REPEATS = 3

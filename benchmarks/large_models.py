@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, PreTrainedConfig
 
 from benchmarks.scaling import prepare, run
-from stages.data.masking import load_tokenizer
+from stages.data.files import write_json
+from stages.data.tokenizer import load_tokenizer
 from stages.engine.models import load_on_meta
-from stages.runtime.files import write_json
 from stages.runtime.yaml12 import parse_yaml
 
 ROWS = 40

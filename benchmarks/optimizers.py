@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.selection import SHORT, compare, comparison_table
 from benchmarks.verdicts import loss, run_experiment
-from stages.runtime.files import write_json
+from stages.data.files import write_json
 from stages.runtime.run import run
 
 RESULTS = Path(__file__).with_name("optimizers.json")

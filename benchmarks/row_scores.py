@@ -23,18 +23,18 @@ import pyarrow as pa
 
 from benchmarks.data import read_examples
 from stages.data.examples import RAW_SCHEMA, BadRowError
-from stages.data.masking import load_tokenizer
-from stages.data.rows import RowParser
-from stages.data.sources import open_files
-from stages.data.templates import load_template
+from stages.data.files import read_json, write_json
+from stages.data.tokenizer import load_tokenizer
 from stages.download_dataset import raw_row
 from stages.engine.distributed import DistributedContext
 from stages.engine.loading import load_for_inference
 from stages.engine.models import pick_device
 from stages.format import format_batch
-from stages.runtime.files import read_json, write_json
+from stages.rows.row_parser import RowParser
+from stages.rows.sources import open_files
 from stages.runtime.params import FormatParams, ScoreRowsParams, load_params
 from stages.score_rows import score_examples, summarize
+from stages.templates.selection import load_template
 
 RESULTS = Path(__file__).with_name("row_scores.json")
 BAD = 0.15  # share of the rows whose answers are replaced by each kind

@@ -20,9 +20,10 @@ from benchmarks.__main__ import machine
 from benchmarks.costs import RESULTS, STAGES, report
 from benchmarks.data import long_examples, long_rows
 from benchmarks.memory import anonymous_memory, peak_memory
+from stages.data.files import write_json
 from stages.data.tables import ROWS_PER_SHARD
 from stages.engine.models import pick_device, uses_bf16
-from stages.runtime.files import write_json
+from stages.engine.schedule import effective_batch_size
 from stages.runtime.params import TrainParams, load_params
 from stages.runtime.terminal import disk_usage
 
@@ -92,7 +93,7 @@ def gpt2() -> dict[str, Any]:
 
     params = load_params(TrainParams)
     precision = "bf16" if uses_bf16("auto", pick_device()) else "fp32"
-    examples = long_examples(training.num_steps() * params.effective_batch_size)
+    examples = long_examples(training.num_steps() * effective_batch_size(params))
     with TemporaryDirectory() as folder:
         GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
         return training.measure(examples, params, [("this project", precision)], Path(folder))

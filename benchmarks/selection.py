@@ -18,8 +18,8 @@ from benchmarks.verdicts import LOSS, loss, run_experiment
 from review.revisions import Revision
 from review.runs import RevisionRuns
 from review.verdicts import compare_runs, signed
+from stages.data.files import write_json
 from stages.data.tables import read_table
-from stages.runtime.files import write_json
 from stages.runtime.run import run
 
 SWAPPED_FILE, SWAPPED_SHARE = Path("data/swapped.jsonl"), 0.1

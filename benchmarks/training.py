@@ -23,6 +23,7 @@ from benchmarks.memory import peak_memory
 from stages.data.examples import IGNORE_INDEX, Example
 from stages.engine.batches import NO_LIMITS, PackedBatches, shuffled_batches
 from stages.engine.models import pick_device
+from stages.engine.schedule import effective_batch_size
 from stages.engine.speed import matmul_rate
 from stages.runtime.params import TrainParams
 
@@ -45,7 +46,7 @@ class Work:
     @property
     def batches(self) -> list[list[Example]]:
         """The effective batches, in the same order for all engines."""
-        return [*shuffled_batches(self.examples, self.params.effective_batch_size, self.params.seed, epoch=0)]
+        return [*shuffled_batches(self.examples, effective_batch_size(self.params), self.params.seed, epoch=0)]
 
 
 def num_steps() -> int:
@@ -221,7 +222,7 @@ def measure(
         examples: one optimizer step for each effective batch of them; the first one is not timed.
         runs: engines with their precisions; the others are compared with the last one.
     """
-    steps = math.ceil(len(examples) / params.effective_batch_size)
+    steps = math.ceil(len(examples) / effective_batch_size(params))
     common = {"num_epochs": 1, "max_steps": None, "lr_scheduler": "constant", "warmup_steps": 0}
     common |= {"eval_steps": steps, "save_steps": steps, "early_stopping_patience": None}
     works = [

@@ -20,7 +20,7 @@ from review.revisions import Revision
 from review.runs import RevisionRuns, find_runs, read_runs
 from review.statistics import SIGNIFICANCE, Runs, compare
 from review.verdicts import compare_runs, metric_runs, signed
-from stages.runtime.files import write_json
+from stages.data.files import write_json
 from stages.runtime.run import run
 from stages.runtime.terminal import progress
 from stages.scoring.metrics import METRICS

@@ -14,8 +14,8 @@ from review.evidence import changed_kinds
 from review.gates import check_gates
 from review.revisions import WORKSPACE, Revision
 from review.verdicts import MEASURE_NOISE
+from stages.data.files import write_text
 from stages.runtime.errors import UserError
-from stages.runtime.files import write_text
 from stages.runtime.run import run
 from stages.runtime.terminal import summary
 

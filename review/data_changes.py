@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from review.revisions import Revision
-from stages.data.alpaca import ALPACA, ALPACA_WITH_INPUT
-from stages.data.near_duplicates import jaccard, shingles
+from stages.checks.near_duplicates import jaccard, shingles
+from stages.templates.alpaca import ALPACA, ALPACA_WITH_INPUT
 
 TEST = "data/test.parquet"
 SPLITS = {"train": "data/train.parquet", "validation": "data/validation.parquet", "test": TEST}

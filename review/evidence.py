@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from review.comparison import Comparison
 from review.gates import NOTHING_TO_COMPARE, GateResult
 from review.markup import table, text
-from stages.runtime.text import code
 from stages.scoring.scorers import SCORERS
+from stages.text import code
 
 MAX_OUTDATED = 8  # differences that are listed for each revision
 

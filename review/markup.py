@@ -7,7 +7,7 @@ from html import escape
 
 from markdown_it import MarkdownIt
 
-from stages.runtime.text import heading
+from stages.text import heading
 
 MAX_CELL_LENGTH = 240  # characters of an example's text in a table
 # Text that begins a mention, a reference or a link on GitHub. An invisible word joiner after it prevents that.

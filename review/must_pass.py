@@ -9,7 +9,7 @@ from review.data_changes import TEST, without_template
 from review.rescoring import Rescoring
 from review.revisions import Revision
 from review.runs import METRICS_FILE, read_answers
-from stages.data.conversations import content_hash, normalize
+from stages.data.splits import content_hash, normalize
 
 STATES = ("not in the test split", "without a check", "broken", "still failing", "fixed", "passing")
 BAD = STATES[:3]  # with these, the gate fails

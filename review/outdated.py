@@ -14,8 +14,8 @@ from dvc.output import Output
 from dvc.repo import Repo
 from dvc.stage import Stage
 
+from stages.data.files import read_json
 from stages.download_model import folder_sha256
-from stages.runtime.files import read_json
 
 
 def differences(repo: Repo) -> Iterator[str]:

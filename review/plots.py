@@ -21,9 +21,10 @@ import vl_convert
 from review.markup import text, truncate
 from review.revisions import Revision
 from review.verdicts import MetricResult
+from stages.data.files import write_text
 from stages.runtime.errors import UserError, user_errors
-from stages.runtime.files import write_text
-from stages.runtime.text import printable, without_secrets
+from stages.runtime.secrets import without_secrets
+from stages.text import printable
 
 CURVE = "metrics/curve.csv"
 LOSSES = {"loss": "Training loss", "validation_loss": "Validation loss"}

@@ -12,8 +12,8 @@ from review.markup import highlight_diff, table, text, truncate
 from review.must_pass import BAD, MustPass, counted
 from review.verdicts import MEASURE_NOISE, RUN_NOISE_UNKNOWN, MetricResult, describe_difference, signed
 from review.votes import Tally, VoteResults
-from stages.runtime.text import block, code
 from stages.scoring.scorers import SCORERS
+from stages.text import block, code
 
 SIGN = {"better": "✓ better", "worse": "✗ worse"}
 RESULT_HEADER = ["before", "after", "difference (95% interval)", "p", "detectable", "needed", "verdict"]

@@ -18,7 +18,7 @@ from stages.scoring.scorers import PREFIX, SCORERS, Scorer, load_scorers
 
 SCORING = "data/scoring.parquet"
 SCORED = ("checked", "passed", "exact_match", "rouge_l", "repetition")  # columns that depend on checks and code
-SCORING_CODE = (str(SCORERS), "stages/evaluate.py", "stages/data", "stages/scoring")
+SCORING_CODE = (str(SCORERS), "stages/evaluate.py", "stages/data", "stages/checks", "stages/scoring")
 Key = tuple[str, str]  # split and example id
 Answers = tuple[list[str], list[bool]]  # all answers to an example, and whether the reasoning of each never closes
 

@@ -18,7 +18,7 @@ from review.outdated import changed_model, differences
 from stages.runtime.errors import UserError, describe_reason, user_errors
 from stages.runtime.params import PARAMS_FILE
 from stages.runtime.preflight import check_interpolated, check_owner
-from stages.runtime.text import without_secrets
+from stages.runtime.secrets import without_secrets
 from stages.runtime.yaml12 import parse_yaml
 
 WORKSPACE = "workspace"

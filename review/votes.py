@@ -22,9 +22,9 @@ from scipy.special import betaln, xlogy
 from review.data_changes import TEST, without_template
 from review.revisions import Revision
 from review.runs import read_answers
-from stages.data.conversations import content_hash
+from stages.data.files import write_text
+from stages.data.splits import content_hash
 from stages.runtime.errors import UserError
-from stages.runtime.files import write_text
 
 VOTES, VOTES_LOCK = Path("votes"), Path(".scratch/votes.lock")
 LOCK_TIMEOUT = 10.0  # seconds

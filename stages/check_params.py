@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from stages.runtime.files import write_text
 from stages.runtime.params import TrainParams, load_params
 from stages.runtime.run import run
 
@@ -11,7 +10,7 @@ CHECKED = Path("data/params_checked")
 
 def main() -> None:
     load_params(TrainParams)  # reports the mistakes in the whole file
-    write_text(CHECKED, "The parameters are valid.\n")  # the same text each time, so that no other stage runs again
+    CHECKED.write_text("The parameters are valid.\n")  # the same text each time, so that no other stage runs again
 
 
 if __name__ == "__main__":

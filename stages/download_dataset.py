@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from stages.data.examples import RAW_SCHEMA, REJECTED_SCHEMA, BadRowError
-from stages.data.rows import ALLOWED, Row, parse_slice
-from stages.data.sources import Source, open_retention, open_sources
+from stages.data.files import write_json
 from stages.data.tables import ROWS_PER_GROUP, parquet_writer
+from stages.rows.columns import parse_slice
+from stages.rows.row_parser import ALLOWED, Row
+from stages.rows.sources import Source, open_retention, open_sources
 from stages.runtime.errors import UserError
-from stages.runtime.files import write_json
 from stages.runtime.param_types import DatasetParams
 from stages.runtime.params import DownloadDatasetParams, load_params
 from stages.runtime.run import run
 from stages.runtime.terminal import progress, summary
-from stages.runtime.text import printable
+from stages.text import printable
 
 NO_SLICE, MAX_SLICES = "(none)", 100
 RAW, UNREADABLE, SOURCE = Path("data/raw.parquet"), Path("data/unreadable.parquet"), Path("data/source.json")

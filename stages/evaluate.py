@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from rapidfuzz.distance import LCSseq
 
-from stages.data.checks import CheckTimeoutError, passes
+from stages.checks.kinds import CheckTimeoutError, passes
+from stages.checks.words import words
 from stages.data.examples import SCORING_SCHEMA
+from stages.data.files import write_csv, write_json
 from stages.data.tables import read_table, write_parquet
-from stages.data.words import words
 from stages.runtime.errors import UserError
-from stages.runtime.files import write_csv, write_json
 from stages.runtime.run import run
 from stages.runtime.terminal import progress, summary
 from stages.scoring.metrics import METRICS, OPEN_REASONING, all_metrics, metrics_by_slice
@@ -100,7 +100,7 @@ def check_names(scorers: Iterable[str]) -> None:
         "perplexity",
         "slices",
         "retention",
-        *(each.name for each in (*METRICS, OPEN_REASONING)),
+        *(metric.name for metric in (*METRICS, OPEN_REASONING)),
     }
     for name in scorers:
         if name in reserved or name.startswith("pass_at_") or name.endswith("_se"):
@@ -185,9 +185,9 @@ def rouge_l(answer: str, reference: str) -> float:
     """ROUGE-L: the F1 score of the longest common subsequence of words (Lin, 2004), for any language."""
     if answer == reference:  # also if there are no words
         return 1.0
-    sides = words(answer), words(reference)
-    num_words = sum(map(len, sides))
-    return 2 * LCSseq.similarity(*sides) / num_words if num_words else 0.0
+    answer_words, reference_words = words(answer), words(reference)
+    num_words = len(answer_words) + len(reference_words)
+    return 2 * LCSseq.similarity(answer_words, reference_words) / num_words if num_words else 0.0
 
 
 def repetition(answer: str) -> float:

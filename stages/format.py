@@ -5,7 +5,6 @@ process per CPU core formats the shards of a large table.
 """
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,20 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stages.data.checks import is_right
-from stages.data.conversations import Conversation, Formatted, content_ids, parse_conversation
+from stages.checks.kinds import is_right
 from stages.data.examples import FORMATTED_SCHEMA, REJECTED_SCHEMA, BadRowError
-from stages.data.format_counts import LENGTH_BIN, Counts, FormattedBatch, describe_lengths, listed
-from stages.data.masking import load_tokenizer
-from stages.data.show import show_columns, show_formatted, show_rejected
+from stages.data.files import write_csv, write_json
 from stages.data.tables import parquet_writer, read_batches, shard_writer, sharded, shards
-from stages.data.templates import SELECTED_TEMPLATE, Template, load_template, select_template
+from stages.data.tokenizer import PROMPT_FORMAT, load_tokenizer
+from stages.rows.format_counts import LENGTH_BIN, Counts, FormattedBatch, describe_lengths, listed
+from stages.rows.show import show_columns, show_formatted, show_rejected
 from stages.runtime.errors import user_errors
-from stages.runtime.files import write_csv, write_json
 from stages.runtime.parallel import map_processes, prefetch_map
 from stages.runtime.params import FormatParams, load_params
 from stages.runtime.run import run
 from stages.runtime.terminal import summary
+from stages.templates.conversations import Conversation, Formatted, content_ids, parse_conversation
+from stages.templates.selection import SELECTED_TEMPLATE, Template, load_template, select_template
 
 RAW, UNREADABLE = Path("data/raw.parquet"), Path("data/unreadable.parquet")
 FORMATTED, REJECTED = Path("data/formatted.parquet"), Path("data/rejected.parquet")
@@ -61,7 +60,7 @@ def main() -> None:
             "truncated": describe_lengths(counts, params),
         }
         | ({"checks": "\n".join([checks, *counts.first_failing])} if counts.first_failing else {}),
-        wrote=[FORMATTED, REJECTED, SELECTED_TEMPLATE, METRICS, LENGTHS],
+        wrote=[FORMATTED, REJECTED, SELECTED_TEMPLATE, PROMPT_FORMAT, METRICS, LENGTHS],
         then="python -m stages.format --show 3" + (" --rejected" if total["left_out"] else ""),
     )
 
@@ -69,6 +68,8 @@ def main() -> None:
 def format_shard(params: FormatParams, formatted: Path, number: int, raw: Path) -> tuple[Counts, list[dict[str, Any]]]:
     """Format one shard of the raw table into the folder `formatted`; returns its counts and its rejected rows."""
     template = load_template(params.template, load_tokenizer(), params.template_options, params.reasoning_end)
+    if number == 0:
+        write_json(PROMPT_FORMAT, {"chat_template": template.chat_template, "eos_token_ids": template.eos_token_ids})
     counts, all_rejected = Counts(), []
     with shard_writer(formatted, FORMATTED_SCHEMA, number) as writer:
         format_one = partial(format_batch, template=template, params=params)
@@ -174,7 +175,6 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if options.columns:
         run(show_columns, exclusive=False)
-        sys.exit()
     if options.show is None and not options.rejected:
         run(main)
     if options.show is None or options.show < 1:

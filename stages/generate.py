@@ -6,13 +6,13 @@ The file is tracked in git, so that a pull request shows how the answers changed
 import argparse
 from pathlib import Path
 
-from stages.data.masking import load_tokenizer
-from stages.data.templates import load_template
-from stages.runtime.files import write_text
+from stages.data.files import write_text
+from stages.data.tokenizer import load_tokenizer
 from stages.runtime.params import GenerateParams, load_params
 from stages.runtime.run import run
 from stages.runtime.terminal import summary
-from stages.runtime.text import block, heading
+from stages.templates.selection import load_template
+from stages.text import block, heading
 
 
 def main() -> None:
@@ -42,7 +42,8 @@ def main() -> None:
     settings = generation_settings(template.eos_token_ids, params.max_new_tokens, params.temperature, params.top_p)
     with autocast(params.precision, model.device, cache_enabled=not context.sharded):
         method = choose_method(model, prompts, params.max_new_tokens)
-        answers = generate_answers(model, template.answer_parser, prompts, settings, params.tokens_per_batch, method)
+        max_tokens = params.batch_size * params.max_length
+        answers = generate_answers(model, template.answer_parser, prompts, settings, max_tokens, method)
     context.shutdown()
     if not context.is_main_process:
         return

@@ -6,7 +6,6 @@ scores the same answers again.
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from stages.data.examples import Example, Split, read_split
-from stages.data.masking import load_tokenizer
 from stages.data.tables import write_parquet
-from stages.data.templates import load_template
+from stages.data.tokenizer import load_tokenizer
 from stages.runtime.errors import UserError
 from stages.runtime.params import PredictParams, load_params
 from stages.runtime.run import run
-from stages.runtime.terminal import progress, summary
+from stages.runtime.terminal import summary
+from stages.templates.selection import load_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from stages.engine.distributed import DistributedContext
 
 TEST, RETENTION = Path("data/test.parquet"), Path("data/retention.parquet")
-SCORED_TOKENS = 2  # per token of a micro-batch in training; no activations are kept for a backward pass
 MAX_LOSS = 100  # nats/token; a uniform guess over the vocabulary has about 10
 SEED = 0  # of sampled answers; not that of training, which must not change the answers of the base model
 ANSWERS_SCHEMA = pa.schema(
@@ -87,16 +85,14 @@ def predict(folder: Path, params: PredictParams, context: "DistributedContext") 
         UserError: the loss is far above that of a random guess, or not a number.
     """
     from stages.engine.decoding import choose_method
+    from stages.engine.inference import choose_scoring_batches
     from stages.engine.loading import load_for_inference
-    from stages.engine.probe import choose_batches
 
     splits = {"test": read_split(TEST)}
     if len(retention := Split(RETENTION)):
         splits["retention"] = retention
     model, tokenizer = load_for_inference(folder, params.precision, context), load_tokenizer()
-    examples = chain.from_iterable(splits.values())
-    batches, messages, _ = choose_batches(model, examples, SCORED_TOKENS * params.tokens_per_batch, params.precision)
-    print(*messages, sep="\n", flush=True)
+    batches = choose_scoring_batches(model, chain.from_iterable(splits.values()), params)
     prompts = [prompt_ids(example) for split in splits.values() for example in split]
     method = choose_method(model, prompts, params.max_new_tokens)
     # One split after the other, so that rows of the retention set have no effect on the rounding of the test losses.
@@ -126,6 +122,7 @@ def predict_split(
     from transformers import set_seed
 
     from stages.engine.decoding import generate_answers, generation_settings
+    from stages.engine.inference import score
     from stages.engine.models import autocast
 
     num_answers = params.answers_per_prompt
@@ -135,26 +132,26 @@ def predict_split(
     settings = generation_settings(template.eos_token_ids, params.max_new_tokens, temperature)
     set_seed(SEED)
     with autocast(params.precision, model.device, cache_enabled=not context.sharded):
-        scores = score_tokens(model, batches, examples)
-        answers = iter(
-            generate_answers(model, template.answer_parser, prompts, settings, params.tokens_per_batch, method)
-        )
+        scores = score(model, batches, examples)
+        max_tokens = params.batch_size * params.max_length
+        answers = iter(generate_answers(model, template.answer_parser, prompts, settings, max_tokens, method))
     rows = []
-    for example, score in zip(examples, scores, strict=True):
-        own = list(islice(answers, num_answers))
+    for example in examples:
+        own_answers, at_tokens = list(islice(answers, num_answers)), scores[example.example_id]
+        num_tokens = len(at_tokens.losses)
         rows.append(
             {
                 "example_id": example.example_id,
-                "loss": score.loss_sum / score.num_tokens,
-                "tokens": score.num_tokens,
-                "correct_tokens": score.num_correct,
+                "loss": at_tokens.losses.sum().item() / num_tokens,
+                "tokens": num_tokens,
+                "correct_tokens": int(at_tokens.correct.sum()),
                 "reference_fits": len(example.input_ids) - example.last_response <= params.max_new_tokens,
-                "answers": [answer.parts.text for answer in own],
-                "reasoning": [answer.parts.reasoning for answer in own],
-                "calls": [answer.parts.calls for answer in own],
-                "open_reasoning": [answer.parts.is_open for answer in own],
-                "answer_tokens": [answer.num_tokens for answer in own],
-                "stopped": [answer.stopped for answer in own],
+                "answers": [answer.parts.text for answer in own_answers],
+                "reasoning": [answer.parts.reasoning for answer in own_answers],
+                "calls": [answer.parts.calls for answer in own_answers],
+                "open_reasoning": [answer.parts.is_open for answer in own_answers],
+                "answer_tokens": [answer.num_tokens for answer in own_answers],
+                "stopped": [answer.stopped for answer in own_answers],
             }
         )
     return rows
@@ -169,30 +166,6 @@ def prompt_ids(example: Example) -> list[int]:
 def mean_loss(rows: Sequence[dict[str, Any]]) -> float:
     """In nats/token, over the supervised tokens of all rows."""
     return float(sum(row["loss"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows))
-
-
-@dataclass(frozen=True)
-class Score:
-    """Sums over the supervised tokens of one example: loss in nats, tokens, tokens whose prediction was correct."""
-
-    loss_sum: float
-    num_tokens: int
-    num_correct: int
-
-
-def score_tokens(model: "PreTrainedModel", batches: "Batches", examples: Sequence[Example]) -> list[Score]:
-    """The scores of the examples, in their order. Only one micro-batch is in memory at a time."""
-    import torch
-
-    from stages.engine.loss import losses_by_example
-
-    scores: dict[str, Score] = {}
-    micro_batches = progress(batches.micro_batches(examples), "score", "micro-batch")
-    with torch.inference_mode():
-        for example, result in losses_by_example(model, micro_batches):
-            losses = result.losses.cpu().double()
-            scores[example.example_id] = Score(losses.sum().item(), len(losses), int(result.correct.sum()))
-    return [scores[example.example_id] for example in examples]
 
 
 if __name__ == "__main__":

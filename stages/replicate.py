@@ -7,9 +7,9 @@ weights are not kept.
 import argparse
 from pathlib import Path
 
+from stages.data.files import remove
 from stages.data.tables import write_parquet
 from stages.predict import ANSWERS_SCHEMA, mean_loss, predict
-from stages.runtime.files import remove
 from stages.runtime.params import ReplicateParams, TrainingParams, TrainParams, load_params
 from stages.runtime.run import run
 from stages.runtime.terminal import summary

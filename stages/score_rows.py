@@ -18,14 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages.data.examples import IGNORE_INDEX, Example, Split
-from stages.data.masking import load_tokenizer
 from stages.data.splits import choose_splits
 from stages.data.tables import parquet_writer, read_batches
-from stages.data.templates import Template, load_template
+from stages.data.tokenizer import load_tokenizer
 from stages.runtime.errors import UserError
 from stages.runtime.params import ScoreRowsParams, load_params
 from stages.runtime.run import run
-from stages.runtime.terminal import progress, summary
+from stages.runtime.terminal import summary
+from stages.templates.selection import Template, load_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from stages.engine.distributed import DistributedContext
 
 FORMATTED, SCORES, BASE = Path("data/formatted.parquet"), Path("data/train_scores.parquet"), Path("models/base")
-SCORED_TOKENS = 2  # per token of a micro-batch in training; no activations are kept for a backward pass
 Losses = npt.NDArray[np.float64]  # (supervised tokens,), in nats
 SCORES_SCHEMA = pa.schema(
     [
@@ -117,24 +116,16 @@ def score_examples(
     context: "DistributedContext",
 ) -> tuple[dict[str, Losses], dict[str, Losses]]:
     """The losses of the examples by their ids, and the losses of those that have a prompt, without it."""
-    import torch
-
-    from stages.engine.loss import losses_by_example
+    from stages.engine.inference import choose_scoring_batches, score
     from stages.engine.models import autocast
-    from stages.engine.probe import choose_batches
 
     empty_prompt = template.encode_prompts([""])[0] if with_prompt else []
-    both = [examples, [without_prompts(example, empty_prompt) for example in with_prompt]]
-    max_tokens = SCORED_TOKENS * params.tokens_per_batch
-    batches, messages, _ = choose_batches(model, chain.from_iterable(both), max_tokens, params.precision)
-    print(*messages, sep="\n", flush=True)
-    losses: list[dict[str, Losses]] = []
-    with torch.inference_mode(), autocast(params.precision, model.device, cache_enabled=not context.sharded):
-        for side in both:
-            micro_batches = progress(batches.micro_batches(side), "score", "micro-batch")
-            results = losses_by_example(model, micro_batches)
-            losses.append({example.example_id: result.losses.cpu().double().numpy() for example, result in results})
-    return losses[0], losses[1]
+    others = [without_prompts(example, empty_prompt) for example in with_prompt]
+    batches = choose_scoring_batches(model, chain(examples, others), params)
+    with autocast(params.precision, model.device, cache_enabled=not context.sharded):
+        results = score(model, batches, examples), score(model, batches, others)
+    losses, without_prompt = ({name: at_tokens.losses.numpy() for name, at_tokens in one.items()} for one in results)
+    return losses, without_prompt
 
 
 def without_prompts(example: Example, empty_prompt: list[int]) -> Example:

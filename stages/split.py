@@ -20,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from stages.checks.near_duplicates import QUESTION_FIELDS, NearDuplicates, list_questions
 from stages.data.examples import SCORING_SCHEMA, SPLIT_SCHEMA
-from stages.data.near_duplicates import QUESTION_FIELDS, NearDuplicates, list_questions
+from stages.data.files import remove, write_json
 from stages.data.splits import SPLITS, choose_splits, hash_position
 from stages.data.tables import read_batches, read_table, shard_writer, sharded, shards
 from stages.runtime.errors import UserError
-from stages.runtime.files import remove, write_json
 from stages.runtime.parallel import map_processes
 from stages.runtime.params import SplitParams, load_params
 from stages.runtime.run import run

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.data.examples import Example, read_split
-from stages.data.masking import load_tokenizer
-from stages.data.templates import load_template
+from stages.data.files import atomic_path, read_json, write_json, write_text
+from stages.data.tokenizer import PROMPT_FORMAT, load_tokenizer
 from stages.engine.optimizer import trainable_parameters
-from stages.engine.schedule import Schedule
-from stages.runtime.files import atomic_path, write_json, write_text
+from stages.engine.schedule import Schedule, effective_batch_size
 from stages.runtime.params import TrainParams, load_params
 from stages.runtime.run import run
 from stages.runtime.terminal import disk_usage, format_bytes, summary
@@ -62,9 +61,9 @@ def train_model(params: TrainParams, tuned: Path, curve: Path | None = None) -> 
     from stages.engine.checkpoints import Checkpoints
     from stages.engine.distributed import init_distributed
     from stages.engine.engine import Engine
+    from stages.engine.environment import environment
     from stages.engine.speed import matmul_rate
     from stages.engine.training_log import TrainingLog
-    from stages.runtime.environment import environment
 
     context = init_distributed()
     run_environment = environment(context.device)
@@ -74,7 +73,7 @@ def train_model(params: TrainParams, tuned: Path, curve: Path | None = None) -> 
         folder = context.broadcast_from_main(lambda: stack.enter_context(open_run).folder)
         checkpoints = Checkpoints(folder, read_only=not context.is_main_process)
         engine = Engine.load(params, chain(train, validation), schedule, context)
-        print(f"{len(train):,} examples, {schedule.num_steps:,} steps of {params.effective_batch_size}")
+        print(f"{len(train):,} examples, {schedule.num_steps:,} steps of {effective_batch_size(params)}")
         if context.world_size > 1:
             print(f"Launcher: {params.launcher}: {context}")
         print(*engine.messages, sep="\n", flush=True)
@@ -150,7 +149,7 @@ def effective_batches(
 
     first_epoch, done = divmod(first_step, schedule.steps_per_epoch)
     batches = chain.from_iterable(
-        shuffled_batches(train, params.effective_batch_size, params.seed, epoch, 0 if epoch > first_epoch else done)
+        shuffled_batches(train, effective_batch_size(params), params.seed, epoch, 0 if epoch > first_epoch else done)
         for epoch in range(first_epoch, params.num_epochs)
     )
     return islice(batches, schedule.num_steps - first_step)
@@ -166,23 +165,24 @@ def save_tuned(engine: "Engine", metrics: dict[str, Any], checkpoints: "Checkpoi
     from stages.engine.models import checkpoint_dtype, load_as_stored, release_freed_memory, save_model
 
     params = engine.params
-    if params.uses_lora:
+    if params.finetuning != "full":
         from stages.engine.lora import add_adapters, merge, save_adapter, without_gradient
     model = engine.model
     if hasattr(model, "unshard"):  # this rank has only a part of a sharded model
         model = load_as_stored(BASE, torch.device("cpu"))
-        if params.uses_lora:
+        if params.finetuning != "full":
             add_adapters(model, params)
     best = checkpoints.load_best()
     with torch.no_grad():
         for name, parameter in trainable_parameters(model).items():
             parameter.copy_(best[name])
     tokenizer = load_tokenizer()
-    template = load_template(params.template, tokenizer, params.template_options)
-    tokenizer.chat_template = template.chat_template  # so that other programs prompt the model as in training
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(template.eos_token_ids[0])
+    prompt_format = read_json(PROMPT_FORMAT)
+    eos_token_ids = prompt_format["eos_token_ids"]
+    tokenizer.chat_template = prompt_format["chat_template"]  # so that other programs prompt the model as in training
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos_token_ids[0])
     with atomic_path(folder, durable=True) as partial:
-        if params.uses_lora:
+        if params.finetuning != "full":
             if names := without_gradient(model):
                 print(f"Adapters unchanged by training: {names}", flush=True)
             save_adapter(model, BASE, partial / "adapter")
@@ -193,7 +193,7 @@ def save_tuned(engine: "Engine", metrics: dict[str, Any], checkpoints: "Checkpoi
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
             # Those that were trained; the base model may use others. A list only if there are several.
-            eos_token_id=template.eos_token_ids if len(template.eos_token_ids) > 1 else template.eos_token_ids[0],
+            eos_token_id=eos_token_ids if len(eos_token_ids) > 1 else eos_token_ids[0],
             pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         )
         torch.nn.Module.to(model, checkpoint_dtype(BASE))

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from stages.data.examples import Example
+from stages.data.files import read_json, write_json
 from stages.download_model import save
 from stages.engine.batches import partition_by_cost
 from stages.engine.decoding import METHODS, choose_method, generation_settings
@@ -25,7 +26,6 @@ from stages.engine.loss import losses_by_example, summed_loss
 from stages.engine.models import load_model
 from stages.engine.probe import choose_batches, has_dropout
 from stages.runtime.errors import UserError
-from stages.runtime.files import read_json, write_json
 from stages.runtime.terminal import progress
 from tests.clone import make_tokenizer
 from tests.conftest import example

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 from yaml import YAMLError
 
-from stages.runtime.files import file_sha256
+from stages.data.files import file_sha256
 from tests.clone import environment, lock_hashes, make_clone, make_tiny_model, run
 
 RESULTS = Path(__file__).with_suffix(".json")

@@ -15,12 +15,12 @@ from filelock import FileLock
 from huggingface_hub import close_session
 from hypothesis import settings
 
-from stages.data.alpaca import AlpacaTemplate
-from stages.data.conversations import Conversation
 from stages.data.examples import SCORING_SCHEMA, SPLIT_SCHEMA, Example
-from stages.data.masking import load_tokenizer
+from stages.data.files import write_json
 from stages.data.tables import parquet_writer
-from stages.runtime.files import write_json
+from stages.data.tokenizer import load_tokenizer
+from stages.templates.alpaca import AlpacaTemplate
+from stages.templates.conversations import Conversation
 from tests import HUB_PORT
 from tests.clone import (
     ROOT,
@@ -122,6 +122,8 @@ def training_inputs(project: Path, tiny_model: Path) -> Path:
     write_json(project / "models/base/source.json", {"model_name": "tiny", "revision": None})
     write_json(project / "data/source.json", {"source": "a.jsonl", "revision": None, "licence": None})
     template = AlpacaTemplate(load_tokenizer())
+    prompt_format = {"chat_template": template.chat_template, "eos_token_ids": template.eos_token_ids}
+    write_json(project / "data/prompt_format.json", prompt_format)
     splits = {"train": range(22), "validation": range(22, 27), "test": range(27, 30), "retention": range(0)}
     with parquet_writer(project / "data/scoring.parquet", SCORING_SCHEMA) as writer:
         writer.write([{"split": "test", "example_id": str(n), "other_columns": "{}"} for n in splits["test"]])

@@ -16,13 +16,13 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
-from stages.data.chat_template import ChatTemplate
-from stages.data.conversations import Conversation, parse_conversation
-from stages.data.rendering import FIXED_DATE
-from stages.data.rows import RowParser
+from stages.data.files import read_json, write_json
+from stages.rows.row_parser import RowParser
 from stages.runtime.errors import UserError
-from stages.runtime.files import read_json, write_json
 from stages.runtime.terminal import progress
+from stages.templates.chat_template import ChatTemplate
+from stages.templates.conversations import Conversation, parse_conversation
+from stages.templates.rendering import FIXED_DATE
 from tests.clone import make_tokenizer
 
 RESULTS = Path(__file__).with_suffix(".json")

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from stages.data.alpaca import AlpacaTemplate
-from stages.data.answer_parts import AnswerFormat, AnswerParser, AnswerParts
-from stages.data.chat_template import ChatTemplate
-from stages.data.conversations import Conversation
 from stages.runtime.errors import UserError
+from stages.templates.alpaca import AlpacaTemplate
+from stages.templates.answer_parts import AnswerFormat, AnswerParser, AnswerParts
+from stages.templates.chat_template import ChatTemplate
+from stages.templates.conversations import Conversation
 from tests.clone import make_tokenizer
 from tests.test_chat_templates import DEEPSEEK, FAMILIES, GPT_OSS, ONE, jinja
 

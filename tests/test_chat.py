@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from stages.data.masking import load_tokenizer
-from stages.data.rendering import Renderer
-from stages.data.templates import load_template, select_template
+from stages.data.tokenizer import load_tokenizer
+from stages.templates.rendering import Renderer
+from stages.templates.selection import load_template, select_template
 from tests.clone import USER_FILES, edit
 from tools import chat
 

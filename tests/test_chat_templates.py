@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.data.chat_template import ChatTemplate
-from stages.data.conversations import Conversation, content_ids
-from stages.data.rendering import FIXED_DATE
-from stages.data.templates import load_template, select_template
 from stages.runtime.errors import UserError
+from stages.templates.chat_template import ChatTemplate
+from stages.templates.conversations import Conversation, content_ids
+from stages.templates.rendering import FIXED_DATE
+from stages.templates.selection import load_template, select_template
 from tests.clone import USER_FILES, make_tokenizer
 
 # For each family, the special tokens of its template, and the EOS token of a response.
@@ -514,7 +514,7 @@ def test_a_file_that_is_not_a_chat_template_is_an_error(text: str, message: str)
 
 
 def test_a_template_with_an_endless_loop_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.data.chat_template.TIME_LIMIT", 0.3)
+    monkeypatch.setattr("stages.templates.chat_template.TIME_LIMIT", 0.3)
     text = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}"
     with pytest.raises(UserError) as error:
         ChatTemplate(with_bos(["<|end|>"], "<|end|>"), text, "t")

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages import download_dataset
-from stages.data.checks import KINDS, CheckTimeoutError, parse_check, passes, validate_check
+from stages.checks.kinds import KINDS, CheckTimeoutError, passes, validate_check
 from stages.data.examples import BadRowError
-from stages.data.rows import RowParser
+from stages.rows.columns import parse_check
+from stages.rows.row_parser import RowParser
 from tests.clone import ROOT, edit
 
 PERSON = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
@@ -263,7 +264,7 @@ def test_usual_repeat_counts_are_allowed(pattern: str) -> None:
 @pytest.mark.subprocess
 def test_the_largest_regular_expressions_take_bounded_memory() -> None:
     code = (
-        "import resource; from stages.data.checks import parse_check, passes\n"
+        "import resource; from stages.checks.kinds import passes; from stages.rows.columns import parse_check\n"
         "start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for n in range(20): passes(parse_check('check', {'regex': f'(a){{{45000 - n}}}'}), 'a' * 1000)\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) // 1024)"

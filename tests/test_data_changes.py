@@ -6,7 +6,7 @@ import pandas as pd
 
 from review.data_changes import SPLITS, DataChanges, changed_data
 from review.report import data_tables
-from stages.data.alpaca import render_alpaca
+from stages.templates.alpaca import render_alpaca
 
 
 @dataclass

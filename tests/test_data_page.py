@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.data.near_duplicates import jaccard, shingles
+from stages.checks.near_duplicates import jaccard, shingles
 from stages.runtime.errors import UserError
 from tests.clone import USER_FILES, copy_clone, edit, make_tokenizer, run, run_pipeline
 from tests.test_vote_page import BROWSER

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig
 
-from stages.data.answer_parts import AnswerParser, AnswerParts
 from stages.engine import decoding
 from stages.engine.decoding import (
     METHODS,
@@ -24,6 +23,7 @@ from stages.engine.decoding import (
     generation_settings,
 )
 from stages.engine.models import load_model
+from stages.templates.answer_parts import AnswerParser, AnswerParts
 from tests.test_loss import CONFIGS, SLIDING_WINDOW, SMALL
 from tests.textbook import textbook_answer
 from tests.tiny_models import random_model

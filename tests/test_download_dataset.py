@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages import download_dataset
-from stages.data import json_rows
-from stages.data.rows import RowParser
 from stages.data.tables import shards
+from stages.rows import json_rows
+from stages.rows.row_parser import RowParser
 from stages.runtime.errors import UserError
 from tests.clone import edit
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from jinja2 import Environment
 
-from stages.data.alpaca import AlpacaTemplate, alpaca_as_jinja, render_alpaca
 from stages.data.examples import SCORING_SCHEMA, SPLIT_SCHEMA
-from stages.data.masking import load_tokenizer
 from stages.data.tables import write_parquet
+from stages.data.tokenizer import load_tokenizer
 from stages.runtime.errors import UserError
+from stages.templates.alpaca import AlpacaTemplate, alpaca_as_jinja, render_alpaca
 from tests.clone import edit
 from tests.fork_server import PYTHON
 from tools import export, gguf

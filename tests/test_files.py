@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.runtime.files import atomic_path, file_sha256, write_json, write_text
+from stages.data.files import atomic_path, file_sha256, write_json, write_text
 
 
 def test_a_file_appears_when_the_block_succeeds(tmp_path: Path) -> None:

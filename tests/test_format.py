@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from stages import download_dataset, download_model
 from stages import format as format_stage
-from stages.data.conversations import content_hash, normalize
+from stages.data.splits import content_hash, normalize
 from stages.runtime.errors import UserError
 from tests.clone import USER_FILES, edit
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages import format as format_stage
-from stages.data.format_counts import Counts
+from stages.rows.format_counts import Counts
 from stages.runtime.errors import UserError
 from tests.clone import USER_FILES, edit
 from tests.test_format import GOOD, rejected, run_format

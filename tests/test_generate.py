@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from stages import download_model, generate
-from stages.data.answer_parts import AnswerParts
 from stages.engine import decoding
 from stages.engine.decoding import Answer
 from stages.runtime.params import GenerateParams, load_params
+from stages.templates.answer_parts import AnswerParts
 from tests.clone import edit
 
 

@@ -17,8 +17,8 @@ from markdown_it import MarkdownIt
 
 from review import markup, plots
 from stages import download_dataset, download_model, evaluate, format, generate, predict, split, train  # noqa: A004
+from stages.data.files import write_json
 from stages.engine.model_card import model_card
-from stages.runtime.files import write_json
 from stages.runtime.params import TrainParams, load_params
 from tests.clone import edit, run_pipeline
 

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.data.alpaca import AlpacaTemplate
-from stages.data.masking import load_tokenizer, mask_spans, tokenize
+from stages.data.tokenizer import load_tokenizer
+from stages.templates.alpaca import AlpacaTemplate
+from stages.templates.masking import mask_spans, tokenize
 from tests.clone import ROOT
 
 
@@ -207,7 +208,7 @@ def test_a_tokenizer_has_the_class_of_its_config(name: str, tiny_model: Path, tm
 @pytest.mark.subprocess
 def test_a_tokenizer_is_loaded_without_the_import_of_torch(tiny_model: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from stages.data.masking import load_tokenizer; "
+        "import sys; from pathlib import Path; from stages.data.tokenizer import load_tokenizer; "
         f"load_tokenizer(Path({str(tiny_model)!r})); print('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from stages.engine import models
-from stages.runtime.environment import LIBRARIES, environment
+from stages.engine.environment import LIBRARIES, environment
 from tests.tiny_models import tiny_model as random_tiny_model
 
 CPU = torch.device("cpu")

@@ -10,9 +10,9 @@ from review.conditions import parse_must_pass
 from review.gates import check_must_pass
 from review.must_pass import MustPass, compare_must_pass, prompt_ids
 from review.report import must_pass_table
-from stages.data.alpaca import render_alpaca
-from stages.data.conversations import Conversation, content_ids
 from stages.runtime.errors import UserError
+from stages.templates.alpaca import render_alpaca
+from stages.templates.conversations import Conversation, content_ids
 from tests.conftest import predictions
 
 

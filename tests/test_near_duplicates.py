@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.data.alpaca import render_alpaca
-from stages.data.near_duplicates import (
+from stages.checks.near_duplicates import (
     QUESTION_FIELDS,
     NearDuplicates,
     jaccard,
@@ -20,6 +19,7 @@ from stages.data.near_duplicates import (
     shingles,
     similarity_without,
 )
+from stages.templates.alpaca import render_alpaca
 
 LONG = (
     "Write a short letter to the people who live next door and tell them kindly that their dog has been digging holes "

@@ -8,7 +8,7 @@ import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.data.numerals import numbers
+from stages.checks.numerals import numbers
 
 GROUPED: dict[str, Callable[[str], str]] = {
     "none": lambda digits: digits,

@@ -72,6 +72,7 @@ def test_a_run_elsewhere_writes_all_outputs_with_the_same_hashes(
         "data/formatted.parquet",
         "data/rejected.parquet",
         "data/template.jinja",
+        "data/prompt_format.json",
         "data/train_scores.parquet",
         "metrics/format.json",
         "metrics/lengths.csv",
@@ -128,6 +129,26 @@ def test_a_message_edited_in_runtime_reruns_nothing(clone: Path) -> None:
     terminal.write_text(terminal.read_text().replace('"wrote": files', '"written": files'))
     assert run(clone, "git", "status", "--porcelain").stdout == " M stages/runtime/terminal.py\n"
     assert stages_run(run(clone, "dvc", "repro", "--dry")) == []
+    restore(clone)
+
+
+def test_a_new_reader_reads_and_formats_again_and_does_not_train(clone: Path) -> None:
+    with (clone / "stages/rows/csv_rows.py").open("a") as file:
+        file.write("# edited\n")
+    assert stages_run(run(clone, "dvc", "repro")) == ["download_dataset", "format"]
+    restore(clone)
+
+
+def test_a_new_kind_of_check_needs_no_model(clone: Path) -> None:
+    with (clone / "stages/checks/kinds.py").open("a") as file:
+        file.write("# edited\n")
+    assert stages_run(run(clone, "dvc", "repro")) == [
+        "download_dataset",
+        "evaluate@base",
+        "evaluate@tuned",
+        "format",
+        "split",
+    ]
     restore(clone)
 
 

@@ -16,8 +16,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from stages.data.examples import BadRowError
-from stages.data.rows import RowParser
-from stages.data.sources import open_files
+from stages.rows.row_parser import RowParser
+from stages.rows.sources import open_files
 from stages.runtime.errors import UserError
 
 HEADER = "instruction,output\n"

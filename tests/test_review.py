@@ -23,13 +23,13 @@ from review.comparison import Comparison, compare_revisions
 from review.rescoring import Rescoring
 from review.revisions import Revision
 from review.runs import PREDICTIONS, REPLICATE
-from stages.data.alpaca import render_alpaca
 from stages.data.examples import SCORING_SCHEMA
 from stages.data.tables import write_parquet
 from stages.evaluate import PREDICTIONS_SCHEMA
 from stages.runtime.errors import UserError
 from stages.runtime.run import run as run_command
 from stages.scoring.metrics import compute_metrics
+from stages.templates.alpaca import render_alpaca
 from tests.clone import ROOT, USER_FILES, commit, run
 from tests.conftest import predictions
 

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.data.alpaca import AlpacaTemplate, render_alpaca
-from stages.data.chat_template import ChatTemplate
-from stages.data.conversations import Conversation, content_ids, parse_conversation
 from stages.data.examples import BadRowError
-from stages.data.messages import MESSAGE_KEYS
-from stages.data.rows import MEANINGS, RowParser
-from stages.data.rows import SCHEMAS as COLUMNS_OF_SCHEMAS
+from stages.rows.messages import MESSAGE_KEYS
+from stages.rows.row_parser import MEANINGS, RowParser
+from stages.rows.row_parser import SCHEMAS as COLUMNS_OF_SCHEMAS
+from stages.templates.alpaca import AlpacaTemplate, render_alpaca
+from stages.templates.chat_template import ChatTemplate
+from stages.templates.conversations import Conversation, content_ids, parse_conversation
 from tests.clone import USER_FILES
 from tests.test_chat_templates import CALL, HERMES_CALL, TOOLS, WEATHER, jinja, supervised, with_bos
 

@@ -155,6 +155,22 @@ def test_messages_and_summaries_have_no_secret_of_the_environment(tmp_path: Path
     assert result.stderr == "error: the connection to the Hub at http://***@mirror.example failed with ***\n"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("HF_ENDPOINT", "http://[bad", "Invalid IPv6 URL"),
+        ("HF_ENDPOINT", "https://hub:port", "Port could not be cast to integer value as 'port'"),
+        ("HF_HUB_ETAG_TIMEOUT", "ten", "invalid literal for int() with base 10: 'ten'"),
+    ],
+)
+def test_a_variable_with_which_the_hub_client_can_not_be_imported_is_named(
+    tmp_path: Path, name: str, value: str, reason: str
+) -> None:
+    result = run_main(tmp_path, "from huggingface_hub import HfApi", **{name: value})
+    message = f"error: the Hub client can't be imported: {reason}; correct or unset one of its variables: {name}"
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (1, message)
+
+
 def test_characters_that_the_terminal_lacks_become_escapes(tmp_path: Path) -> None:
     result = run_main(tmp_path, r"print('a \u2192 b')", PYTHONIOENCODING="ascii")
     assert (result.returncode, result.stdout, result.stderr) == (0, "a \\u2192 b\n", "")

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from stages import score_rows
-from stages.data.alpaca import AlpacaTemplate
-from stages.data.conversations import Conversation
 from stages.data.examples import Example
-from stages.data.masking import load_tokenizer
+from stages.data.tokenizer import load_tokenizer
 from stages.engine.models import load_model
 from stages.score_rows import summarize, without_prompts
+from stages.templates.alpaca import AlpacaTemplate
+from stages.templates.conversations import Conversation
 from tests.clone import edit, run_pipeline
 from tests.conftest import example
 from tests.textbook import textbook_losses

@@ -12,8 +12,8 @@ from urllib.request import urlopen
 
 import pytest
 
-from stages.data.masking import load_tokenizer
-from stages.data.templates import load_template
+from stages.data.tokenizer import load_tokenizer
+from stages.templates.selection import load_template
 from tests.clone import ROOT, copy_clone
 from tools.export import tuned_answers
 

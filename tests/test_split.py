@@ -11,9 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stages import split
-from stages.data.conversations import content_hash
 from stages.data.examples import FORMATTED_SCHEMA
-from stages.data.splits import choose_split
+from stages.data.splits import choose_split, content_hash
 from stages.data.tables import parquet_writer, write_parquet
 from stages.runtime.errors import UserError
 from stages.runtime.params import SplitFractions

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.data import tables
+from stages.data.files import file_sha256
 from stages.data.tables import parquet_writer, read_batches, read_table, shards
-from stages.runtime.files import file_sha256
 
 SCHEMA = pa.schema([("text", pa.string()), ("number", pa.int64())])
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from stages.data.alpaca import render_alpaca
-from stages.data.templates import SELECTED_TEMPLATE, select_template
+from stages.templates.alpaca import render_alpaca
+from stages.templates.selection import SELECTED_TEMPLATE, select_template
 
 
 def test_a_prompt_without_input_has_the_text_of_alpaca() -> None:

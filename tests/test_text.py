@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from stages.runtime.text import block, code, heading, printable, without_secrets
+from stages.runtime.secrets import without_secrets
+from stages.text import block, code, heading, printable
 
 COMMONMARK = MarkdownIt("commonmark", {"html": True}).enable("table")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from stages.runtime.files import read_json
+from stages.data.files import read_json
 from tests.clone import ROOT, copy_tree, edit, make_tokenizer, run_pipeline
 from tests.test_chat_templates import DEEPSEEK, FAMILIES, GLM, GPT_OSS, jinja
 

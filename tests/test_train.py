@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
 from stages import train
-from stages.data.alpaca import render_alpaca
 from stages.data.examples import read_split
 from stages.engine import engine as engine_module
 from stages.engine.batches import Batches, Limits, PackedBatches, PaddedBatches, shuffled_batches
@@ -32,6 +31,7 @@ from stages.engine.schedule import Schedule
 from stages.engine.training_log import TrainingLog
 from stages.runtime.errors import UserError
 from stages.runtime.params import TrainParams, load_params
+from stages.templates.alpaca import render_alpaca
 from tests.clone import edit
 from tests.conftest import example
 from tests.test_loss import CONFIGS

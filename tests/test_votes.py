@@ -26,8 +26,8 @@ from review.votes import (
     read_votes,
     update_votes,
 )
-from stages.data.alpaca import render_alpaca
 from stages.runtime.errors import UserError
+from stages.templates.alpaca import render_alpaca
 from tests.clone import ROOT, commit, run
 from tests.conftest import predictions
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stages.data.words import count_words, words
+from stages.checks.words import count_words, words
 
 
 @pytest.mark.parametrize(

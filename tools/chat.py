@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.data.examples import Message
-from stages.data.masking import load_tokenizer
-from stages.data.templates import Template, load_template
+from stages.data.tokenizer import load_tokenizer
 from stages.runtime.errors import UserError
 from stages.runtime.params import GenerateParams, load_params
 from stages.runtime.run import run
-from stages.runtime.text import printable
+from stages.templates.selection import Template, load_template
+from stages.text import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from stages.runtime.files import remove
+from stages.data.files import remove
 from stages.runtime.locks import file_lock
 from stages.runtime.run import run
 from stages.runtime.terminal import disk_usage, format_bytes

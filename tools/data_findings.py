@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from stages.data.checks import is_right
-from stages.data.conversations import normalize
-from stages.data.near_duplicates import MIN_ESTIMATED_SIMILARITY, THRESHOLD, band_keys, jaccard, minhash, shingles
-from stages.data.splits import SPLITS
+from stages.checks.kinds import is_right
+from stages.checks.near_duplicates import MIN_ESTIMATED_SIMILARITY, THRESHOLD, band_keys, jaccard, minhash, shingles
+from stages.data.splits import SPLITS, normalize
 from stages.data.tables import read_batches
 from stages.format import FORMATTED
 from tools.data_tables import Tables

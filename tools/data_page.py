@@ -13,16 +13,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from review.data_changes import CHANGES, SPLITS, changed_data, without_template
 from review.revisions import WORKSPACE, Revision, output_hashes
-from stages.data.masking import load_tokenizer
+from stages.data.files import read_json, write_text
+from stages.data.tokenizer import load_tokenizer
 from stages.format import METRICS as FORMAT_METRICS
 from stages.runtime.errors import UserError
-from stages.runtime.files import read_json, write_text
 from stages.runtime.params import FormatParams, load_params
 from stages.runtime.run import run
 from stages.runtime.terminal import summary
-from stages.runtime.text import printable
 from stages.split import METRICS as SPLIT_METRICS
 from stages.split import SCORES
+from stages.text import printable
 from tools import data_findings as findings
 from tools.data_examples import choose_examples, describe_cut, show_tokens
 from tools.data_tables import LOCATION, SHOWN, TOKENS, Tables, read_tables, take_raw, take_rows

@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from stages.data.conversations import normalize
-from stages.data.splits import SPLITS
+from stages.data.splits import SPLITS, normalize
 from stages.data.tables import read_batches, read_table, shards
 from stages.format import FORMATTED, RAW, REJECTED
 from stages.runtime.errors import UserError, user_errors

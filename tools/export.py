@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from stages.data.answer_parts import AnswerParser
 from stages.data.examples import SCORING_SCHEMA, Split
-from stages.data.masking import load_tokenizer
+from stages.data.files import atomic_path, write_text
 from stages.data.tables import read_table
-from stages.data.templates import load_template
+from stages.data.tokenizer import load_tokenizer
 from stages.evaluate import SCORING, is_right
 from stages.runtime.errors import UserError, user_errors
-from stages.runtime.files import atomic_path, write_text
 from stages.runtime.params import GenerateParams, load_params
 from stages.runtime.run import run
 from stages.runtime.terminal import console, summary
-from stages.runtime.text import printable
+from stages.templates.answer_parts import AnswerParser
+from stages.templates.selection import load_template
+from stages.text import printable
 from tools.gguf import (
     GGUF,
     TUNED,
@@ -123,7 +123,7 @@ def tuned_answers(
     settings = generation_settings([int(tokenizer.eos_token_id)], params.max_new_tokens)
     with probing(model):  # in fp32
         method = choose_method(model, prompts, params.max_new_tokens)
-        return generate(model, prompts, settings, params.tokens_per_batch, method)
+        return generate(model, prompts, settings, params.batch_size * params.max_length, method)
 
 
 def show(

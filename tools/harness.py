@@ -18,12 +18,12 @@ from review.harness import SAMPLES, Samples, compare_samples, write_samples
 from review.report import RESULT_HEADER, result_cells
 from review.revisions import WORKSPACE, Revision, output_hashes
 from review.verdicts import Results
+from stages.data.files import write_text
 from stages.runtime.errors import UserError
-from stages.runtime.files import write_text
 from stages.runtime.params import GenerateParams, load_params
 from stages.runtime.run import run
 from stages.runtime.terminal import console, summary
-from stages.runtime.text import printable
+from stages.text import printable
 
 
 def main() -> None:

@@ -15,8 +15,9 @@ from httpx2 import URL, Client, HTTPError, InvalidURL, Response, TimeoutExceptio
 
 from review.votes import JUDGE, Choice, Pair, Vote, read_votes, update_votes
 from stages.runtime.errors import UserError
+from stages.runtime.secrets import without_secrets
 from stages.runtime.terminal import progress
-from stages.runtime.text import printable, without_secrets
+from stages.text import printable
 
 TIMEOUT = 60.0  # seconds for one comparison
 BUSY, NUM_ATTEMPTS, MAX_WAIT = (429, 503), 4, 60.0  # statuses after which a request is sent again; seconds

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from review.runs import metrics_of_split
+from stages.data.files import read_json
 from stages.runtime.errors import UserError
-from stages.runtime.files import read_json
 from stages.runtime.preflight import check_project
 from stages.runtime.run import run
 from stages.runtime.terminal import summary

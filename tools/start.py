@@ -9,11 +9,11 @@ from pathlib import Path
 
 import yaml
 
-from stages.data.readers import READERS
-from stages.data.sources import find_files
-from stages.data.text_files import file_format
+from stages.data.files import write_text
+from stages.rows.readers import READERS
+from stages.rows.sources import find_files
+from stages.rows.text_files import file_format
 from stages.runtime.errors import UserError
-from stages.runtime.files import write_text
 from stages.runtime.params import PARAMS_FILE, DownloadModelParams, load_params
 from stages.runtime.run import run
 from stages.runtime.terminal import summary

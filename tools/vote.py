@@ -12,7 +12,7 @@ from typing import Any
 
 from review.revisions import WORKSPACE, Revision
 from review.votes import Choice, Pair, Tally, Vote, count, find_notes, find_pairs, overall, read_votes, update_votes
-from stages.data.conversations import content_hash
+from stages.data.splits import content_hash
 from stages.runtime.errors import UserError
 from stages.runtime.locks import file_lock
 from stages.runtime.run import run

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from stages.runtime.errors import UserError
 from stages.runtime.run import describe_error
-from stages.runtime.text import printable
+from stages.text import printable
 
 HOST = "127.0.0.1"
 PAGE = Path(__file__).with_name("vote.html")

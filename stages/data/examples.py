@@ -70,7 +70,7 @@ FORMATTED_SCHEMA = pa.schema(
 SCORING_SCHEMA = pa.schema([("split", pa.string()), ("example_id", pa.string()), *SCORING_FIELDS])
 EXAMPLE_SCHEMA = pa.schema([FORMATTED_SCHEMA.field(name) for name in ("example_id", "input_ids", "labels")])
 IGNORE_INDEX = -100  # the label of tokens that are not trained
-Message = dict[str, Any]  # see stages.data.rows.ParsedRow
+Message = dict[str, Any]  # see stages.rows.row_parser.ParsedRow
 
 
 class BadRowError(Exception):

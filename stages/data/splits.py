@@ -1,6 +1,7 @@
-"""Which split a row belongs to."""
+"""Which split a row belongs to: that of its prompt, which a normalized text and its hash identify."""
 
 import hashlib
+import unicodedata
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,3 +28,13 @@ def choose_split(prompt_id: str, params: SplitFractions) -> str:
 def hash_position(*parts: str) -> float:
     """The hash of the parts as a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(":".join(parts).encode()).digest()[:8]) / 2**64
+
+
+def normalize(text: str) -> str:
+    """Remove differences of case, whitespace and Unicode form, so that prompts that differ only in these are equal."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def content_hash(*parts: str) -> str:
+    """The first 32 hexadecimal digits of the SHA-256 of the parts."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]

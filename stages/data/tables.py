@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stages.data.files import atomic_path
 from stages.runtime.errors import user_errors
-from stages.runtime.files import atomic_path
 from stages.runtime.terminal import progress
 
 ROWS_PER_GROUP = 4096  # readers and writers keep one row group in memory

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from stages.data.files import atomic_path, file_sha256, read_json, remove, write_json
 from stages.runtime.errors import UserError, user_errors
-from stages.runtime.files import atomic_path, file_sha256, read_json, remove, write_json
 from stages.runtime.locks import file_lock
-from stages.runtime.text import printable
 from stages.runtime.yaml12 import parse_yaml
+from stages.text import printable
 
 SAVE_TOTAL_LIMIT = 2  # so that there is another checkpoint if the newest is damaged
 TENSORS, STATE, BEST, CHECKSUMS = "tensors.safetensors", "state.json", "best.safetensors", "sha256.json"

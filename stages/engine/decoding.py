@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import cycle, islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,12 +16,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from stages.data.answer_parts import AnswerParser, AnswerParts
 from stages.engine.attention import use_packed_attention
 from stages.engine.kv_cache import CachedRows
 from stages.engine.models import context_length, probing
 from stages.runtime.errors import UserError, is_out_of_memory
 from stages.runtime.terminal import progress
+
+if TYPE_CHECKING:
+    from stages.templates.answer_parts import AnswerParser, AnswerParts
 
 # Per token of a micro-batch in training. The keys and values of a token take a twentieth of the memory of all its
 # activations, or less with grouped heads. A CPU has room for more, and large batches are faster.
@@ -58,7 +61,7 @@ class Answer:
     stopped: whether EOS was generated within `max_new_tokens`.
     """
 
-    parts: AnswerParts
+    parts: "AnswerParts"
     num_tokens: int
     stopped: bool
 
@@ -89,7 +92,7 @@ def within_context(settings: GenerationConfig, model: PreTrainedModel, prompt: T
 
 def generate_answers(
     model: PreTrainedModel,
-    parser: AnswerParser,
+    parser: "AnswerParser",
     prompts: Sequence[TokenIds],
     settings: GenerationConfig,
     tokens_per_batch: int,

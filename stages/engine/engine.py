@@ -117,7 +117,7 @@ class Engine:
         model, messages = load_for_training(params, context, base)
         allowed = check_checkpointing(model, params.activation_checkpointing)
         # FSDP2 needs all ranks for it; then one choice for all, because rounding could make theirs differ.
-        own_choice = choose_batches(model, examples, params.tokens_per_batch, params.precision)
+        own_choice = choose_batches(model, examples, params.batch_size * params.max_length, params.precision)
         choice = context.broadcast_from_main(lambda: own_choice)
         context.reshard(model)
         engine = cls(model, choice.batches, params, schedule, context, [*messages, *choice.messages])

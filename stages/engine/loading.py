@@ -35,11 +35,11 @@ def load_for_training(
     check_memory(base, context, params.precision, params)
     quantization = nf4(params, context, base) if params.finetuning == "qlora" else None
     if not context.sharded:
-        stored = precision if params.uses_lora else "fp32"  # weights that are trained are in fp32
+        stored = precision if params.finetuning != "full" else "fp32"  # weights that are trained are in fp32
         model = load_model(base, context.device, stored, quantization).train()
     else:
         model = load_to_shard(base, context).train()
-    if params.uses_lora:
+    if params.finetuning != "full":
         from stages.engine.lora import add_adapters
 
         messages.append(add_adapters(model, params))

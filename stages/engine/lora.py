@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from stages.data.files import read_json
 from stages.engine.models import load_as_stored
 from stages.engine.optimizer import trainable_parameters
 from stages.runtime.errors import UserError
-from stages.runtime.files import read_json
 from stages.runtime.params import TrainParams
 
 ALL = "all-linear"

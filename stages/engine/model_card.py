@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from stages.data.files import file_sha256, read_json
 from stages.data.tables import shards
-from stages.runtime.files import file_sha256, read_json
 from stages.runtime.params import TrainParams
-from stages.runtime.text import code
+from stages.text import code
 
 ADAPTER = """
 The adapter alone is in `adapter/`; `peft` adds it to the base model:
@@ -29,9 +29,9 @@ def model_card(params: TrainParams, metrics: dict[str, Any]) -> str:
     data_hash = file_sha256(*shards(Path("data/train.parquet")))
     parameter_rows = "\n".join(f"| {name} | {value} |" for name, value in params.model_dump().items())
     names = {"lora": "LoRA", "qlora": "QLoRA (4-bit base)"}
-    trained = (
-        f"{names[params.finetuning]} of rank {params.lora_rank}, weights merged" if params.uses_lora else "all weights"
-    )
+    trained = "all weights"
+    if params.finetuning != "full":
+        trained = f"{names[params.finetuning]} of rank {params.lora_rank}, weights merged"
     return f"""\
 ---
 library_name: transformers
@@ -63,4 +63,4 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
-{ADAPTER if params.uses_lora else ""}"""
+{ADAPTER if params.finetuning != "full" else ""}"""

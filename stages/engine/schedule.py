@@ -7,6 +7,11 @@ from stages.runtime.errors import UserError
 from stages.runtime.params import TrainParams
 
 
+def effective_batch_size(params: TrainParams) -> int:
+    """Examples per optimizer step."""
+    return params.batch_size * params.gradient_accumulation_steps
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The optimizer steps of a run, counted from 1.
@@ -33,7 +38,7 @@ class Schedule:
         Raises:
             UserError: the warmup is not shorter than the run, or training could never stop early.
         """
-        steps_per_epoch = math.ceil(num_examples / params.effective_batch_size)
+        steps_per_epoch = math.ceil(num_examples / effective_batch_size(params))
         num_steps = params.num_epochs * steps_per_epoch
         if params.max_steps:
             num_steps = min(num_steps, params.max_steps)

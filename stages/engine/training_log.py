@@ -8,8 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from stages.data.files import write_csv
 from stages.engine.engine import StepResult
-from stages.runtime.files import write_csv
 
 COLUMNS = ("step", "loss", "validation_loss", "learning_rate", "gradient_norm")
 STEPS_TO_ESTIMATE = 3  # the remaining time is printed after this many steps

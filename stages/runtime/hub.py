@@ -1,70 +1,37 @@
-"""Find commits on the Hub or in the client's cache, and turn Hub client errors into user errors."""
+"""Turn the errors of the Hub client into user errors."""
 
 import os
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from json import JSONDecodeError
-from pathlib import Path
 from traceback import walk_tb
 from typing import TypeAlias
 from urllib.parse import quote
 
 import httpx2
-from huggingface_hub import (
-    HfApi,
-    constants,
-    get_cached_repo_tree,
-    get_token,
-    is_offline_mode,
-    set_client_factory,
-    snapshot_download,
-)
+from huggingface_hub import constants, get_token, is_offline_mode, set_client_factory
 from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError,
     DisabledRepoError,
     FileMetadataError,
     HfHubHTTPError,
     HFValidationError,
     RemoteEntryNotFoundError,
 )
-from huggingface_hub.utils._http import default_client_factory, parse_ratelimit_headers
+from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]  # its docstring imports it so
+from huggingface_hub.utils._http import default_client_factory  # there is no public one
 
 from stages.runtime.errors import UserError, describe_reason, is_out_of_memory
-from stages.runtime.text import printable, without_secrets
+from stages.runtime.secrets import without_secrets
+from stages.text import printable
 
 Answer: TypeAlias = HfHubHTTPError | httpx2.HTTPStatusError
 CONNECTION_ERRORS = (httpx2.HTTPError, FileMetadataError, ConnectionError)
-COMMIT = re.compile(r"[0-9a-f]{40}")
 TOKEN_VARIABLES = ("HF_OIDC_RESOURCE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # in the client's order
 # The client's modules that send requests. Its others parse files, such as the card: those errors are the repository's.
 CLIENT = re.compile(
     r"huggingface_hub\.(file_download|hf_api|hf_file_system|_snapshot_download|utils\._(auth|http|headers))"
 )
-
-
-def resolve_commit(repo_type: str, repo_id: str, revision: str | None) -> str:
-    """The commit of a revision on the Hub; from the cache if HF_HUB_OFFLINE is set."""
-    api, offline = HfApi(), is_offline_mode()
-    try:
-        if not (offline or COMMIT.fullmatch(revision or "")):  # `resolve_revision` would use the cache if this fails
-            api.repo_info(repo_id, repo_type=repo_type, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        resolved = api.resolve_revision(repo_id, repo_type=repo_type, revision=revision, local_files_only=offline)
-    except JSONDecodeError:
-        raise httpx2.ProxyError("the answer is not JSON") from None
-    return resolved.resolved
-
-
-def list_model_files(repo_id: str, commit: str) -> list[str]:
-    """The names of a model's files, from the cache if they are known there."""
-    try:
-        return [file.path for file in get_cached_repo_tree(repo_id, revision=commit)]
-    except CachedRepoTreeNotFoundError:
-        if is_offline_mode():  # another library may have filled the cache
-            return [path.name for path in Path(snapshot_download(repo_id, revision=commit)).iterdir()]
-    info = HfApi().model_info(repo_id, revision=commit, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    return [entry.rfilename for entry in info.siblings or []]
 
 
 @contextmanager
@@ -75,55 +42,58 @@ def hub_errors(parameter: str, repo_id: str, revision: str | None) -> Iterator[N
         parameter: `dataset_name` or `model_name`.
     """
     kind = parameter.removesuffix("_name")
-    where = f"{parameter}: {repo_id!r}"
-    _check_token(where)
-    set_client_factory(_client)
-    try:
-        yield
-    except HFValidationError as error:
-        raise UserError(f"{where} is neither a local folder nor a Hub id like owner/name: {error}") from None
-    except Exception as error:
-        if (fault := _find_fault(error)) is None:
-            raise
-        page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{repo_id}"
+    page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{repo_id}"
+
+    def describe(fault: Exception) -> str:
         if isinstance(fault, Answer):
-            raise UserError(f"{where} {_describe_answer(fault, kind, page, revision)}") from None
+            return f" {_describe_answer(fault, kind, page, revision)}"
         if is_offline_mode():
-            raise UserError(
-                f"{where}: revision {revision or 'main'!r} is not complete in the cache {constants.HF_HUB_CACHE}, and "
+            return (
+                f": revision {revision or 'main'!r} is not complete in the cache {constants.HF_HUB_CACHE}, and "
                 f"HF_HUB_OFFLINE is set; unset it and run again, or use a local {kind}"
-            ) from None
-        raise UserError(
-            f"{where}: {_describe_connection(fault)}; check the network and run again (finished downloads are kept), "
-            f"or use a local {kind}"
-        ) from None
+            )
+        advice = f"check the network and run again (finished downloads are kept), or use a local {kind}"
+        return f": {_describe_connection(fault)}; {advice}"
+
+    set_client_factory(_client)
+    where = f"{parameter}: {repo_id!r}"
+    with _user_errors(where, "is neither a local folder nor a Hub id like owner/name", describe):
+        yield
 
 
 @contextmanager
 def upload_errors(repo_id: str) -> Iterator[None]:
     """Turn the Hub client's errors during an upload into a `UserError`."""
-    where = f"REPO: {repo_id!r}"
+
+    def describe(fault: Exception) -> str:
+        if not isinstance(fault, Answer):
+            return f": {_describe_connection(fault)}; check the network and run again: nothing was published"
+        status, advice = fault.response.status_code, f"see {constants.ENDPOINT}/{repo_id}"
+        if status in (401, 403):
+            return (
+                " can't be written with this token; log in with `hf auth login` or set HF_TOKEN, with a token that may "
+                f"write to this repository{_answer(fault)}"
+            )
+        if status == 429 or status >= 500:
+            advice = "wait some minutes and run again"
+        return f": the Hub refused the upload; {advice}{_answer(fault)}"
+
+    with _user_errors(f"REPO: {repo_id!r}", "must be an id like owner/name", describe):
+        yield
+
+
+@contextmanager
+def _user_errors(where: str, invalid_id: str, describe: Callable[[Exception], str]) -> Iterator[None]:
+    """Turn the Hub client's errors into a `UserError`; `invalid_id` and `describe` say what follows `where`."""
     _check_token(where)
     try:
         yield
     except HFValidationError as error:
-        raise UserError(f"{where} must be an id like owner/name: {error}") from None
+        raise UserError(f"{where} {invalid_id}: {error}") from None
     except Exception as error:
         if (fault := _find_fault(error)) is None:
             raise
-        if not isinstance(fault, Answer):
-            raise UserError(
-                f"{where}: {_describe_connection(fault)}; check the network and run again: nothing was published"
-            ) from None
-        status, advice = fault.response.status_code, f"see {constants.ENDPOINT}/{repo_id}"
-        if status in (401, 403):
-            raise UserError(
-                f"{where} can't be written with this token; log in with `hf auth login` or set HF_TOKEN, with a token "
-                f"that may write to this repository{_answer(fault)}"
-            ) from None
-        if status == 429 or status >= 500:
-            advice = "wait some minutes and run again"
-        raise UserError(f"{where}: the Hub refused the upload; {advice}{_answer(fault)}") from None
+        raise UserError(f"{where}{describe(fault)}") from None
 
 
 def _check_token(where: str) -> None:
@@ -179,10 +149,11 @@ def _find_fault(error: Exception) -> Exception | None:
             faults.append(link)
         is_cause = link.__cause__ is not None
         link = link.__cause__ or link.__context__
-    by_kind = (
-        fault for kind in (HfHubHTTPError, *CONNECTION_ERRORS, Exception) for fault in faults if isinstance(fault, kind)
-    )
-    return next(by_kind, None)
+    for kind in (HfHubHTTPError, *CONNECTION_ERRORS, Exception):
+        for fault in faults:
+            if isinstance(fault, kind):
+                return fault
+    return None
 
 
 def _is_from_client(error: Exception) -> bool:

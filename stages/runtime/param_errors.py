@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from datetime import date
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -57,14 +58,18 @@ def unknown_parameter(name: object, known: set[str]) -> str:
 
 def _describe(error: Any) -> str:
     name = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "string_type" and isinstance(error["input"], int | float):
-        return f"{name}: found the number {error['input']!r}; must be text; put it in quotes"
+    value = error["input"]
+    if error["type"] == "string_type" and isinstance(value, int | float | date):
+        kind = "date" if isinstance(value, date) else "number"
+        return f"{name}: found the {kind} {value}; must be text; put it in quotes"
+    if isinstance(value, date):
+        value = str(value)
     if error["type"] == "missing":
         return f"{name}: missing; every parameter needs a value"
     if error["type"] == "string_pattern_mismatch":
         allowed = "must not be empty"
     else:
         allowed = re.sub("^(Input|List) should", "must", error["msg"].removeprefix("Value error, "))
-    found = "null" if error["input"] is None else f"{error['input']!r:.100}"
-    instead = f"; {INSTEAD_OF_NULL[name]}" if name in INSTEAD_OF_NULL and not error["input"] else ""
+    found = "null" if value is None else f"{value!r:.100}"
+    instead = f"; {INSTEAD_OF_NULL[name]}" if name in INSTEAD_OF_NULL and not value else ""
     return f"{name}: found {found}; {allowed}{instead}"

@@ -106,18 +106,18 @@ class BatchParams(StageParams):
     max_length: MaxLength
     batch_size: PositiveInt
 
-    @property
-    def tokens_per_batch(self) -> int:
-        """Tokens of the largest micro-batch in training."""
-        return self.batch_size * self.max_length
 
+class InferenceParams(BatchParams):
+    """What stages need that only run a model."""
 
-class ScoreRowsParams(BatchParams, SplitFractions):
-    score_rows: bool
     template: Template
     template_options: TemplateOptions
     launcher: Launcher
     precision: Precision
+
+
+class ScoreRowsParams(InferenceParams, SplitFractions):
+    score_rows: bool
 
 
 class TrainingParams(BatchParams):
@@ -155,29 +155,18 @@ class TrainingParams(BatchParams):
             raise ValueError("must be 0 with lr_scheduler: constant, which does not decay")
         return ratio
 
-    @property
-    def uses_lora(self) -> bool:
-        """Whether adapters are trained, and the base weights are frozen."""
-        return self.finetuning != "full"
-
-    @property
-    def effective_batch_size(self) -> int:
-        """Examples per optimizer step."""
-        return self.batch_size * self.gradient_accumulation_steps
-
 
 class TrainParams(TrainingParams):
     seed: Seed
 
 
-class PredictParams(BatchParams):
-    template: Template
-    template_options: TemplateOptions
+class AnswerParams(InferenceParams):
     reasoning_end: Text | None
-    launcher: Launcher
     max_new_tokens: PositiveInt
+
+
+class PredictParams(AnswerParams):
     answers_per_prompt: PositiveInt
-    precision: Precision
 
 
 class ReplicateParams(TrainingParams, PredictParams):
@@ -200,16 +189,10 @@ class SeedParams(StageParams):
         return seeds
 
 
-class GenerateParams(BatchParams):
-    template: Template
-    template_options: TemplateOptions
-    reasoning_end: Text | None
-    launcher: Launcher
+class GenerateParams(AnswerParams):
     sample_prompts: Annotated[list[Text], Field(min_length=1)]
-    max_new_tokens: PositiveInt
     temperature: Temperature
     top_p: Annotated[float, Field(gt=0, le=1)]
-    precision: Precision
     seed: Seed
 
 

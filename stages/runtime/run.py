@@ -12,12 +12,14 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from io import TextIOWrapper
 from pathlib import Path
+from traceback import walk_tb
 from types import FrameType
 from typing import NoReturn
 
 from stages.runtime.errors import LESS_MEMORY, UserError, is_out_of_memory
 from stages.runtime.locks import file_lock
-from stages.runtime.text import printable, without_secrets
+from stages.runtime.secrets import without_secrets
+from stages.text import printable
 
 LOCK = Path(".scratch/lock")
 
@@ -80,6 +82,9 @@ def describe_error(error: Exception) -> str | None:
     """The cause and what to do if the user can fix it; None for a bug."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, ValueError) and is_from_importing("huggingface_hub", error):
+        names = ", ".join(sorted(name for name in os.environ if name.startswith("HF_")))
+        return f"the Hub client can't be imported: {error}; correct or unset one of its variables: {names}"
     if is_out_of_memory(error):
         return f"out of memory; {LESS_MEMORY}"
     if number := errno_of(error):
@@ -87,6 +92,12 @@ def describe_error(error: Exception) -> str | None:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else os.strerror(number)
         return f"{where}{reason}; {ERRNO_HINTS.get(number, 'check it and run again')}"
     return None
+
+
+def is_from_importing(package: str, error: Exception) -> bool:
+    """Whether an error came while a package was imported."""
+    frames = (frame for frame, _ in walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>")
+    return any(frame.f_globals["__name__"].startswith(f"{package}.") for frame in frames)
 
 
 def errno_of(error: Exception) -> int | None:

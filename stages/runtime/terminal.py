@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stages.runtime.text import printable, without_secrets
+from stages.runtime.secrets import without_secrets
+from stages.text import printable
 
 LOG_WIDTH = 200  # columns when the output is not a terminal, so that lines of a log are not wrapped
 T = TypeVar("T")

@@ -118,10 +118,9 @@ def compute_metrics(rows: "pd.DataFrame") -> dict[str, Any]:
     """All metrics with their standard errors; None if no example counts, or for the standard error of a single one."""
     metrics: dict[str, Any] = {"examples": len(rows), "supervised_tokens": int(rows["tokens"].sum())}
     for metric in all_metrics(rows):
-        by_prompt = (
-            cells(rows).astype(float).groupby(rows["prompt_id"]).sum() for cells in (metric.sums, metric.counts)
-        )
-        value, error = ratio(*(cells.to_numpy() for cells in by_prompt))
+        sums = metric.sums(rows).astype(float).groupby(rows["prompt_id"]).sum()
+        counts = metric.counts(rows).astype(float).groupby(rows["prompt_id"]).sum()
+        value, error = ratio(sums.to_numpy(), counts.to_numpy())
         metrics |= {metric.name: value, f"{metric.name}_se": error}
         if metric.name == "loss" and value is not None and value < LARGEST_LOSS:
             perplexity = math.exp(value)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stages.data.checks import passes, validate_check
+from stages.checks.kinds import passes, validate_check
 from tests.clone import ROOT
 
 ROWS: list[dict[str, Any]] = [
