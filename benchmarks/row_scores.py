@@ -22,6 +22,7 @@ import pandas as pd
 import pyarrow as pa
 
 from benchmarks.data import read_examples
+from benchmarks.report import markdown_table
 from stages.data.examples import RAW_SCHEMA, BadRowError
 from stages.data.masking import load_tokenizer
 from stages.data.rows import RowParser
@@ -196,14 +197,15 @@ def with_answer(row: dict[str, Any], answer: str) -> dict[str, Any]:
 
 def tables(results: dict[str, Any]) -> str:
     """Markdown, for the terminal and `docs/row-scores.md`."""
-    lines = []
+    parts = []
     for name, result in results.items():
-        lines += ["", f"{name}, {result['rows']:,} rows:", ""]
-        lines += ["| answer replaced by | " + " | ".join(SCORES) + " |", "|---" * (len(SCORES) + 1) + "|"]
-        for kind, scores in result["kinds"].items():
-            cells = [" / ".join(f"{value:.2f}" for value in scores[score].values()) or "–" for score in SCORES]
-            lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    return "\n".join(lines[1:])
+        rows = [
+            [kind, *(" / ".join(f"{value:.2f}" for value in scores[score].values()) or "–" for score in SCORES)]
+            for kind, scores in result["kinds"].items()
+        ]
+        table = markdown_table(["answer replaced by", *SCORES], rows)
+        parts.append(f"{name}, {result['rows']:,} rows:\n\n{table}")
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

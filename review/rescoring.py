@@ -39,11 +39,17 @@ class Rescoring:
     scorers: dict[str, Scorer]
     not_comparable: set[str]
     notes: list[str] = field(default_factory=list)
+    scored: dict[tuple[str, str], pd.DataFrame] = field(default_factory=dict)  # so that no table is scored twice
 
     def apply(self, revision: Revision, path: str, predictions: pd.DataFrame) -> pd.DataFrame:
         """The predictions at `path` with new scores; empty ones where a row can't be scored again."""
         if revision.name not in self.names:
             return predictions
+        if (revision.name, path) not in self.scored:
+            self.scored[revision.name, path] = self._apply(revision, path, predictions)
+        return self.scored[revision.name, path]
+
+    def _apply(self, revision: Revision, path: str, predictions: pd.DataFrame) -> pd.DataFrame:
         answers = _answers(revision, path, predictions)
         if revision.name in self.not_comparable:
             predictions = predictions[[name for name in predictions if not name.startswith(PREFIX)]]

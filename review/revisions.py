@@ -40,7 +40,7 @@ class Revision:
         self._parsed: dict[str, dict[str, Any]] = {}
         try:
             self.repo = open_project(name)
-            _ = self.repo.index.data  # resolves the revision and reads its pipeline
+            _ = self.repo.index.stages  # reads the pipeline
             self._files = DVCFileSystem(self.repo)
             return
         except DvcException as error:

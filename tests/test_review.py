@@ -537,11 +537,12 @@ def test_invalid_conditions_give_a_report_and_those_of_the_reviewed_revision_fai
     at(folder, "single", gates="loss: {}\n", must_pass="- 3\n")
     output = review(folder, "single", exit_code=1)
     assert "failed: gates and must-pass entries are valid; found: gates.yaml of workspace:" in output
-    assert "must_pass.yaml of workspace: found 3: Input should be a valid string" in " ".join(output.split())
+    assert "must_pass.yaml of workspace: 0: found 3: Input should be a valid string" in " ".join(output.split())
     commit(folder, "invalid")
     run(folder, "git", "tag", "invalid")
     review(folder, "invalid", "single")
-    assert "`gates.yaml of invalid: loss: Value error, has no condition" in section_of("Changed conditions")[0]
+    first, *_ = section_of("Changed conditions")
+    assert "`gates.yaml of invalid: loss: found {}: Value error, has no condition" in first
 
 
 def test_both_sides_are_scored_by_the_checks_of_the_reviewed_revision(folder: Path) -> None:
@@ -572,19 +573,26 @@ def test_an_answer_whose_reasoning_never_closes_also_fails_when_it_is_scored_aga
     monkeypatch.chdir(tmp_path)
     same = {"split": "test", "slice": "s", "prompt": "Q", "response": "Red.", "source": "a.jsonl", "source_row": 1}
     same |= {"check": '{"max_words": 3}', "other_columns": "{}", "truncated": False, "reference_fits": True}
-    rescoring = Rescoring({"main"}, {("test", name): same | {"example_id": name} for name in "abc"}, {}, set())
+    scored_rows = {("test", name): same | {"example_id": name} for name in "abc"}
     revision: Any = SimpleNamespace(name="main", read_table=lambda path, _: pd.read_parquet(path))
+
+    def passed(predictions: pd.DataFrame) -> list[int]:
+        rescoring = Rescoring({"main"}, scored_rows, {}, set())
+        scored = rescoring.apply(revision, PREDICTIONS, predictions)
+        assert rescoring.apply(revision, PREDICTIONS, predictions) is scored  # for must-pass examples
+        return [*scored["passed"]]
+
     columns = {"split": "test", "example_id": ["a", "b"], "answer": ["", "Red."], "num_answers": 1, "passed": 0}
     predictions = pd.DataFrame(columns)
-    assert rescoring.apply(revision, PREDICTIONS, predictions)["passed"].tolist() == [1, 1]  # an older revision
+    assert passed(predictions) == [1, 1]  # an older revision
     predictions["open_reasoning"] = [1.0, 0.0]
-    assert rescoring.apply(revision, PREDICTIONS, predictions)["passed"].tolist() == [0, 1]
+    assert passed(predictions) == [0, 1]
     (tmp_path / "data/answers").mkdir(parents=True)
     answers = pd.DataFrame({"split": "test", "example_id": ["a", "b"], "answers": [["", "Red."], ["", ""]]})
     answers["open_reasoning"] = [[True, False], None]  # an older revision has no such column
     answers.to_parquet("data/answers/tuned.parquet")
     predictions["num_answers"] = 2
-    assert rescoring.apply(revision, PREDICTIONS, predictions)["passed"].tolist() == [1, 2]
+    assert passed(predictions) == [1, 2]
 
 
 def test_scorers_run_on_both_sides_only_in_the_workspace(folder: Path) -> None:

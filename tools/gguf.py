@@ -100,10 +100,18 @@ def quantizer() -> str:
     raise UserError("export: llama-quantize is not installed; run `make export QUANT=...`, which builds it")
 
 
-def quantizations(program: str) -> list[str]:
-    """The names that the program lists for ways to quantize, such as Q4_K_M."""
-    usage = subprocess.run([program, "--help"], capture_output=True, encoding="utf-8", errors="replace")  # noqa: S603 (a list)
-    return re.findall(r"^ +\d+ +or +(\w+) +:", usage.stdout + usage.stderr, re.MULTILINE)
+def check_quantization(name: str) -> None:
+    """Check the name of a way to quantize, such as Q4_K_M, before the model is converted.
+
+    Raises:
+        UserError: llama.cpp has no such way. `Q4_K` and the like stand for the medium size.
+    """
+    from gguf import LlamaFileType
+
+    names = [kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in LlamaFileType]
+    names.remove("GUESSED")
+    if not {name, f"{name}_M"} & {*names}:
+        raise UserError(f"QUANT: found {name!r}; must be one of {', '.join(names)}")
 
 
 def quantize(program: str, source: Path, target: Path, quantization: str) -> None:
