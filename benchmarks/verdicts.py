@@ -122,9 +122,9 @@ def paired_noise(before: dict[int, pd.DataFrame], after: dict[int, pd.DataFrame]
     prompts, residual: standard deviations of the differences between prompts, and of what neither explains.
     """
     common = next(iter(before.values())).index.intersection(next(iter(after.values())).index)
-    sides = [{seed: tables[seed].loc[common] for seed in after} for tables in (before, after)]
-    cells, _ = metric_runs(LOSS, sides, ("before", "after"))
-    found = compare(cells[0], cells[1], np.arange(len(common)))
+    same_seeds = RevisionRuns(tables={seed: before[seed] for seed in after})
+    first, second = (metric_runs(LOSS, side, common, "") for side in (same_seeds, RevisionRuns(tables=after)))
+    found = compare(first, second, np.arange(len(common)))
     return {
         "differences": {str(seed): value for seed, value in found.by_seed.items()},
         "paired": float(np.std(list(found.by_seed.values()), ddof=1)),

@@ -113,24 +113,20 @@ def failure(result: subprocess.CompletedProcess[str]) -> str:
     return result.stderr.strip().splitlines()[-1]
 
 
-def test_a_dataset_that_does_not_exist_is_an_error(project: Path, hub: Hub) -> None:
-    edit(project, dataset_name="acme/none")
-    assert failure(run_stage("download_dataset")) == (
-        f"error: dataset_name: 'acme/none' is not on the Hub at {hub.url}, or it is private; "
+KINDS = pytest.mark.parametrize(("kind", "stage"), [("model", "download_model"), ("dataset", "download_dataset")])
+
+
+@KINDS
+def test_a_repository_that_does_not_exist_is_an_error(project: Path, hub: Hub, kind: str, stage: str) -> None:
+    edit(project, **{f"{kind}_name": "acme/none"})
+    assert failure(run_stage(stage)) == (
+        f"error: {kind}_name: 'acme/none' is not on the Hub at {hub.url}, or it is private; "
         "check the id, or log in with `hf auth login` or set HF_TOKEN (answer: 401 Repository not found)"
     )
-    assert not (project / "data/raw.parquet").exists()
+    assert not list((project / "data").glob("*.parquet"))
 
 
-def test_a_model_that_does_not_exist_is_an_error(project: Path, hub: Hub) -> None:
-    edit(project, model_name="acme/none")
-    assert failure(run_stage("download_model")) == (
-        f"error: model_name: 'acme/none' is not on the Hub at {hub.url}, or it is private; "
-        "check the id, or log in with `hf auth login` or set HF_TOKEN (answer: 401 Repository not found)"
-    )
-
-
-@pytest.mark.parametrize(("kind", "stage"), [("model", "download_model"), ("dataset", "download_dataset")])
+@KINDS
 def test_the_error_of_a_gated_repository_says_how_to_get_access(project: Path, hub: Hub, kind: str, stage: str) -> None:
     hub.add(f"{kind}s/acme/gated", {"a.json": b"{}"})
     hub.gated.add(f"{kind}s/acme/gated")
@@ -142,7 +138,7 @@ def test_the_error_of_a_gated_repository_says_how_to_get_access(project: Path, h
     )
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("model", "download_model"), ("dataset", "download_dataset")])
+@KINDS
 def test_a_revision_that_does_not_exist_is_an_error(project: Path, hub: Hub, kind: str, stage: str) -> None:
     hub.add(f"{kind}s/acme/one", {"a.json": b"{}"})
     for revision, answer in (("v9", "v9"), ("fix/v9", "fix")):  # the test server knows no slashes in revisions
@@ -153,7 +149,7 @@ def test_a_revision_that_does_not_exist_is_an_error(project: Path, hub: Hub, kin
         )
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("model", "download_model"), ("dataset", "download_dataset")])
+@KINDS
 def test_a_failed_connection_is_an_error(project: Path, hub_port: int, kind: str, stage: str) -> None:
     edit(project, **{f"{kind}_name": "acme/one"})
     message = failure(run_stage(stage))
