@@ -139,12 +139,12 @@ def measure(bad: npt.NDArray[np.float64], good: npt.NDArray[np.float64]) -> dict
     random_rows, precisions = np.random.default_rng(0), {}
     for share in SHARES:
         num_bad = min(len(bad), max(1, round(share * len(good))))
-        found = []
+        shares_found = []
         for _ in range(DRAWS):
             drawn = random_rows.choice(bad, num_bad, replace=False)
             worst = np.argsort(-np.concatenate([good, drawn]), kind="stable")[:num_bad]
-            found.append((worst >= len(good)).mean())
-        precisions[f"precision at {share:.0%}"] = float(np.mean(found))
+            shares_found.append((worst >= len(good)).mean())
+        precisions[f"precision at {share:.0%}"] = float(np.mean(shares_found))
     return {"auc": auc} | precisions
 
 

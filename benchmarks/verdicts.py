@@ -78,10 +78,10 @@ def simulate(design: str, num_runs: int, num_prompts: int) -> dict[str, Any]:
     for effect in EFFECTS:
         true = effect * RUN_NOISE
         for _ in range(REVIEWS):
-            found = compare(*simulated_review(random, design, num_runs, num_prompts, true), np.arange(num_prompts))
-            assert found.run_noise == DESIGNS[design]
-            covered += found.low <= true <= found.high
-            significant[effect] += found.p_value < SIGNIFICANCE
+            difference = compare(*simulated_review(random, design, num_runs, num_prompts, true), np.arange(num_prompts))
+            assert difference.run_noise == DESIGNS[design]
+            covered += difference.low <= true <= difference.high
+            significant[effect] += difference.p_value < SIGNIFICANCE
     return {
         "seeds": design,
         "runs": num_runs,
@@ -124,12 +124,12 @@ def paired_noise(before: dict[int, pd.DataFrame], after: dict[int, pd.DataFrame]
     common = next(iter(before.values())).index.intersection(next(iter(after.values())).index)
     same_seeds = RevisionRuns(tables={seed: before[seed] for seed in after})
     first, second = (metric_runs(LOSS, side, common, "") for side in (same_seeds, RevisionRuns(tables=after)))
-    found = compare(first, second, np.arange(len(common)))
+    difference = compare(first, second, np.arange(len(common)))
     return {
-        "differences": {str(seed): value for seed, value in found.by_seed.items()},
-        "paired": float(np.std(list(found.by_seed.values()), ddof=1)),
-        "prompts": math.sqrt(found.variances.per_prompt),
-        "residual": math.sqrt(found.variances.residual),
+        "differences": {str(seed): value for seed, value in difference.by_seed.items()},
+        "paired": float(np.std(list(difference.by_seed.values()), ddof=1)),
+        "prompts": math.sqrt(difference.variances.per_prompt),
+        "residual": math.sqrt(difference.variances.residual),
     }
 
 
@@ -148,11 +148,13 @@ def compare_pairs(tables: dict[int, pd.DataFrame]) -> dict[str, Any]:
         }
         for name, (before, after) in sides.items():
             runs = [RevisionRuns(tables={seed: tables[seed] for seed in side}) for side in (before, after)]
-            found = compare_runs(runs[0], runs[1], ("before", "after"), {})
+            results = compare_runs(runs[0], runs[1], ("before", "after"), {})
             # Of the loss without Holm's correction, which would hide whether the interval is right.
-            p_values = {one.metric.name: one.difference.p_value for one in found.metrics if one.difference}
+            p_values = {
+                result.metric.name: result.difference.p_value for result in results.metrics if result.difference
+            }
             different[name]["loss"] += p_values["loss"] < SIGNIFICANCE
-            different[name]["any metric"] += any(one.is_significant for one in found.metrics)
+            different[name]["any metric"] += any(result.is_significant for result in results.metrics)
     return {"number": len(pairs), "different": different}
 
 

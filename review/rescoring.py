@@ -76,12 +76,12 @@ class Rescoring:
 
 def find_rescoring(before: Revision, after: Revision) -> Rescoring | None:
     """How the answers must be scored again; None if the same code and the same checks scored both sides."""
-    sides = [_scored_by(side.read_yaml("dvc.lock")) for side in (before, after)]
-    if sides[0] == sides[1]:
+    scored_by = [_scored_by(side.read_yaml("dvc.lock")) for side in (before, after)]
+    if scored_by[0] == scored_by[1]:
         return None
     rows, notes = _rows(after), [f"Answers of both sides are scored by the checks of {after.name}."]
     if after.name != WORKSPACE:
-        has_same_scorers = sides[0].get(str(SCORERS)) == sides[1].get(str(SCORERS))
+        has_same_scorers = scored_by[0].get(str(SCORERS)) == scored_by[1].get(str(SCORERS))
         return Rescoring({before.name, after.name}, rows, {}, set() if has_same_scorers else {before.name}, notes)
     try:
         scorers = load_scorers()

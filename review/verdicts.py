@@ -80,8 +80,8 @@ def compare_predictions(
         for split in splits:
             first, second = (metrics_of_split(metrics, split) for metrics in known)
             metrics = [
-                MetricResult(each, first.get(each.name), second.get(each.name), verdict=verdict)
-                for each in metrics_of_files(first, second)
+                MetricResult(metric, first.get(metric.name), second.get(metric.name), verdict=verdict)
+                for metric in metrics_of_files(first, second)
             ]
             results[split] = Results(metrics, [*runs[0].notes, *runs[1].notes, *notes] if split == "test" else [], [])
         return results
@@ -100,8 +100,8 @@ def compare_predictions(
     for split in splits:
         first, second = (side.of_split(split) for side in runs)
         prefix = PREFIXES[split]
-        own = {name.removeprefix(prefix): margin for name, margin in margins.items() if name.startswith(prefix)}
-        results[split] = compare_runs(first, second, (before.name, after.name), own, split)
+        of_split = {name.removeprefix(prefix): margin for name, margin in margins.items() if name.startswith(prefix)}
+        results[split] = compare_runs(first, second, (before.name, after.name), of_split, split)
     results["test"].notes[:0] = [*runs[0].notes, *runs[1].notes, *(rescoring.notes if rescoring else [])]
     return results
 
@@ -222,15 +222,15 @@ def compare_metric(
     before, after = before.of_examples(chosen), after.of_examples(chosen)
     numbers = pd.factorize(prompts[chosen])[0]
     if numbers.max() < 1:
-        values = [float((runs.sums.sum(1) / runs.counts.sum(1)).mean()) for runs in (before, after)]
-        return MetricResult(metric, *values, verdict="undecided: a single prompt")
+        old, new = (float((runs.sums.sum(1) / runs.counts.sum(1)).mean()) for runs in (before, after))
+        return MetricResult(metric, old, new, verdict="undecided: a single prompt")
     difference = compare(before, after, numbers)
     return MetricResult(metric, difference.before, difference.after, difference, difference.p_value)
 
 
 def judge(results: Sequence[MetricResult], margins: Mapping[str, float]) -> list[MetricResult]:
     """Give each result with a difference its verdict; p-values of metrics with a direction are adjusted (Holm)."""
-    p_values = [each.difference.p_value for each in results if each.difference and each.metric.direction]
+    p_values = [result.difference.p_value for result in results if result.difference and result.metric.direction]
     adjusted = iter(holm(p_values))
     judged = []
     for result in results:
