@@ -23,17 +23,18 @@ def clone(ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "clone"
 
 
-def run_publish(monkeypatch: pytest.MonkeyPatch, repo: str = "acme/tiny") -> None:
-    monkeypatch.setattr("sys.argv", ["publish", repo])
-    publish.main()
+def run_publish(repo: str = "acme/tiny") -> None:
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr("sys.argv", ["publish", repo])
+        publish.main()
 
 
 @pytest.mark.subprocess
 def test_the_model_its_card_and_its_metrics_are_uploaded_in_one_commit(
-    clone: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    clone: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.owners = {"acme"}
-    run_publish(monkeypatch)
+    run_publish()
     printed = capsys.readouterr().out
     uploaded = hub.root / "models/acme/tiny"
     names = {str(path.relative_to(uploaded)) for path in uploaded.rglob("*") if path.is_file()}
@@ -81,19 +82,17 @@ def test_the_card_has_the_license_of_a_base_model_that_is_on_the_hub(
         ),
     ],
 )
-def test_a_repository_that_can_not_be_written_is_reported(
-    clone: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, repo: str, message: str
-) -> None:
+def test_a_repository_that_can_not_be_written_is_reported(clone: Path, hub: Hub, repo: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        run_publish(monkeypatch, repo)
+        run_publish(repo)
     assert str(error.value).startswith(message)
 
 
 @pytest.mark.subprocess
 @pytest.mark.usefixtures("hub_port")
-def test_without_a_connection_nothing_is_published(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_connection_nothing_is_published(clone: Path) -> None:
     with pytest.raises(UserError, match=r"^REPO: 'acme/tiny': the connection to the Hub at .* failed \(.*refused"):
-        run_publish(monkeypatch)
+        run_publish()
 
 
 def train_again(lock: dict[str, Any]) -> None:
@@ -119,12 +118,12 @@ def check_out_another_model(lock: dict[str, Any]) -> None:
     ],
 )
 def test_a_model_whose_metrics_are_of_another_one_is_refused(
-    clone: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], None], stages: str
+    clone: Path, change: Callable[[dict[str, Any]], None], stages: str
 ) -> None:
     lock = parse_yaml(Path("dvc.lock").read_text())
     change(lock)
     Path("dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
     with pytest.raises(UserError) as error:
-        run_publish(monkeypatch)
+        run_publish()
     message = f"models/tuned: {stages} changed since they ran, or their results did; run `dvc repro`"
     assert str(error.value) == message

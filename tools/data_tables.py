@@ -136,12 +136,10 @@ def take_rows(positions: Iterable[int], columns: list[str]) -> dict[int, dict[st
         with user_errors(shard), pq.ParquetFile(shard) as file:
             for group in range(file.num_row_groups):
                 end = start + file.metadata.row_group(group).num_rows
-                positions_in_group = [position for position in wanted if start <= position < end]
-                if positions_in_group:
-                    table = file.read_row_group(group, columns).take(
-                        [position - start for position in positions_in_group]
-                    )
-                    rows |= zip(positions_in_group, table.to_pylist(), strict=True)
+                in_group = [position for position in wanted if start <= position < end]
+                if in_group:
+                    table = file.read_row_group(group, columns).take([position - start for position in in_group])
+                    rows |= zip(in_group, table.to_pylist(), strict=True)
                 start = end
     return rows
 
