@@ -32,7 +32,7 @@ Talk = Callable[..., list[tuple[str, str]]]
 
 @pytest.fixture
 def talk(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Talk:
-    """A function that enters lines; it returns each model that an input prompt names, with the text printed after it."""
+    """A function that enters lines; it returns the model that each prompt names, and the text printed after it."""
 
     def talk(*lines: str) -> list[tuple[str, str]]:
         typed = "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
