@@ -163,15 +163,18 @@ def compare_runs(
             for name in slice_names:
                 result = compare_metric(metric, *both, prompts, (examples["slice"] == name).to_numpy())
                 slices.append(replace(result, slice=name, is_small=is_small))
-    joined = pd.concat([pair_columns(before, after, common), pair_columns(after, before, common)], axis=1)
-    joined.columns = ["loss_before", "answer_before", "loss_after", "answer_after"]
-    return Results(judge(results, margins), notes, judge(slices, {}), joined.reset_index())
+    return Results(judge(results, margins), notes, judge(slices, {}), join_answers(before, after, common))
 
 
-def pair_columns(side: RevisionRuns, other: RevisionRuns, common: pd.Index) -> pd.DataFrame:
-    """Loss and answer of the first run with a seed that the other side has, too; otherwise of the first run."""
-    seed = next((seed for seed in side.tables if seed in other.tables), next(iter(side.tables)))
-    return side.tables[seed].loc[common].reindex(columns=["loss", "answer"])
+def join_answers(before: RevisionRuns, after: RevisionRuns, common: pd.Index) -> pd.DataFrame:
+    """`Results.joined` for the common examples."""
+    common_seeds = [seed for seed in before.tables if seed in after.tables]
+    seeds = (
+        (common_seeds[0], common_seeds[0]) if common_seeds else (next(iter(before.tables)), next(iter(after.tables)))
+    )
+    old = before.tables[seeds[0]].loc[common].reindex(columns=["loss", "answer"])
+    new = after.tables[seeds[1]].loc[common].reindex(columns=["loss", "answer"])
+    return old.join(new, lsuffix="_before", rsuffix="_after").reset_index()
 
 
 class NotComparableError(Exception):
