@@ -168,12 +168,9 @@ def compare_runs(
 
 def join_answers(before: RevisionRuns, after: RevisionRuns, common: pd.Index) -> pd.DataFrame:
     """`Results.joined` for the common examples."""
-    common_seeds = [seed for seed in before.tables if seed in after.tables]
-    seeds = (
-        (common_seeds[0], common_seeds[0]) if common_seeds else (next(iter(before.tables)), next(iter(after.tables)))
-    )
-    old = before.tables[seeds[0]].loc[common].reindex(columns=["loss", "answer"])
-    new = after.tables[seeds[1]].loc[common].reindex(columns=["loss", "answer"])
+    seed = next((seed for seed in before.tables if seed in after.tables), None)
+    tables = [side.tables[next(iter(side.tables)) if seed is None else seed] for side in (before, after)]
+    old, new = (table.loc[common].reindex(columns=["loss", "answer"]) for table in tables)
     return old.join(new, lsuffix="_before", rsuffix="_after").reset_index()
 
 
