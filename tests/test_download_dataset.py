@@ -38,6 +38,14 @@ def read(name: str, content: bytes | str) -> list[dict[str, Any]]:
     return raw()
 
 
+def read_parquet(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same for a Parquet file with these rows."""
+    pq.write_table(pa.Table.from_pylist(rows), "data/a.parquet")
+    edit(Path.cwd(), dataset_file="data/a.parquet")
+    download_dataset.main()
+    return raw()
+
+
 def raw() -> list[dict[str, Any]]:
     """Messages, input and row number of the rows of `raw.parquet`."""
     rows = pq.read_table("data/raw.parquet", columns=["messages", "input", "source_row"]).to_pylist()
@@ -253,10 +261,7 @@ def test_conversations_and_completions_are_recognized_by_their_columns(project: 
         row("A", "b", 3),
     ]
     assert read("a.csv", "completion,prompt\nx,A\n") == [row("A", "x", 1)]
-    pq.write_table(pa.Table.from_pylist([{"id": 1, "messages": MESSAGES}]), "data/a.parquet")
-    edit(project, dataset_file="data/a.parquet")
-    download_dataset.main()
-    assert raw() == [{"messages": MESSAGES, "input": "", "source_row": 1}]
+    assert read_parquet([{"id": 1, "messages": MESSAGES}]) == [{"messages": MESSAGES, "input": "", "source_row": 1}]
 
 
 TWO = [row("Name é.", "É.", 1), row("B", "c", 2)]
@@ -320,9 +325,7 @@ def test_a_single_mapped_row_with_a_list_is_a_row(project: Path) -> None:
 
 def test_a_date_in_the_arguments_of_a_call_makes_its_row_unreadable(project: Path) -> None:
     call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"day": date(2026, 1, 2)}}]}
-    pq.write_table(pa.Table.from_pylist([{"messages": [MESSAGES[1], call]}]), project / "data/a.parquet")
-    edit(project, dataset_file="data/a.parquet")
-    download_dataset.main()
+    read_parquet([{"messages": [MESSAGES[1], call]}])
     detail = "message 2: the tool call can't be written as JSON: Object of type date is not JSON serializable"
     assert unreadable() == [(1, "bad_tool_call", detail)]
 
@@ -366,11 +369,8 @@ def test_columns_are_mapped_and_a_mapped_column_that_no_row_has_is_an_error(proj
 
 def test_columns_of_parquet_that_are_not_read_are_listed_and_nulls_in_messages_are_missing_keys(project: Path) -> None:
     calls = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
-    rows = [{"id": 1, "messages": MESSAGES}, {"id": 2, "messages": [MESSAGES[1], calls]}]
-    pq.write_table(pa.Table.from_pylist(rows), project / "data/a.parquet")
-    edit(project, dataset_file="data/a.parquet")
-    download_dataset.main()
-    assert [found["messages"] for found in raw()] == [
+    rows = read_parquet([{"id": 1, "messages": MESSAGES}, {"id": 2, "messages": [MESSAGES[1], calls]}])
+    assert [row["messages"] for row in rows] == [
         MESSAGES,
         [
             MESSAGES[1],
