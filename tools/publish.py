@@ -72,7 +72,7 @@ def card(repo: str, api: "HfApi") -> "ModelCard":
     """
     from huggingface_hub import EvalResult, ModelCard
 
-    card = ModelCard.load(TUNED / "README.md")
+    card: ModelCard = ModelCard.load(TUNED / "README.md")
     card.text = card.text.replace(f'"{TUNED}"', f'"{repo}"')
     source = read_json(Path("data/source.json"))["source"]
     base, tuned = (read_json(METRICS / f"evaluate/{name}.json") for name in ("base", "tuned"))
@@ -83,7 +83,9 @@ def card(repo: str, api: "HfApi") -> "ModelCard":
         for name, title in NAMES.items():
             if (value := after.get(name)) is not None:
                 rows.append([data, title, shown(before, name), shown(after, name)])
-                results.append(EvalResult("text-generation", source, data, name, value, metric_name=title))
+                results.append(
+                    EvalResult("text-generation", source, data, name, value, dataset_split=split, metric_name=title)
+                )
     card.text += f"\n## Evaluation\n{table(['data', 'metric', 'base model', 'this model'], rows)}\n"
     card.data.model_name, card.data.eval_results = repo, results
     if base_model := card.data.base_model:
