@@ -171,7 +171,7 @@ def join_answers(before: RevisionRuns, after: RevisionRuns, common: pd.Index) ->
     seed = next((seed for seed in before.tables if seed in after.tables), None)
     tables = [side.tables[next(iter(side.tables)) if seed is None else seed] for side in (before, after)]
     old, new = (table.loc[common].reindex(columns=["loss", "answer"]) for table in tables)
-    return old.join(new, lsuffix="_before", rsuffix="_after").reset_index()
+    return old.add_suffix("_before").join(new.add_suffix("_after")).reset_index()
 
 
 class NotComparableError(Exception):
