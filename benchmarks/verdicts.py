@@ -214,7 +214,7 @@ def draw(results: dict[str, Any]) -> bytes:
             }
         )
     spec = {"data": {"values": rows}, "vconcat": panels}
-    return bytes(vl_convert.vegalite_to_png(json.dumps(spec), scale=1.5))
+    return bytes(vl_convert.vegalite_to_png(json.dumps(spec)))
 
 
 if __name__ == "__main__":

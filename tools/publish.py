@@ -87,9 +87,9 @@ def card(repo: str, api: "HfApi") -> "ModelCard":
                     EvalResult("text-generation", source, data, name, value, dataset_split=split, metric_name=title)
                 )
     card.text += f"\n## Evaluation\n{table(['data', 'metric', 'base model', 'this model'], rows)}\n"
-    card.data.model_name, card.data.eval_results = repo, results
-    if base_model := card.data.base_model:
-        card.data.license = license_of(base_model, api)
+    card.data["model_name"], card.data["eval_results"] = repo, results
+    if base_model := card.data.get("base_model"):
+        card.data["license"] = license_of(base_model, api)
     return card
 
 
