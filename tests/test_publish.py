@@ -1,6 +1,7 @@
 """`make publish` with the real Hub client and the local server."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def test_the_model_its_card_and_its_metrics_are_uploaded_in_one_commit(
     assert results["test set, 8 examples", "loss"] == loss
     assert [request for request in hub.requests if "/commit/" in request] == ["POST /api/models/acme/tiny/commit/main"]
     assert f"uploaded  {len(names) - 1} files to {hub.url}/acme/tiny" in printed
+    shutil.rmtree("models")
     exec(card.text.split("```python\n")[1].split("```")[0], {})  # loads the model from the Hub
     assert capsys.readouterr().out.endswith("\n")
 
