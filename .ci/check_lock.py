@@ -12,7 +12,7 @@ from dvc.exceptions import DvcException
 from dvc.output import Output
 from dvc.repo import Repo
 
-from review.outdated import changed_model, difference, differences
+from review.outdated import changed_model, difference, differences, recorded_hash
 from stages.runtime.errors import UserError
 from stages.runtime.preflight import check_project
 from stages.runtime.run import run
@@ -64,7 +64,7 @@ def remedy(repo: Repo, num_differences: int) -> str:
 def revision_with(out: Output) -> str | None:
     """The newest commit in which an output that git tracks has the hash in dvc.lock."""
     for revision in ["HEAD", *git("log", "--max-count=20", "--format=%h", "--", str(out)).decode().split()]:
-        if hashlib.md5(git("show", f"{revision}:./{out}"), usedforsecurity=False).hexdigest() == out.hash_info.value:
+        if hashlib.md5(git("show", f"{revision}:./{out}"), usedforsecurity=False).hexdigest() == recorded_hash(out):
             return revision
     return None
 

@@ -47,8 +47,8 @@ def main() -> None:
     }
     if device.type == "cpu":
         results["format"] = formatting.measure()
-    write_json(results_file(device), results)
-    draw(results, results_file(device).with_suffix(".png"))
+    write_json(results_file(device.type), results)
+    draw(results, results_file(device.type).with_suffix(".png"))
     print(table(results))
 
 

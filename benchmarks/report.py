@@ -2,11 +2,11 @@
 
 import json
 import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 WARM_UP = 1  # steps at the beginning of a run that are not timed
 COLUMNS = (
@@ -15,8 +15,15 @@ COLUMNS = (
 )
 
 
-def results_file(device: torch.device) -> Path:
-    return Path(__file__).with_name("results.json" if device.type == "cpu" else f"results-{device.type}.json")
+def results_file(device: str) -> Path:
+    return Path(__file__).with_name("results.json" if device == "cpu" else f"results-{device}.json")
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown. A column may be several, with their titles and values separated by bars."""
+    header = f"| {' | '.join(columns)} |"
+    line = "|---" * (header.count(" | ") + 1) + "|"
+    return "\n".join([header, line, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def table(results: dict[str, Any]) -> str:
@@ -104,4 +111,4 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 if __name__ == "__main__":
     for device in ("cpu", "cuda"):
-        print(table(json.loads(results_file(torch.device(device)).read_text(encoding="utf-8"))), end="\n\n")
+        print(table(json.loads(results_file(device).read_text(encoding="utf-8"))), end="\n\n")

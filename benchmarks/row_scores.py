@@ -22,6 +22,7 @@ import pandas as pd
 import pyarrow as pa
 
 from benchmarks.data import read_examples
+from benchmarks.report import markdown_table
 from stages.data.examples import RAW_SCHEMA, BadRowError
 from stages.data.files import read_json, write_json
 from stages.data.tokenizer import load_tokenizer
@@ -138,12 +139,12 @@ def measure(bad: npt.NDArray[np.float64], good: npt.NDArray[np.float64]) -> dict
     random_rows, precisions = np.random.default_rng(0), {}
     for share in SHARES:
         num_bad = min(len(bad), max(1, round(share * len(good))))
-        found = []
+        shares_found = []
         for _ in range(DRAWS):
             drawn = random_rows.choice(bad, num_bad, replace=False)
             worst = np.argsort(-np.concatenate([good, drawn]), kind="stable")[:num_bad]
-            found.append((worst >= len(good)).mean())
-        precisions[f"precision at {share:.0%}"] = float(np.mean(found))
+            shares_found.append((worst >= len(good)).mean())
+        precisions[f"precision at {share:.0%}"] = float(np.mean(shares_found))
     return {"auc": auc} | precisions
 
 
@@ -196,14 +197,15 @@ def with_answer(row: dict[str, Any], answer: str) -> dict[str, Any]:
 
 def tables(results: dict[str, Any]) -> str:
     """Markdown, for the terminal and `docs/row-scores.md`."""
-    lines = []
+    parts = []
     for name, result in results.items():
-        lines += ["", f"{name}, {result['rows']:,} rows:", ""]
-        lines += ["| answer replaced by | " + " | ".join(SCORES) + " |", "|---" * (len(SCORES) + 1) + "|"]
-        for kind, scores in result["kinds"].items():
-            cells = [" / ".join(f"{value:.2f}" for value in scores[score].values()) or "–" for score in SCORES]
-            lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    return "\n".join(lines[1:])
+        rows = [
+            [kind, *(" / ".join(f"{value:.2f}" for value in scores[score].values()) or "–" for score in SCORES)]
+            for kind, scores in result["kinds"].items()
+        ]
+        table = markdown_table(["answer replaced by", *SCORES], rows)
+        parts.append(f"{name}, {result['rows']:,} rows:\n\n{table}")
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

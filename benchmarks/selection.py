@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import vl_convert
 
+from benchmarks.report import markdown_table
 from benchmarks.verdicts import LOSS, loss, run_experiment
 from review.revisions import Revision
 from review.runs import RevisionRuns
@@ -120,25 +121,27 @@ def selection_table(selection: dict[str, Any]) -> str:
 
 def comparison_table(comparisons: dict[str, dict[str, Any]]) -> str:
     """Markdown with a row for each comparison."""
-    lines = ["| change | difference in test loss | 95% interval | verdict |", "|---" * 4 + "|"]
-    for name, found in comparisons.items():
-        lines.append(f"| {name} | {signed(found['difference'])} | {interval(found)} | {found['verdict']} |")
-    return "\n".join(lines)
+    rows = [
+        [name, signed(result["difference"]), interval(result), result["verdict"]]
+        for name, result in comparisons.items()
+    ]
+    return markdown_table(["change", "difference in test loss", "95% interval", "verdict"], rows)
 
 
 def curve_table(curve: list[dict[str, Any]]) -> str:
     """Markdown, for the terminal and `docs/learning-curves.md`."""
-    lines = ["| train_fraction | rows | test losses | all rows against it | verdict |", "|---" * 5 + "|"]
+    rows = []
     for point in curve:
         losses = ", ".join(f"{value:.4f}" for value in point["losses"].values())
-        found = point["against all"]
-        change = f"{signed(found['difference'])} ({interval(found)}) | {found['verdict']}" if found else "– | –"
-        lines.append(f"| {point['fraction']:g} | {point['rows']:,} | {losses} | {change} |")
-    return "\n".join(lines)
+        change, verdict = "–", "–"
+        if result := point["against all"]:
+            change, verdict = f"{signed(result['difference'])} ({interval(result)})", result["verdict"]
+        rows.append([f"{point['fraction']:g}", f"{point['rows']:,}", losses, change, verdict])
+    return markdown_table(["train_fraction", "rows", "test losses", "all rows against it", "verdict"], rows)
 
 
-def interval(found: dict[str, Any]) -> str:
-    return f"{signed(found['low'])} to {signed(found['high'])}"
+def interval(result: dict[str, Any]) -> str:
+    return f"{signed(result['low'])} to {signed(result['high'])}"
 
 
 def draw(curve: list[dict[str, Any]]) -> bytes:

@@ -7,8 +7,7 @@ Markdown.
 import json
 import math
 import subprocess
-from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 import vl_convert
 
+from benchmarks.report import markdown_table
 from review.revisions import Revision
 from review.runs import RevisionRuns, find_runs, read_runs
 from review.statistics import SIGNIFICANCE, Runs, compare
@@ -40,14 +40,16 @@ NUM_RUNS, NUM_PROMPTS, EFFECTS = (2, 3, 5), (50, 100, 300, 1000), (0, 1, 2, 4)
 # between two learning rates between seeds, of this difference between prompts, and of what remains.
 RUN_NOISE, PAIRED_RUN_NOISE, PROMPT_NOISE, RESIDUAL_NOISE = 0.007, 0.003, 0.064, 0.04
 LOSS = METRICS[0]
+SHOWN = {"0": "false alarms", "1": "found: 1×", "2": "found: 2×", "4": "found: 4×"}  # by the effect
+LIMITS = {"coverage": (0.88, 1.0, 0.95), "false alarms": (0.0, 0.12, 0.05)}  # of an axis, and what should be there
 DESIGNS = {"same seeds": "paired", "other seeds": "pooled", "a single new run": "pooled"}
 
 
 def main() -> None:
     real = {name: run_experiment(name, changes) for name, changes in EXPERIMENTS.items()}
-    cells = list(simulated_cells())
+    settings = list(product(DESIGNS, NUM_RUNS, NUM_PROMPTS))
     results = {
-        "simulation": [simulate(*cell) for cell in progress(cells, "simulate", "setting", len(cells))],
+        "simulation": [simulate(*setting) for setting in progress(settings, "simulate", "setting")],
         "test_losses": {str(seed): loss(table) for seed, table in real[DEFAULT].items()},
         "changes": {name: paired_noise(real[DEFAULT], tables) for name, tables in real.items() if name != DEFAULT},
         "pairs": compare_pairs(real[DEFAULT]),
@@ -69,13 +71,6 @@ def run_experiment(name: str, changes: list[str]) -> dict[int, pd.DataFrame]:
     return runs.of_split("test").tables
 
 
-def simulated_cells() -> Iterator[tuple[str, int, int]]:
-    for design in DESIGNS:
-        for num_runs in NUM_RUNS:
-            for num_prompts in NUM_PROMPTS:
-                yield design, num_runs, num_prompts
-
-
 def simulate(design: str, num_runs: int, num_prompts: int) -> dict[str, Any]:
     """Simulate reviews: how often the interval contains the true difference, and how often it is called significant."""
     random = np.random.default_rng([num_runs, num_prompts, list(DESIGNS).index(design)])
@@ -83,10 +78,10 @@ def simulate(design: str, num_runs: int, num_prompts: int) -> dict[str, Any]:
     for effect in EFFECTS:
         true = effect * RUN_NOISE
         for _ in range(REVIEWS):
-            found = compare(*simulated_review(random, design, num_runs, num_prompts, true), np.arange(num_prompts))
-            assert found.run_noise == DESIGNS[design]
-            covered += found.low <= true <= found.high
-            significant[effect] += found.p_value < SIGNIFICANCE
+            difference = compare(*simulated_review(random, design, num_runs, num_prompts, true), np.arange(num_prompts))
+            assert difference.run_noise == DESIGNS[design]
+            covered += difference.low <= true <= difference.high
+            significant[effect] += difference.p_value < SIGNIFICANCE
     return {
         "seeds": design,
         "runs": num_runs,
@@ -127,14 +122,14 @@ def paired_noise(before: dict[int, pd.DataFrame], after: dict[int, pd.DataFrame]
     prompts, residual: standard deviations of the differences between prompts, and of what neither explains.
     """
     common = next(iter(before.values())).index.intersection(next(iter(after.values())).index)
-    sides = [{seed: tables[seed].loc[common] for seed in after} for tables in (before, after)]
-    cells, _ = metric_runs(LOSS, sides, ("before", "after"))
-    found = compare(cells[0], cells[1], np.arange(len(common)))
+    same_seeds = RevisionRuns(tables={seed: before[seed] for seed in after})
+    first, second = (metric_runs(LOSS, side, common, "") for side in (same_seeds, RevisionRuns(tables=after)))
+    difference = compare(first, second, np.arange(len(common)))
     return {
-        "differences": {str(seed): value for seed, value in found.by_seed.items()},
-        "paired": float(np.std(list(found.by_seed.values()), ddof=1)),
-        "prompts": math.sqrt(found.variances.per_prompt),
-        "residual": math.sqrt(found.variances.residual),
+        "differences": {str(seed): value for seed, value in difference.by_seed.items()},
+        "paired": float(np.std(list(difference.by_seed.values()), ddof=1)),
+        "prompts": math.sqrt(difference.variances.per_prompt),
+        "residual": math.sqrt(difference.variances.residual),
     }
 
 
@@ -153,70 +148,73 @@ def compare_pairs(tables: dict[int, pd.DataFrame]) -> dict[str, Any]:
         }
         for name, (before, after) in sides.items():
             runs = [RevisionRuns(tables={seed: tables[seed] for seed in side}) for side in (before, after)]
-            found = compare_runs(runs[0], runs[1], ("before", "after"), {})
+            results = compare_runs(runs[0], runs[1], ("before", "after"), {})
             # Of the loss without Holm's correction, which would hide whether the interval is right.
-            p_values = {one.metric.name: one.difference.p_value for one in found.metrics if one.difference}
+            p_values = {
+                result.metric.name: result.difference.p_value for result in results.metrics if result.difference
+            }
             different[name]["loss"] += p_values["loss"] < SIGNIFICANCE
-            different[name]["any metric"] += any(one.is_significant for one in found.metrics)
+            different[name]["any metric"] += any(result.is_significant for result in results.metrics)
     return {"number": len(pairs), "different": different}
 
 
 def tables(results: dict[str, Any]) -> str:
     """Markdown, for the terminal and `docs/verdicts.md`."""
-    lines = ["| seeds | runs | prompts | coverage | false alarms | found: 1× | 2× | 4× |", "|---" * 8 + "|"]
-    for cell in results["simulation"]:
-        shares = " | ".join(f"{share:.0%}" for share in cell["significant"].values())
-        lines.append(f"| {cell['seeds']} | {cell['runs']} | {cell['prompts']:,} | {cell['coverage']:.1%} | {shares} |")
-    lines += ["", "| change | difference in test loss, by seed | standard deviation |", "|---" * 3 + "|"]
-    for name, found in results["changes"].items():
+    simulated = pd.DataFrame(
+        {"seeds": one["seeds"], "coverage": one["coverage"], "false alarms": one["significant"]["0"]}
+        for one in results["simulation"]
+    )
+    summary = []
+    for seeds, shares in simulated.groupby("seeds", sort=False):
+        coverage, alarms = shares["coverage"], shares["false alarms"]
+        ranges = f"{coverage.min():.1%} to {coverage.max():.1%}", f"{alarms.min():.0%} to {alarms.max():.0%}"
+        summary.append([str(seeds), ranges[0], f"{ranges[1]}, on average {alarms.mean():.1%}"])
+    changes = []
+    for name, result in results["changes"].items():
         change = ", ".join(change for change in EXPERIMENTS[name] if "replicate" not in change)
-        listed = ", ".join(map(signed, found["differences"].values()))
-        lines.append(f"| `{change}` | {listed} | {found['paired']:.4f} |")
-    losses = ", ".join(f"{value:.4f}" for value in results["test_losses"].values())
-    deviation = np.std(list(results["test_losses"].values()), ddof=1)
-    lines += ["", f"Test losses of the real runs: {losses} nats/token; standard deviation {deviation:.4f}.", ""]
-    lines += [
-        f"| {results['pairs']['number']} pairs of real runs | loss differs | any metric differs |",
-        "|---" * 3 + "|",
-    ]
-    for name, counts in results["pairs"]["different"].items():
-        lines.append(f"| {name} | {counts['loss']} | {counts['any metric']} |")
-    return "\n".join(lines)
+        differences = ", ".join(map(signed, result["differences"].values()))
+        changes.append([f"`{change}`", differences, f"{result['paired']:.4f}"])
+    losses = [*results["test_losses"].values()]
+    pairs = [[name, *map(str, counts.values())] for name, counts in results["pairs"]["different"].items()]
+    return "\n\n".join(
+        [
+            markdown_table(["seeds", "coverage", "false alarms"], summary),
+            markdown_table(["change", "difference in test loss, by seed", "standard deviation"], changes),
+            f"Test losses of the real runs: {', '.join(f'{value:.4f}' for value in losses)} nats/token; "
+            f"standard deviation {np.std(losses, ddof=1):.4f}.",
+            markdown_table(
+                [f"{results['pairs']['number']} pairs of real runs", "loss differs", "any metric differs"], pairs
+            ),
+        ]
+    )
 
 
 def draw(results: dict[str, Any]) -> bytes:
-    """A picture of coverage and false alarms over the number of prompts."""
-    rows = [
-        {
-            "seeds": cell["seeds"],
-            "runs": f"{cell['runs']} runs",
-            "prompts": cell["prompts"],
-            "share": share,
-            "kind": kind,
-        }
-        for cell in results["simulation"]
-        for kind, share in (("coverage", cell["coverage"]), ("false alarms", cell["significant"]["0"]))
-    ]
+    """A picture of coverage, false alarms and differences found over the number of prompts; a row of panels each."""
+    rows = []
+    for one in results["simulation"]:
+        shares = {"coverage": one["coverage"]} | {SHOWN[effect]: one["significant"][effect] for effect in SHOWN}
+        setting = {"seeds": one["seeds"], "runs": f"{one['runs']} runs", "prompts": one["prompts"]}
+        rows += [{**setting, "kind": kind, "share": share} for kind, share in shares.items()]
+    x = {"field": "prompts", "type": "quantitative", "title": "test prompts", "axis": {"values": NUM_PROMPTS}}
+    x["scale"] = {"type": "log", "domain": [40, 1200]}
     panels = []
-    for kind, low, high, target in (("coverage", 0.88, 1.0, 0.95), ("false alarms", 0.0, 0.12, 0.05)):
-        scale = {"domain": [low, high]}
-        y = {"field": "share", "type": "quantitative", "scale": scale, "title": kind, "axis": {"format": "%"}}
-        x_scale = {"type": "log", "domain": [40, 1200]}
-        x = {"field": "prompts", "type": "quantitative", "scale": x_scale, "title": "test prompts"}
-        lines = {
-            "mark": {"type": "line", "point": True},
-            "encoding": {
-                "x": x,
-                "y": y,
-                "color": {"field": "runs", "title": "per side"},
-                "strokeDash": {"field": "seeds"},
-            },
-        }
+    for kind in ("coverage", *SHOWN.values()):
+        low, high, target = LIMITS.get(kind, (0, 1, None))
+        y = {"field": "share", "type": "quantitative", "title": kind, "axis": {"format": "%", "tickCount": 4}}
+        y["scale"] = {"domain": [low, high]}
+        color = {"field": "runs", "title": "per side"}
+        line = {"mark": {"type": "line", "point": True}, "encoding": {"x": x, "y": y, "color": color}}
         rule = {"mark": {"type": "rule", "strokeDash": [2, 4]}, "encoding": {"y": {"datum": target}}}
-        panel = {"width": 300, "height": 220, "transform": [{"filter": f"datum.kind == '{kind}'"}]}
-        panels.append({**panel, "layer": [lines, rule]})
-    spec = {"data": {"values": rows}, "hconcat": panels}
-    return bytes(vl_convert.vegalite_to_png(json.dumps(spec), scale=1.5))
+        panels.append(
+            {
+                "transform": [{"filter": {"field": "kind", "equal": kind}}],
+                "facet": {"column": {"field": "seeds", "title": None, "sort": list(DESIGNS)}},
+                "spec": {"width": 220, "height": 110, "layer": [line, rule] if target else [line]},
+            }
+        )
+    spec = {"data": {"values": rows}, "vconcat": panels}
+    return bytes(vl_convert.vegalite_to_png(json.dumps(spec)))
 
 
 if __name__ == "__main__":

@@ -72,7 +72,9 @@ def changed_metrics(before: Revision, after: Revision, results: Mapping[str, Res
     Args:
         results: those with a verdict, by split.
     """
-    with_verdict = {PREFIXES[split] + each.metric.name for split, found in results.items() for each in found.metrics}
+    with_verdict = {
+        PREFIXES[split] + result.metric.name for split, of_split in results.items() for result in of_split.metrics
+    }
     changes = []
     for path in sorted({*before.metrics_files(), *after.metrics_files()}):
         values = [flatten(side.read_json(path)) for side in (before, after)]
@@ -101,10 +103,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def stages_that_ran(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[StageRun]:
     """The stages whose inputs or outputs differ between two `dvc.lock` files."""
-    found = []
+    runs = []
     for name, (old, new) in values_by_name(before.get("stages", {}), after.get("stages", {})).items():
         if old is None or new is None:
-            found.append(StageRun(name, ["new stage" if old is None else "removed stage"], []))
+            runs.append(StageRun(name, ["new stage" if old is None else "removed stage"], []))
             continue
         params = [
             f"{change.name.removeprefix('params.yaml.')}: {json.dumps(change.before)} → {json.dumps(change.after)}"
@@ -116,8 +118,8 @@ def stages_that_ran(before: Mapping[str, Any], after: Mapping[str, Any]) -> list
         )
         changed_inputs = (["its command"] if old["cmd"] != new["cmd"] else []) + params + deps
         if changed_inputs or outs:
-            found.append(StageRun(name, changed_inputs, outs))
-    return found
+            runs.append(StageRun(name, changed_inputs, outs))
+    return runs
 
 
 def changed_samples(before: Revision, after: Revision) -> list[Change]:

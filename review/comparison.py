@@ -74,15 +74,15 @@ class Comparison:
     def warnings(self) -> list[str]:
         """Why this is not an ordinary comparison, for the first lines of the report."""
         sides = self.before, self.after
-        found = []
+        sentences = []
         if self.before.commit() == self.after.commit():
-            found.append(f"{self.before.name} and {self.after.name} are the same commit, so nothing was compared.")
+            sentences.append(f"{self.before.name} and {self.after.name} are the same commit, so nothing was compared.")
         for side in sides:
             if empty := [path for path in ("params.yaml", "dvc.lock") if not side.read_yaml(path)]:
-                found.append(f"{side.name} has no {' and no '.join(empty)}, so there is nothing to compare with.")
+                sentences.append(f"{side.name} has no {' and no '.join(empty)}, so there is nothing to compare with.")
             elif not side.read_json(METRICS_FILE):
-                found.append(f"{side.name} has no {METRICS_FILE}, so its results are not compared.")
-        return found
+                sentences.append(f"{side.name} has no {METRICS_FILE}, so its results are not compared.")
+        return sentences
 
 
 def compare_revisions(before: Revision, after: Revision) -> Comparison:

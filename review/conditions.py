@@ -4,11 +4,11 @@ Each side has its own. Those of the reviewed revision apply to both sides, and t
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import unified_diff
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -21,7 +21,6 @@ from stages.scoring.scorers import SCORERS
 GATES, MUST_PASS = Path("gates.yaml"), Path("must_pass.yaml")
 MAX_DIFF_LINES = 40  # of scorers.py
 Bound = Annotated[float, Field(allow_inf_nan=False)]
-T = TypeVar("T")
 
 
 class Gate(BaseModel):
@@ -62,43 +61,36 @@ def read_conditions(revision: Revision) -> Conditions:
     """The conditions of a revision; a missing file means none."""
     problems: list[str] = []
 
-    def parsed(path: Path, parse: Callable[[bytes, str], T], otherwise: T) -> T:
-        content = revision.read(str(path))
+    def parsed(path: Path, kind: Any, allowed: str) -> Any:
         try:
-            return otherwise if content is None else parse(content, f"{path} of {revision.name}")
+            return parse(revision.read(str(path)) or b"", f"{path} of {revision.name}", kind, allowed)
         except UserError as error:
             problems.append(str(error))
-            return otherwise
+            return kind()
 
-    return Conditions(parsed(GATES, parse_gates, {}), parsed(MUST_PASS, parse_must_pass, []), problems)
-
-
-def parse_gates(content: bytes, where: str) -> dict[str, Gate]:
-    """The gates by metric.
-
-    Raises:
-        UserError: not valid YAML, or it does not describe gates.
-    """
-    try:
-        return TypeAdapter(dict[str, Gate]).validate_python(parse_yaml(content) or {})
-    except ValidationError as errors:
-        listed = "\n".join(f"  {'.'.join(map(str, error['loc']))}: {error['msg']}" for error in errors.errors())
-        raise UserError(f"{where}:\n{listed}\n  a metric needs min, max or not_worse_by (0 or more)") from None
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid YAML: {error}") from None
+    gates = parsed(GATES, dict[str, Gate], "a metric needs min, max or not_worse_by (0 or more)")
+    must_pass = parsed(MUST_PASS, list[str], "must be a list of prompts or ids of test rows, as text")
+    return Conditions(gates, must_pass, problems)
 
 
-def parse_must_pass(content: bytes, where: str) -> list[str]:
-    """The entries, which are prompts or ids of test rows.
+def parse(content: bytes, where: str, kind: Any, allowed: str) -> Any:
+    """The content of a YAML file with conditions; empty if the file is.
+
+    Args:
+        kind: the type of the content.
+        allowed: what it may be, for messages.
 
     Raises:
-        UserError: not a YAML list of text.
+        UserError: not valid YAML, or something else than `kind`.
     """
     try:
-        return TypeAdapter(list[str]).validate_python(parse_yaml(content) or [])
+        return TypeAdapter(kind).validate_python(parse_yaml(content) or kind())
     except ValidationError as errors:
-        found = "; ".join(f"{error['input']!r:.100}: {error['msg']}" for error in errors.errors())
-        raise UserError(f"{where}: found {found}; must be a list of prompts or ids of test rows, as text") from None
+        lines = [
+            f"  {'.'.join(map(str, error['loc'])) or 'content'}: found {error['input']!r:.100}: {error['msg']}"
+            for error in errors.errors()
+        ]
+        raise UserError("\n".join([f"{where}:", *lines, f"  {allowed}"])) from None
     except (YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid YAML: {error}") from None
 

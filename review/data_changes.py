@@ -47,9 +47,9 @@ class DataChanges:
         new = [(shingles(without_template(prompt)), prompt) for prompt in self.rows[is_new]["prompt"].head(MAX_NEW)]
 
         def nearest(prompt: str) -> str | None:
-            own = shingles(without_template(prompt))
-            found = max(((jaccard(own, other), text) for other, text in new if own or other), default=(0.0, ""))
-            return found[1] if found[0] >= MIN_SIMILARITY else None
+            words = shingles(without_template(prompt))
+            nearest = max(((jaccard(words, other), text) for other, text in new if words or other), default=(0.0, ""))
+            return nearest[1] if nearest[0] >= MIN_SIMILARITY else None
 
         return [nearest(prompt) for prompt in prompts]
 

@@ -48,8 +48,8 @@ def check_gates(comparison: Comparison) -> list[GateResult]:
 def value_of(metrics: Mapping[str, Any], name: str) -> tuple[bool, Any]:
     """Whether a metrics file has a metric, such as `loss` or `retention.loss`, and its value."""
     split, _, metric = name.rpartition(".")
-    own = metrics_of_split(metrics, split or "test")
-    return metric in own, own.get(metric)
+    of_split = metrics_of_split(metrics, split or "test")
+    return metric in of_split, of_split.get(metric)
 
 
 def check_gate(name: str, gate: Gate, comparison: Comparison) -> Iterator[GateResult]:
@@ -80,10 +80,11 @@ def check_gate(name: str, gate: Gate, comparison: Comparison) -> Iterator[GateRe
 
 def names_of(metrics: Mapping[str, Any]) -> list[str]:
     """The metrics in a metrics file that have a standard error, by which they can be compared."""
-    splits = {prefix: metrics_of_split(metrics, split) for split, prefix in PREFIXES.items()}
-    return [
-        prefix + metric.name for prefix, own in splits.items() for metric in metrics_of_files(own) if metric.name in own
-    ]
+    names = []
+    for split, prefix in PREFIXES.items():
+        of_split = metrics_of_split(metrics, split)
+        names += [prefix + metric.name for metric in metrics_of_files(of_split) if metric.name in of_split]
+    return names
 
 
 def check_not_worse_by(name: str, margin: float, comparison: Comparison) -> GateResult:

@@ -44,7 +44,7 @@ def write_samples(samples: Samples, settings: Mapping[str, Any]) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (header, *rows))
 
 
-def read_samples(revision: Revision, model: str = "tuned") -> Samples | None:
+def read_samples(revision: Revision, model: str) -> Samples | None:
     """The results of a model of a revision; None if there are none."""
     path = SAMPLES.format(model=model)
     if (content := revision.read(path)) is None:
@@ -60,13 +60,13 @@ def compare_harness(before: Revision, after: Revision) -> Results | None:
 
     Results of another model than the one in `dvc.lock` are not used.
     """
-    sides, notes = [read_samples(revision) for revision in (before, after)], []
-    for revision, samples in zip((before, after), sides, strict=True):
-        if samples and samples.model != output_hashes(revision.read_yaml("dvc.lock")).get("models/tuned"):
-            notes.append(f"{revision.name}: {SAMPLES.format(model='tuned')} is of another model; run `make lm-eval`.")
-    first, second = sides
+    first, second = read_samples(before, "tuned"), read_samples(after, "tuned")
     if first is None or second is None:
         return None
+    notes = []
+    for revision, samples in ((before, first), (after, second)):
+        if samples.model != output_hashes(revision.read_yaml("dvc.lock")).get("models/tuned"):
+            notes.append(f"{revision.name}: {SAMPLES.format(model='tuned')} is of another model; run `make lm-eval`.")
     return Results([], notes, []) if notes else compare_samples(first, second, (before.name, after.name))
 
 
@@ -75,20 +75,17 @@ def compare_samples(before: Samples, after: Samples, names: tuple[str, str]) -> 
     common = [name for name in after.directions if name in before.directions]
     if not common:
         return Results([], [f"{names[0]} and {names[1]} have run no common task of lm-evaluation-harness."], [])
-    notes = [
-        f"Only {name} has run {', '.join(only)}."
-        for name, own, other in zip(names, (before, after), (after, before), strict=True)
-        if (only := sorted({task_of(each) for each in own.directions} - {task_of(each) for each in other.directions}))
-    ]
+    old_tasks, new_tasks = ({task_of(metric) for metric in samples.directions} for samples in (before, after))
+    notes = []
+    for name, only in ((names[0], old_tasks - new_tasks), (names[1], new_tasks - old_tasks)):
+        if only:
+            notes.append(f"Only {name} has run {', '.join(sorted(only))}.")
     metrics = []
     for task, group in groupby(common, task_of):
         columns = [column_metric(name, name, after.directions[name]) for name in group]
         names_of_task = [column.name for column in columns]
-        sides = [
-            RevisionRuns(tables={0: side.table.reindex(columns=names_of_task).dropna(how="all")})
-            for side in (before, after)
-        ]
-        results = compare_runs(sides[0], sides[1], names, {}, task, columns)
+        old, new = (samples.table.reindex(columns=names_of_task).dropna(how="all") for samples in (before, after))
+        results = compare_runs(RevisionRuns(tables={0: old}), RevisionRuns(tables={0: new}), names, {}, task, columns)
         metrics += results.metrics
         notes += results.notes
     return Results(judge(metrics, {}), notes, [])

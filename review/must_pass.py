@@ -36,23 +36,23 @@ def compare_must_pass(
     old_answers, answers = (read_answers(side, rescoring) for side in (before, after))
     if test is None or not answers or (before.read_json(METRICS_FILE) and not old_answers):
         return None
-    found: dict[str, MustPass] = {}
+    examples: dict[str, MustPass] = {}
     for entry in entries:
         ids = {entry, *prompt_ids(entry)}
         rows = test[(test["example_id"].isin(ids) | test["prompt_id"].isin(ids)) & test["example_id"].isin(answers)]
         checked = [row for row in rows.itertuples() if is_checked(answers[row.example_id])]
         if not checked:
-            found[entry] = MustPass("not in the test split" if rows.empty else "without a check", entry)
+            examples[entry] = MustPass("not in the test split" if rows.empty else "without a check", entry)
         for row in checked:
-            own, old = answers[row.example_id], old_answers.get(row.example_id, {})
+            new, old = answers[row.example_id], old_answers.get(row.example_id, {})
             passed_before = all_passed(old) if is_checked(old) else None
-            if all_passed(own):
+            if all_passed(new):
                 state = "fixed" if passed_before is False else "passing"
             else:
                 state = "broken" if passed_before else "still failing"
             prompt = without_template(row.prompt) or row.example_id
-            found[row.example_id] = MustPass(state, prompt, old.get("answer", ""), own["answer"])
-    return sorted(found.values(), key=lambda example: STATES.index(example.state))
+            examples[row.example_id] = MustPass(state, prompt, old.get("answer", ""), new["answer"])
+    return sorted(examples.values(), key=lambda example: STATES.index(example.state))
 
 
 def is_checked(row: Mapping[str, Any]) -> bool:

@@ -39,11 +39,17 @@ class Rescoring:
     scorers: dict[str, Scorer]
     not_comparable: set[str]
     notes: list[str] = field(default_factory=list)
+    scored: dict[tuple[str, str], pd.DataFrame] = field(default_factory=dict)  # so that no table is scored twice
 
     def apply(self, revision: Revision, path: str, predictions: pd.DataFrame) -> pd.DataFrame:
         """The predictions at `path` with new scores; empty ones where a row can't be scored again."""
         if revision.name not in self.names:
             return predictions
+        if (revision.name, path) not in self.scored:
+            self.scored[revision.name, path] = self._apply(revision, path, predictions)
+        return self.scored[revision.name, path]
+
+    def _apply(self, revision: Revision, path: str, predictions: pd.DataFrame) -> pd.DataFrame:
         answers = _answers(revision, path, predictions)
         if revision.name in self.not_comparable:
             predictions = predictions[[name for name in predictions if not name.startswith(PREFIX)]]
@@ -70,12 +76,12 @@ class Rescoring:
 
 def find_rescoring(before: Revision, after: Revision) -> Rescoring | None:
     """How the answers must be scored again; None if the same code and the same checks scored both sides."""
-    sides = [_scored_by(side.read_yaml("dvc.lock")) for side in (before, after)]
-    if sides[0] == sides[1]:
+    scored_by = [_scored_by(side.read_yaml("dvc.lock")) for side in (before, after)]
+    if scored_by[0] == scored_by[1]:
         return None
     rows, notes = _rows(after), [f"Answers of both sides are scored by the checks of {after.name}."]
     if after.name != WORKSPACE:
-        has_same_scorers = sides[0].get(str(SCORERS)) == sides[1].get(str(SCORERS))
+        has_same_scorers = scored_by[0].get(str(SCORERS)) == scored_by[1].get(str(SCORERS))
         return Rescoring({before.name, after.name}, rows, {}, set() if has_same_scorers else {before.name}, notes)
     try:
         scorers = load_scorers()

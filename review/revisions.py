@@ -40,7 +40,7 @@ class Revision:
         self._parsed: dict[str, dict[str, Any]] = {}
         try:
             self.repo = open_project(name)
-            _ = self.repo.index.data  # resolves the revision and reads its pipeline
+            _ = self.repo.index.stages  # reads the pipeline
             self._files = DVCFileSystem(self.repo)
             return
         except DvcException as error:
@@ -57,8 +57,8 @@ class Revision:
 
     def outdated(self) -> list[str]:
         """The stages whose results do not belong to the code, parameters and data of this revision; with the reason."""
-        found = [*differences(self.repo)]
-        return [*found, *changed_model()] if self.name == WORKSPACE else found
+        lines = [*differences(self.repo)]
+        return [*lines, *changed_model()] if self.name == WORKSPACE else lines
 
     def commit(self) -> str:
         """The hash of the commit; the name of the workspace."""

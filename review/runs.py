@@ -127,7 +127,8 @@ def with_older_columns(table: pd.DataFrame) -> pd.DataFrame:
 
 def find_difference(table: pd.DataFrame, first: pd.DataFrame) -> str | None:
     """Why predictions can't be another run of the same configuration; None if they can."""
-    ids, first_ids = ({*zip(each["split"], each["example_id"], strict=True)} for each in (table, first))
+    ids = {*zip(table["split"], table["example_id"], strict=True)}
+    first_ids = {*zip(first["split"], first["example_id"], strict=True)}
     return None if ids == first_ids else "it has other examples than the first run"
 
 

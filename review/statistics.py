@@ -43,15 +43,19 @@ class Runs:
         They linearize the ratio (Cochran 1977, Sampling Techniques, ch. 6), so that their variance over prompts gives
         its standard error.
         """
-        sums, counts = (np.stack([np.bincount(prompts, row) for row in cells]) for cells in (self.sums, self.counts))
+        sums = np.stack([np.bincount(prompts, run) for run in self.sums])
+        counts = np.stack([np.bincount(prompts, run) for run in self.counts])
         total = counts.sum(1, keepdims=True)
         ratios = sums.sum(1, keepdims=True) / total
         linear: Array = ratios + sums.shape[1] * (sums - ratios * counts) / total
         return linear
 
-    def select(self, seeds: Sequence[int]) -> "Runs":
+    def of_seeds(self, seeds: Sequence[int]) -> "Runs":
         rows = [self.seeds.index(seed) for seed in seeds]
         return Runs(seeds, self.sums[rows], self.counts[rows])
+
+    def of_examples(self, chosen: npt.NDArray[np.bool_]) -> "Runs":
+        return Runs(self.seeds, self.sums[:, chosen], self.counts[:, chosen])
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ def compare(before: Runs, after: Runs, prompts: npt.NDArray[np.int64]) -> Differ
     common = [seed for seed in before.seeds if seed in after.seeds]
     is_paired = len(common) > 1
     if is_paired:
-        before, after = before.select(common), after.select(common)
+        before, after = before.of_seeds(common), after.of_seeds(common)
     first, second = before.by_prompt(prompts), after.by_prompt(prompts)
     groups = [second - first] if is_paired else [first, second]
     difference = np.round(second.mean(0) - first.mean(0), DECIMALS)  # of each prompt

@@ -80,8 +80,8 @@ def compare_predictions(
         for split in splits:
             first, second = (metrics_of_split(metrics, split) for metrics in known)
             metrics = [
-                MetricResult(each, first.get(each.name), second.get(each.name), verdict=verdict)
-                for each in metrics_of_files(first, second)
+                MetricResult(metric, first.get(metric.name), second.get(metric.name), verdict=verdict)
+                for metric in metrics_of_files(first, second)
             ]
             results[split] = Results(metrics, [*runs[0].notes, *runs[1].notes, *notes] if split == "test" else [], [])
         return results
@@ -100,8 +100,8 @@ def compare_predictions(
     for split in splits:
         first, second = (side.of_split(split) for side in runs)
         prefix = PREFIXES[split]
-        own = {name.removeprefix(prefix): margin for name, margin in margins.items() if name.startswith(prefix)}
-        results[split] = compare_runs(first, second, (before.name, after.name), own, split)
+        of_split = {name.removeprefix(prefix): margin for name, margin in margins.items() if name.startswith(prefix)}
+        results[split] = compare_runs(first, second, (before.name, after.name), of_split, split)
     results["test"].notes[:0] = [*runs[0].notes, *runs[1].notes, *(rescoring.notes if rescoring else [])]
     return results
 
@@ -141,80 +141,96 @@ def compare_runs(
             f"{len(common):,} common examples are too few for a verdict; at least {MIN_EXAMPLES} and at least half of "
             f"each {split} set are needed."
         )
-    sides = [{seed: table.loc[common] for seed, table in side.tables.items()} for side in (before, after)]
-    origins = [side.loc[common].reindex(columns=["prompt_id", "slice"]) for side in (second, first)]
-    columns = origins[0].combine_first(origins[1]).loc[common]  # older predictions do not have them
-    prompts = columns["prompt_id"].where(columns["prompt_id"].notna(), columns.index.to_series())
-    results, slices = [], []
+    examples = second.loc[common].reindex(columns=["prompt_id", "slice"])
+    older = first.loc[common].reindex(columns=["prompt_id", "slice"])  # which may not have them
+    examples = examples.combine_first(older).loc[common]
+    prompts = examples["prompt_id"].where(examples["prompt_id"].notna(), examples.index.to_series())
+    slice_names = sorted(examples["slice"].dropna().unique())
     if metrics is None:
-        metrics = [*{each.name: each for table in (first, second) for each in all_metrics(table)}.values()]
+        metrics = [*{metric.name: metric for table in (first, second) for metric in all_metrics(table)}.values()]
+    results, slices = [], []
     for metric in metrics:
-        cells, problem = metric_runs(metric, sides, names)
-        if problem:
-            notes.append(f"{metric.name} can't be compared: {problem}.")
+        try:
+            both = metric_runs(metric, before, common, names[0]), metric_runs(metric, after, common, names[1])
+            check_equal_tokens(metric, *both)
+        except NotComparableError as error:
+            notes.append(f"{metric.name} can't be compared: {error}.")
             results.append(MetricResult(metric, None, None, verdict="can't be compared"))
             continue
-        everything = np.ones(len(common), bool)
-        results.append(compare_metric(metric, cells, prompts, everything))
-        if metric.direction and columns["slice"].nunique() > 1:
-            for value in sorted(columns["slice"].dropna().unique()):
-                found = compare_metric(metric, cells, prompts, (columns["slice"] == value).to_numpy())
-                slices.append(replace(found, slice=value))
-    results, slices = ([replace(each, is_small=is_small) for each in found] for found in (results, slices))
-    seed = next((seed for seed in sides[0] if seed in sides[1]), None)
-    pair = [side[seed] if seed in side else next(iter(side.values())) for side in sides]
-    answers = [
-        table.reindex(columns=["loss", "answer"]).add_suffix(name)
-        for table, name in zip(pair, ("_before", "_after"), strict=True)
-    ]
-    joined = pd.concat(answers, axis=1).reset_index()
-    return Results(judge(results, margins), notes, judge(slices, {}), joined)
+        result = compare_metric(metric, *both, prompts, np.ones(len(common), bool))
+        results.append(replace(result, is_small=is_small))
+        if metric.direction and len(slice_names) > 1:
+            for name in slice_names:
+                result = compare_metric(metric, *both, prompts, (examples["slice"] == name).to_numpy())
+                slices.append(replace(result, slice=name, is_small=is_small))
+    return Results(judge(results, margins), notes, judge(slices, {}), join_answers(before, after, common))
 
 
-def metric_runs(
-    metric: Metric, sides: Sequence[Mapping[int, pd.DataFrame]], names: Sequence[str]
-) -> tuple[list[Runs], str | None]:
-    """The runs of a metric for each side, or why they can't be compared."""
-    cells = []
-    for tables, name in zip(sides, names, strict=True):
-        for table in tables.values():
-            if missing := [column for column in metric.columns if column not in table]:
-                return [], f"the predictions of {name} have no {missing[0]}"
-        arrays = [
-            np.array([np.asarray(of(table), float) for table in tables.values()]) for of in (metric.sums, metric.counts)
-        ]
-        if num_missing := int((~np.isfinite(arrays)).any(axis=(0, 1)).sum()):
-            return [], f"{num_missing:,} examples of {name} have no value"
-        cells.append(Runs(list(tables), *arrays))
-    first, second = cells
+def join_answers(before: RevisionRuns, after: RevisionRuns, common: pd.Index) -> pd.DataFrame:
+    """`Results.joined` for the common examples."""
+    seed = next((seed for seed in before.tables if seed in after.tables), None)
+    tables = [side.tables[next(iter(side.tables)) if seed is None else seed] for side in (before, after)]
+    old, new = (table.loc[common].reindex(columns=["loss", "answer"]) for table in tables)
+    return old.add_suffix("_before").join(new.add_suffix("_after")).reset_index()
+
+
+class NotComparableError(Exception):
+    """Why a metric can't be compared."""
+
+
+def metric_runs(metric: Metric, side: RevisionRuns, common: pd.Index, name: str) -> Runs:
+    """The runs of a metric on the common examples.
+
+    Raises:
+        NotComparableError: the predictions of a run lack it.
+    """
+    sums, counts = [], []
+    for table in side.tables.values():
+        if missing := [column for column in metric.columns if column not in table]:
+            raise NotComparableError(f"the predictions of {name} have no {missing[0]}")
+        rows = table.loc[common]
+        sums.append(np.asarray(metric.sums(rows), float))
+        counts.append(np.asarray(metric.counts(rows), float))
+    runs = Runs(list(side.tables), np.array(sums), np.array(counts))
+    has_value = (np.isfinite(runs.sums) & np.isfinite(runs.counts)).all(axis=0)
+    if not has_value.all():
+        raise NotComparableError(f"{(~has_value).sum():,} examples of {name} have no value")
+    return runs
+
+
+def check_equal_tokens(metric: Metric, first: Runs, second: Runs) -> None:
+    """Check that both sides have the same number of supervised tokens, if the metric is one of tokens.
+
+    Raises:
+        NotComparableError: they differ.
+    """
     num_different = int((first.counts[:1] != second.counts[:1]).sum()) if "tokens" in metric.columns else 0
     if num_different:
-        return [], (
+        raise NotComparableError(
             f"{num_different:,} examples differ in their number of supervised tokens, because of another tokenizer, "
             "template or max_length"
         )
-    return cells, None
 
 
 def compare_metric(
-    metric: Metric, cells: Sequence[Runs], prompts: "pd.Series[str]", chosen: npt.NDArray[np.bool_]
+    metric: Metric, before: Runs, after: Runs, prompts: "pd.Series[str]", chosen: npt.NDArray[np.bool_]
 ) -> MetricResult:
     """Compare a metric on the chosen examples that count for it in all runs. Its verdict is still missing."""
-    chosen = chosen & np.all([runs.counts.all(axis=0) for runs in cells], axis=0)
+    chosen = chosen & before.counts.all(axis=0) & after.counts.all(axis=0)
     if not chosen.any():
         return MetricResult(metric, None, None, verdict="not measured: applies to no example")
-    parts = [Runs(runs.seeds, runs.sums[:, chosen], runs.counts[:, chosen]) for runs in cells]
+    before, after = before.of_examples(chosen), after.of_examples(chosen)
     numbers = pd.factorize(prompts[chosen])[0]
     if numbers.max() < 1:
-        before, after = (float((runs.sums.sum(1) / runs.counts.sum(1)).mean()) for runs in parts)
-        return MetricResult(metric, before, after, verdict="undecided: a single prompt")
-    difference = compare(parts[0], parts[1], numbers)
+        old, new = (float((runs.sums.sum(1) / runs.counts.sum(1)).mean()) for runs in (before, after))
+        return MetricResult(metric, old, new, verdict="undecided: a single prompt")
+    difference = compare(before, after, numbers)
     return MetricResult(metric, difference.before, difference.after, difference, difference.p_value)
 
 
 def judge(results: Sequence[MetricResult], margins: Mapping[str, float]) -> list[MetricResult]:
     """Give each result with a difference its verdict; p-values of metrics with a direction are adjusted (Holm)."""
-    p_values = [each.difference.p_value for each in results if each.difference and each.metric.direction]
+    p_values = [result.difference.p_value for result in results if result.difference and result.metric.direction]
     adjusted = iter(holm(p_values))
     judged = []
     for result in results:

@@ -8,11 +8,11 @@ Nonasymptotic Confidence Sequences, https://arxiv.org/abs/1810.08240).
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
@@ -137,14 +137,21 @@ def find_pairs(before: Revision, after: Revision) -> tuple[list[Pair], Path] | N
     old, new = read_answers(before), read_answers(after)
     if test is None or not old or not new:
         return None
-    sides = [{key: str(row["answer"]) for key, row in rows.items()} for rows in (old, new)]
-    names = [content_hash(*(part for item in sorted(side.items()) for part in item))[:12] for side in sides]
-    pairs = [
-        Pair(example_id, without_template(prompt) or prompt, *(side[example_id] for side in sides))
-        for example_id, prompt in zip(test["example_id"], test["prompt"], strict=True)
-        if all(example_id in side for side in sides)
-    ]
-    return [pair for pair in pairs if pair.before != pair.after], VOTES / f"{names[0]}..{names[1]}.jsonl"
+    pairs = []
+    for example_id, prompt in zip(test["example_id"], test["prompt"], strict=True):
+        if example_id in old and example_id in new:
+            answers = str(old[example_id]["answer"]), str(new[example_id]["answer"])
+            if answers[0] != answers[1]:
+                pairs.append(Pair(example_id, without_template(prompt) or prompt, *answers))
+    return pairs, VOTES / f"{hash_answers(old)}..{hash_answers(new)}.jsonl"
+
+
+def hash_answers(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A hash of the answers by example id, for the name of a file."""
+    parts: list[str] = []
+    for example_id in sorted(rows):
+        parts += [example_id, str(rows[example_id]["answer"])]
+    return content_hash(*parts)[:12]
 
 
 def read_votes(path: Path, pairs: Sequence[Pair]) -> list[Vote]:
@@ -253,5 +260,5 @@ def count_votes(before: Revision, after: Revision) -> VoteResults | None:
         same = sum(by_voter[first][key].choice == by_voter[second][key].choice for key in common)
         if common:
             agreement[first, second] = len(common), same
-    tallies = {voter: count([*own.values()]) for voter, own in by_voter.items()}
+    tallies = {voter: count([*votes_of_voter.values()]) for voter, votes_of_voter in by_voter.items()}
     return VoteResults(path, len(pairs), overall(votes), tallies, agreement, notes)

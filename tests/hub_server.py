@@ -48,6 +48,19 @@ class Hub:
 
 
 @contextmanager
+def running(server: ThreadingHTTPServer) -> Iterator[str]:
+    """Run a server on the loopback interface in a thread; yield its address."""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextmanager
 def serve(root: Path, port: int) -> Iterator[Hub]:
     """Serve the repositories in a folder on a free port of the loopback interface."""
     hub = Hub(root)
@@ -205,15 +218,8 @@ def serve(root: Path, port: int) -> Iterator[Hub]:
             if self.command != "HEAD":
                 self.wfile.write(content)
 
-    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
-        hub.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield hub
-        finally:
-            server.shutdown()
-            thread.join()
+    with running(ThreadingHTTPServer(("127.0.0.1", port), Handler)) as hub.url:
+        yield hub
 
 
 def sha(path: Path) -> str:

@@ -380,7 +380,7 @@ def test_the_command_shows_the_changes_against_a_revision(
     file.write_text(json.dumps(changed) + "\n" + "".join(lines[2:]), encoding="utf-8")
     run_pipeline(clone, "download_dataset", "format", "split")
     printed, changes = make("--base", "main")
-    assert "outdated          download_dataset, format, split" in printed
+    assert "outdated          download_dataset, format, score_rows, split" in printed
     assert "Another answer. &lt;/script&gt;" in changes
     assert re.findall("<h3>(.+)</h3>", changes) == ["removed", "edited"]
 

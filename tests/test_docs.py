@@ -7,7 +7,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import report
 from tests import architectures, chaos, templates
@@ -32,9 +31,9 @@ def block(name: str, page: str) -> str:
 def test_the_benchmark_tables_match_the_results() -> None:
     page = read_page("docs/benchmarks.md")
     for name, device in (("bench", "cpu"), ("bench-cuda", "cuda")):
-        path = report.results_file(torch.device(device))
+        path = report.results_file(device)
         assert block(name, page) == report.table(json.loads(path.read_text(encoding="utf-8")))
-    picture = report.results_file(torch.device("cpu")).with_suffix(".png").relative_to(ROOT)
+    picture = report.results_file("cpu").with_suffix(".png").relative_to(ROOT)
     assert f"](../{picture})" in page
 
 

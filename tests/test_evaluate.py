@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from stages.evaluate import repetition, rouge_l
 from stages.predict import ANSWERS_SCHEMA
 from stages.runtime.errors import UserError
 from stages.scoring.metrics import compute_metrics, pass_at, ratio
+from tests.clone import run_pipeline
 
 
 def predictions(*rows: dict[str, Any]) -> pd.DataFrame:
@@ -144,16 +144,15 @@ def answered(project: Path) -> Path:
     return project
 
 
-def run_evaluate(monkeypatch: pytest.MonkeyPatch, model: str = "base") -> dict[str, pd.Series]:
+def run_evaluate(model: str = "base") -> dict[str, pd.Series]:
     """Run the stage; returns the predictions by example id."""
-    monkeypatch.setattr(sys, "argv", ["evaluate", model])
-    evaluate.main()
+    run_pipeline(Path.cwd(), f"evaluate@{model}")
     table = pd.read_parquet(f"data/predictions/{model}.parquet")
     return {str(row["example_id"]): row for _, row in table.iterrows()}
 
 
-def test_answers_are_scored_by_checks_and_references(answered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = run_evaluate(monkeypatch)
+def test_answers_are_scored_by_checks_and_references(answered: Path) -> None:
+    rows = run_evaluate()
     assert list(rows) == ["sum", "color", "capital"]
     names = ["split", "answer", "num_answers", "checked", "passed", "exact_match", "answer_tokens", "stopped"]
     assert rows["sum"][names].tolist() == ["test", "It is 7.", 2, True, 1, 0.0, 4.0, 0.5]
@@ -162,10 +161,8 @@ def test_answers_are_scored_by_checks_and_references(answered: Path, monkeypatch
     assert [row["reference_fits"] for row in rows.values()] == [True, False, True]  # a truncated reference does not
 
 
-def test_metrics_are_those_of_the_test_split_its_slices_and_the_retention_set(
-    answered: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_evaluate(monkeypatch)
+def test_metrics_are_those_of_the_test_split_its_slices_and_the_retention_set(answered: Path) -> None:
+    run_evaluate()
     metrics = json.loads(Path("metrics/evaluate/base.json").read_text())
     assert (metrics["examples"], metrics["pass_rate"], metrics["pass_at_2"]) == (2, 0.5, 1.0)
     assert {name: part["pass_rate"] for name, part in metrics["slices"].items()} == {"color": None, "sum": 0.5}
@@ -174,30 +171,28 @@ def test_metrics_are_those_of_the_test_split_its_slices_and_the_retention_set(
     assert Path("metrics/evaluate/base.csv").read_text() == "tokens,base_loss\n2,1\n2,1\n"
 
 
-def test_an_answer_whose_reasoning_never_closes_fails_and_a_metric_counts_it(
-    answered: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_whose_reasoning_never_closes_fails_and_a_metric_counts_it(answered: Path) -> None:
     scoring = pd.read_parquet(evaluate.SCORING).assign(check='{"max_words": 3}')  # an empty text would pass
     write_parquet(evaluate.SCORING, scoring.to_dict("records"), SCORING_SCHEMA)
-    assert run_evaluate(monkeypatch)["sum"]["passed"] == 2
+    assert run_evaluate()["sum"]["passed"] == 2
     assert "open_reasoning" not in json.loads(Path("metrics/evaluate/base.json").read_text())
     path = Path("data/answers/base.parquet")
     table = pq.read_table(path).to_pylist()
     table[0] |= {"answers": ["", "It is 7."], "reasoning": ["7 or", None], "open_reasoning": [True, False]}
     write_parquet(path, table, ANSWERS_SCHEMA)
-    row = run_evaluate(monkeypatch)["sum"]
+    row = run_evaluate()["sum"]
     assert row[["answer", "reasoning", "open_reasoning", "passed"]].tolist() == ["", "7 or", 0.5, 1]
     metrics = json.loads(Path("metrics/evaluate/base.json").read_text())
     assert (metrics["open_reasoning"], metrics["pass_rate"]) == (0.25, 0.75)
     assert "open_reasoning" not in metrics["retention"]
 
 
-def test_a_replicate_has_predictions_and_no_metrics(answered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(run_evaluate(monkeypatch, "replicates/1")) == 3
+def test_a_replicate_has_predictions_and_no_metrics(answered: Path) -> None:
+    assert len(run_evaluate("replicates/1")) == 3
     assert not Path("metrics").exists()
 
 
-def test_public_functions_of_scorers_py_are_metrics(answered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_public_functions_of_scorers_py_are_metrics(answered: Path) -> None:
     Path("scorers.py").write_text(
         "from math import sqrt\n"
         "def _hidden(): pass\n"
@@ -207,7 +202,7 @@ def test_public_functions_of_scorers_py_are_metrics(answered: Path, monkeypatch:
         "def same_number(prompt, answer, reference, row):\n"
         "    return answer.count('7') if row['check'] == {'number': 7} else None\n"
     )
-    rows = run_evaluate(monkeypatch)
+    rows = run_evaluate()
     assert {name: row["score_brief"] for name, row in rows.items()} == {"sum": 0.0, "color": 1.0, "capital": 1.0}
     assert rows["sum"]["score_same_number"] == 0.5
     assert math.isnan(rows["color"]["score_same_number"])
@@ -216,9 +211,7 @@ def test_public_functions_of_scorers_py_are_metrics(answered: Path, monkeypatch:
     assert metrics["same_number_se"] is None  # of a single example
 
 
-def test_scorers_may_use_dataclasses_and_caches_and_change_their_row(
-    answered: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scorers_may_use_dataclasses_and_caches_and_change_their_row(answered: Path) -> None:
     Path("scorers.py").write_text(
         "from __future__ import annotations\n"
         "from dataclasses import dataclass\nfrom functools import lru_cache\n"
@@ -227,7 +220,7 @@ def test_scorers_may_use_dataclasses_and_caches_and_change_their_row(
         "def kind(prompt, answer, reference, row): return len(row.pop('kind'))\n"
         "def kind_again(prompt, answer, reference, row): return _length(row['kind'])\n"
     )
-    rows = run_evaluate(monkeypatch)
+    rows = run_evaluate()
     assert (rows["sum"]["score_kind"], rows["sum"]["score_kind_again"]) == (4.0, 4.0)
 
 
@@ -243,11 +236,11 @@ def test_scorers_may_use_dataclasses_and_caches_and_change_their_row(
     ],
 )
 def test_an_error_in_a_scorer_names_the_function_the_row_and_the_answer(
-    answered: Path, monkeypatch: pytest.MonkeyPatch, body: str, message: str
+    answered: Path, body: str, message: str
 ) -> None:
     Path("scorers.py").write_text(f"def mine(prompt, answer, reference, row): {body}\n")
     with pytest.raises(UserError) as error:
-        run_evaluate(monkeypatch)
+        run_evaluate()
     assert str(error.value) == f"scorers.py: mine for a.jsonl, row 1 and the answer 'It is 7.': {message}"
     assert not Path("data/predictions/base.parquet").exists()
     assert Path("data/answers/base.parquet").exists()  # nothing is generated again
@@ -263,12 +256,10 @@ def test_an_error_in_a_scorer_names_the_function_the_row_and_the_answer(
         ("def pass_at_2(p, a, r, row): return 1", "scorers.py: pass_at_2 is the name of a metric; rename the function"),
     ],
 )
-def test_an_invalid_scorers_file_is_reported(
-    answered: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str
-) -> None:
+def test_an_invalid_scorers_file_is_reported(answered: Path, code: str, message: str) -> None:
     Path("scorers.py").write_text(code)
     with pytest.raises(UserError) as error:
-        run_evaluate(monkeypatch)
+        run_evaluate()
     assert str(error.value).startswith(message)
 
 

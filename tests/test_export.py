@@ -145,7 +145,6 @@ def test_the_exported_file_answers_an_openai_client_with_the_template_of_the_tra
 @pytest.mark.skipif(shutil.which("llama-quantize") is None, reason="no llama-quantize; make export QUANT=... builds it")
 def test_quantized_file_is_compared_with_the_unquantized_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_test_split(folder)
-    assert export_error("--quant", "Q4").startswith("QUANT: found 'Q4'; must be one of ")
     run_export("--quant", "Q8_0")
     printed = " ".join(capsys.readouterr().out.split())
     assert "Q8_0 agrees" in printed
@@ -155,6 +154,17 @@ def test_quantized_file_is_compared_with_the_unquantized_one(folder: Path, capsy
     sizes = [Path("models/export", name).stat().st_size for name in names[1:]]
     assert sizes[0] < sizes[1] / 2
     assert "| pass rate | 0.667 (float32), 0.667 (Q8_0), over 3" in Path("models/export/README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["Q4_K_M", "Q8_0", "IQ2_XXS", "BF16", "F32", "Q4_K"])
+def test_ways_to_quantize_are_known(name: str) -> None:
+    gguf.check_quantization(name)
+
+
+@pytest.mark.parametrize("name", ["Q4", "GUESSED", "q4_k_m"])
+def test_another_way_to_quantize_is_refused_before_the_model_is_converted(name: str) -> None:
+    with pytest.raises(UserError, match=f"^QUANT: found '{name}'; must be one of F32, F16, Q4_0, "):
+        gguf.check_quantization(name)
 
 
 def test_missing_quantizer_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -121,8 +122,13 @@ def test_text_from_the_hub_or_a_path_cannot_add_markup_to_the_model_card(
     with pytest.MonkeyPatch.context() as context:
         context.chdir(folder)
         card = model_card(load_params(TrainParams, prepared / "params.yaml"), metrics)
-    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# ")
-    tokens = CARD.parse(card.split("---\n", 2)[2])
+    base_model = {"base_model": name} if revision else {}
+    assert ModelCard(card).data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **base_model,
+    }
+    tokens = CARD.parse(ModelCard(card).text)
     kinds = {token.type for token in tokens} | {child.type for token in tokens for child in token.children or []}
     assert not kinds & {"html_block", "html_inline", "link_open", "image", "softbreak", "hardbreak"}
     assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1"]

@@ -41,13 +41,17 @@ def run_stage(stage: str) -> subprocess.CompletedProcess[str]:
     return run_forked(Path.cwd(), ["-m", f"stages.{stage}"], {**os.environ, "PYTHONPATH": str(ROOT)})
 
 
+def succeed(stage: str) -> None:
+    result = run_stage(stage)
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_dataset_is_downloaded_at_its_revision_and_its_commit_and_license_are_recorded(
     project: Path, hub: Hub
 ) -> None:
     hub.add("datasets/acme/rows", {"train.jsonl": JSONL})
     edit(project, dataset_name="acme/rows", dataset_revision="v1", max_examples="2")
-    result = run_stage("download_dataset")
-    assert result.returncode == 0, result.stderr
+    succeed("download_dataset")
     rows = pq.read_table("data/raw.parquet").to_pylist()
     assert [
         (row["source"], row["source_row"], json.loads(row["messages"])[1]["content"], row["input"]) for row in rows
@@ -73,8 +77,7 @@ def test_a_model_is_downloaded_at_its_revision_without_code_and_pickles(
     hub.add("models/acme/tiny", {path.name: path.read_bytes() for path in tiny_model.iterdir()})
     hub.add("models/acme/tiny", {"run_me.py": b"raise SystemExit", "pytorch_model.bin": b"a pickle"})
     edit(project, model_name="acme/tiny", model_revision="v1")
-    result = run_stage("download_model")
-    assert result.returncode == 0, result.stderr
+    succeed("download_model")
     assert json.loads(Path("models/base/source.json").read_text()) == {"model_name": "acme/tiny", "revision": COMMIT}
     assert (project / "models/base/model.safetensors").stat().st_size > 0
     assert (project / "models/tokenizer/tokenizer.json").is_file()
@@ -86,8 +89,7 @@ def test_an_interrupted_transfer_is_retried(project: Path, hub: Hub, tiny_model:
     hub.add("models/acme/tiny", {path.name: path.read_bytes() for path in tiny_model.iterdir()})
     hub.interruptions["model.safetensors"] = 1
     edit(project, model_name="acme/tiny")
-    result = run_stage("download_model")
-    assert result.returncode == 0, result.stderr
+    succeed("download_model")
     transfer = f"GET /acme/tiny/resolve/{COMMIT}/model.safetensors"
     assert [request for request in hub.requests if request.startswith(transfer)] == [transfer, transfer]
     assert Path("models/base/model.safetensors").read_bytes() == (tiny_model / "model.safetensors").read_bytes()
@@ -103,7 +105,7 @@ def test_a_transfer_that_is_always_interrupted_is_an_error_and_leaves_no_partial
     assert message.startswith(f"error: model_name: 'acme/tiny': the connection to the Hub at {hub.url} failed (")
     assert not (project / "models").exists()
     hub.interruptions.clear()
-    assert run_stage("download_model").returncode == 0
+    succeed("download_model")
 
 
 def failure(result: subprocess.CompletedProcess[str]) -> str:
@@ -113,24 +115,20 @@ def failure(result: subprocess.CompletedProcess[str]) -> str:
     return result.stderr.strip().splitlines()[-1]
 
 
-def test_a_dataset_that_does_not_exist_is_an_error(project: Path, hub: Hub) -> None:
-    edit(project, dataset_name="acme/none")
-    assert failure(run_stage("download_dataset")) == (
-        f"error: dataset_name: 'acme/none' is not on the Hub at {hub.url}, or it is private; "
+KINDS = pytest.mark.parametrize(("kind", "stage"), [("model", "download_model"), ("dataset", "download_dataset")])
+
+
+@KINDS
+def test_a_repository_that_does_not_exist_is_an_error(project: Path, hub: Hub, kind: str, stage: str) -> None:
+    edit(project, **{f"{kind}_name": "acme/none"})
+    assert failure(run_stage(stage)) == (
+        f"error: {kind}_name: 'acme/none' is not on the Hub at {hub.url}, or it is private; "
         "check the id, or log in with `hf auth login` or set HF_TOKEN (answer: 401 Repository not found)"
     )
-    assert not (project / "data/raw.parquet").exists()
+    assert not list((project / "data").glob("*.parquet"))
 
 
-def test_a_model_that_does_not_exist_is_an_error(project: Path, hub: Hub) -> None:
-    edit(project, model_name="acme/none")
-    assert failure(run_stage("download_model")) == (
-        f"error: model_name: 'acme/none' is not on the Hub at {hub.url}, or it is private; "
-        "check the id, or log in with `hf auth login` or set HF_TOKEN (answer: 401 Repository not found)"
-    )
-
-
-@pytest.mark.parametrize(("kind", "stage"), [("model", "download_model"), ("dataset", "download_dataset")])
+@KINDS
 def test_the_error_of_a_gated_repository_says_how_to_get_access(project: Path, hub: Hub, kind: str, stage: str) -> None:
     hub.add(f"{kind}s/acme/gated", {"a.json": b"{}"})
     hub.gated.add(f"{kind}s/acme/gated")
@@ -142,7 +140,7 @@ def test_the_error_of_a_gated_repository_says_how_to_get_access(project: Path, h
     )
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("model", "download_model"), ("dataset", "download_dataset")])
+@KINDS
 def test_a_revision_that_does_not_exist_is_an_error(project: Path, hub: Hub, kind: str, stage: str) -> None:
     hub.add(f"{kind}s/acme/one", {"a.json": b"{}"})
     for revision, answer in (("v9", "v9"), ("fix/v9", "fix")):  # the test server knows no slashes in revisions
@@ -153,7 +151,7 @@ def test_a_revision_that_does_not_exist_is_an_error(project: Path, hub: Hub, kin
         )
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("model", "download_model"), ("dataset", "download_dataset")])
+@KINDS
 def test_a_failed_connection_is_an_error(project: Path, hub_port: int, kind: str, stage: str) -> None:
     edit(project, **{f"{kind}_name": "acme/one"})
     message = failure(run_stage(stage))
@@ -196,8 +194,7 @@ def test_one_of_several_subsets_is_read(project: Path, hub: Hub, max_examples: s
     rows = {name: f'{{"question": "{name}?", "answer": "So."}}\n'.encode() for name in ("main", "socratic")}
     hub.add("datasets/acme/rows", {"README.md": CARD, **{f"{name}/train.jsonl": row for name, row in rows.items()}})
     edit(project, dataset_name="acme/rows", dataset_subset="socratic", max_examples=max_examples)
-    result = run_stage("download_dataset")
-    assert result.returncode == 0, result.stderr
+    succeed("download_dataset")
     (found,) = pq.read_table("data/raw.parquet").to_pylist()
     assert json.loads(found["messages"])[0]["content"] == "socratic?"
     assert json.loads(Path("data/source.json").read_text())["subset"] == "socratic"
@@ -213,8 +210,7 @@ def test_files_of_a_repository_are_selected_and_their_names_distinguish_the_data
     hub.add("datasets/acme/rows", rows)
     datasets = "[{name: acme/rows, data_files: a.jsonl}, {name: acme/rows, data_files: '[bc].jsonl', use: test}]"
     edit(project, datasets=datasets)
-    result = run_stage("download_dataset")
-    assert result.returncode == 0, result.stderr
+    succeed("download_dataset")
     found = pq.read_table("data/raw.parquet").to_pylist()
     assert sorted((row["source"], json.loads(row["messages"])[0]["content"], row["use"]) for row in found) == [
         ("acme/rows ([bc].jsonl)", "b?", "test"),
@@ -227,8 +223,7 @@ def test_with_a_limit_only_the_rows_that_are_needed_are_transferred(project: Pat
     row = b'{"question": "Why?", "answer": "' + b"So. " * 1000 + b'"}\n'
     hub.add("datasets/acme/rows", {f"{number:03}.jsonl": row * 100 for number in range(20)})
     edit(project, dataset_name="acme/rows", max_examples="150")
-    result = run_stage("download_dataset")
-    assert result.returncode == 0, result.stderr
+    succeed("download_dataset")
     transferred = {
         name for request in hub.requests for name in re.findall(r"\d{3}\.jsonl", request) if "GET" in request
     }
@@ -274,7 +269,7 @@ def test_a_malicious_license_from_the_hub_stays_text(project: Path, hub: Hub) ->
     hub.add("datasets/acme/rows", {"train.jsonl": JSONL})
     hub.license_id = "mit |\n\n<script>\ud800\x1b[2J"
     edit(project, dataset_name="acme/rows")
-    assert run_stage("download_dataset").returncode == 0
+    succeed("download_dataset")
     license_id = json.loads(Path("data/source.json").read_text())["licence"]
     assert license_id == "mit |\n\n<script>\\ud800\\x1b[2J"
 

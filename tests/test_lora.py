@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
@@ -17,6 +18,7 @@ from stages.engine.distributed import DistributedContext
 from stages.engine.loading import load_for_training
 from stages.engine.lora import add_adapters, merge, save_adapter
 from stages.engine.loss import summed_loss
+from stages.engine.model_card import model_card
 from stages.engine.models import load_model
 from stages.engine.optimizer import trainable_parameters
 from stages.engine.probe import choose_batches
@@ -94,6 +96,16 @@ def test_the_model_card_has_a_snippet_that_loads_the_adapter() -> None:
     assert "| fine-tuned | LoRA of rank 4, weights merged |" in card
     _, *snippets = card.split("```python\n")
     exec(snippets[-1].split("```")[0] + "assert type(model).__name__ == 'PeftModelForCausalLM'", {})
+
+
+def test_the_model_card_names_a_base_model_and_a_dataset_of_the_hub() -> None:
+    (BASE / "source.json").write_text(json.dumps({"model_name": "acme/base", "revision": "607a30d7"}))
+    source = {"source": "acme/rows, mine.csv", "revision": f"{'0' * 40}, not stated", "licence": None}
+    Path("data/source.json").write_text(json.dumps(source))
+    metrics = {"examples": 1, "loss": 1.0, "validation_loss": 1.0, "best_step": 1, "steps": 1}
+    card = ModelCard(model_card(edit_lora(), metrics))
+    assert (card.data.base_model, card.data.datasets) == ("acme/base", ["acme/rows"])
+    assert 'base = AutoModelForCausalLM.from_pretrained("acme/base", revision="607a30d7")\n' in card.text
 
 
 def test_the_adapter_of_a_model_from_the_hub_names_it_and_its_commit(tmp_path: Path) -> None:

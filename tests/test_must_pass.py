@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from review.conditions import parse_must_pass
+from review.conditions import MUST_PASS, parse
 from review.gates import check_must_pass
 from review.must_pass import MustPass, compare_must_pass, prompt_ids
 from review.report import must_pass_table
@@ -117,16 +117,16 @@ def test_rows_with_the_same_prompt_count_once_and_need_one_check() -> None:
     [
         (
             "id: 3",
-            "must_pass.yaml: found {'id': 3}: Input should be a valid list; must be a list of prompts",
+            "must_pass.yaml:\n  content: found {'id': 3}: Input should be a valid list\n  as text",
         ),
         (
             "- 3",
-            "must_pass.yaml: found 3: Input should be a valid string; must be a list of prompts",
+            "must_pass.yaml:\n  0: found 3: Input should be a valid string\n  as text",
         ),
         ("- [", "must_pass.yaml: not valid YAML: "),
     ],
 )
 def test_an_invalid_file_is_reported(content: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        parse_must_pass(content.encode(), "must_pass.yaml")
+        parse(content.encode(), str(MUST_PASS), list[str], "as text")
     assert str(error.value).startswith(message)

@@ -7,72 +7,48 @@ from typing import Any
 
 import pytest
 
+from stages.data.examples import FORMATTED_SCHEMA
+from stages.evaluate import PREDICTIONS_SCHEMA
 from tests.clone import ROOT, run
 
 pytestmark = pytest.mark.subprocess
 PAGE = (ROOT / "docs/notebook.md").read_text(encoding="utf-8")
-PREDICTIONS = [
-    "prompt_id",
-    "split",
-    "slice",
-    "loss",
-    "tokens",
-    "correct_tokens",
-    "answer",
-    "reasoning",
-    "calls",
-    "open_reasoning",
-    "num_answers",
-    "answer_tokens",
-    "stopped",
-    "reference_fits",
-    "checked",
-    "passed",
-    "exact_match",
-    "rouge_l",
-    "repetition",
-]
+PREDICTIONS = [name for name in PREDICTIONS_SCHEMA.names if name != "example_id"]
 
 
 @pytest.fixture(scope="module")
-def clone(with_experiment: Path) -> Path:
-    """A clone with results on `main` and the experiment `slow`, which is based on them."""
-    return with_experiment
-
-
-@pytest.fixture(scope="module")
-def names(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def names(with_experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The variables of the page's code blocks, run in order in one namespace."""
     import datasets
 
     result: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as context:
-        context.chdir(clone)
+        context.chdir(with_experiment)
         context.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         for block in re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE):
             exec(block, result)
     return result
 
 
-def metric(clone: Path, path: str, name: str) -> float:
-    return float(json.loads((clone / path).read_text())[name])
+def metric(with_experiment: Path, path: str, name: str) -> float:
+    return float(json.loads((with_experiment / path).read_text())[name])
 
 
-def test_parameters_and_metrics_equal_those_in_the_files(names: dict[str, Any], clone: Path) -> None:
+def test_parameters_and_metrics_equal_those_in_the_files(names: dict[str, Any], with_experiment: Path) -> None:
     assert names["params"]["learning_rate"] == 0.001
     assert names["params"]["eval_steps"] == 0.5
-    base, tuned = (metric(clone, f"metrics/evaluate/{model}.json", "loss") for model in ("base", "tuned"))
+    base, tuned = (metric(with_experiment, f"metrics/evaluate/{model}.json", "loss") for model in ("base", "tuned"))
     assert names["better"] == pytest.approx(base - tuned)
     assert names["better"] > 0.1
-    assert names["perplexity"] == metric(clone, "metrics/evaluate/tuned.json", "perplexity")
+    assert names["perplexity"] == metric(with_experiment, "metrics/evaluate/tuned.json", "perplexity")
 
 
-def test_table_of_experiments_has_parameters_and_metrics(names: dict[str, Any], clone: Path) -> None:
+def test_table_of_experiments_has_parameters_and_metrics(names: dict[str, Any], with_experiment: Path) -> None:
     table = names["table"]
     assert list(table.columns) == ["name", "learning_rate", "metrics/evaluate/tuned.json:loss"]
     assert list(table["name"]) == ["workspace", "main", "slow"]
     assert list(table["learning_rate"]) == [0.001, 0.001, 0.00001]
-    loss = metric(clone, "metrics/evaluate/tuned.json", "loss")
+    loss = metric(with_experiment, "metrics/evaluate/tuned.json", "loss")
     assert table["metrics/evaluate/tuned.json:loss"].iloc[1] == pytest.approx(loss)
     assert {"data/train.parquet", "models/base", "environment.torch"} <= set(names["experiments"].columns)
 
@@ -112,27 +88,10 @@ def test_revision_is_read_as_a_file_system(names: dict[str, Any]) -> None:
     assert names["losses"].head(8).to_numpy().tolist() == slow.to_numpy().tolist()  # then those of the retention set
 
 
-def test_supervised_tokens_are_the_response_and_the_eos_token(names: dict[str, Any], clone: Path) -> None:
-    assert list(names["formatted"].columns) == [
-        "example_id",
-        "prompt_id",
-        "source",
-        "source_row",
-        "slice",
-        "use",
-        "prompt",
-        "response",
-        "input_ids",
-        "labels",
-        "truncated",
-        "check",
-        "other_columns",
-        "questions",
-        "prompt_tokens",
-        "answer_tokens",
-    ]
+def test_supervised_tokens_are_the_response_and_the_eos_token(names: dict[str, Any], with_experiment: Path) -> None:
+    assert list(names["formatted"].columns) == FORMATTED_SCHEMA.names
     assert len(names["formatted"]) == 126  # 6 of the retention set
-    first = json.loads((clone / "data/instructions.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    first = json.loads((with_experiment / "data/instructions.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert names["row"]["source_row"] == 1
     assert names["tokenizer"].decode(names["supervised"]) == first["output"] + "<|end|>"
 
@@ -151,12 +110,12 @@ def test_curve_has_every_step_and_the_validation_loss_of_some(names: dict[str, A
     assert names["best_step"] == 25
 
 
-def test_dvc_commands_of_the_vs_code_extension_work(clone: Path) -> None:
-    shown = json.loads(run(clone, "dvc", "exp", "show", "--num", "2", "--json").stdout)
+def test_dvc_commands_of_the_vs_code_extension_work(with_experiment: Path) -> None:
+    shown = json.loads(run(with_experiment, "dvc", "exp", "show", "--num", "2", "--json").stdout)
     assert shown[0]["rev"] == "workspace"
     assert [experiment["name"] for experiment in shown[1]["experiments"]] == ["slow"]
     plots = ("dvc", "plots", "diff", "main", "slow", "--out", ".dvc/tmp/plots", "--split", "--json")
-    drawn = json.loads(run(clone, *plots).stdout)
+    drawn = json.loads(run(with_experiment, *plots).stdout)
     assert set(drawn) == {"data"}  # without the key "errors"
     assert {"loss", "learning_rate", "metrics/lengths.csv"} <= set(drawn["data"])
     assert all(plot["revisions"] == ["main", "slow"] for group in drawn["data"].values() for plot in group)

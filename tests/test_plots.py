@@ -2,7 +2,6 @@
 
 import json
 import re
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from review import plots
 from review.revisions import Revision
 from tests.clone import commit, environment, run
+from tests.hub_server import running
 
 CURVE = "step,loss,validation_loss\n1,3.0,\n2,2.0,2.5\n3,1.0,2.0\n"
 PLOT = {"x": "step", "y": {"metrics/curve.csv": "loss"}, "title": "Loss"}
@@ -90,12 +90,8 @@ def server() -> Iterator[tuple[str, list[str]]]:
         def log_message(self, *args: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_port}", paths
-        running.shutdown()
-        thread.join()
+    with running(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as address:
+        yield address, paths
 
 
 def png(spec: object) -> bytes:

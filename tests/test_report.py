@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from review import markup, plots, report
-from review.conditions import parse_gates
+from review.conditions import Gate, parse
 from review.statistics import Difference, Variances
 from review.verdicts import MetricResult
 from stages.runtime.errors import UserError
@@ -124,24 +124,24 @@ def test_plot_template_is_drawn(template: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("loss: {min: low}", "loss.min: Input should be a valid number"),
-        ("loss: {least: 1}", "loss.least: Extra inputs are not permitted"),
-        ("loss: 3", "loss: Input should be a valid dictionary or instance of Gate"),
-        ("loss: {min: .nan}", "loss.min: Input should be a finite number"),
-        ("- loss", "Input should be a valid dictionary"),
+        ("loss: {min: low}", "  loss.min: found 'low': Input should be a valid number"),
+        ("loss: {least: 1}", "  loss.least: found 1: Extra inputs are not permitted"),
+        ("loss: 3", "  loss: found 3: Input should be a valid dictionary or instance of Gate"),
+        ("loss: {min: .nan}", "  loss.min: found nan: Input should be a finite number"),
+        ("- loss", "  content: found ['loss']: Input should be a valid dictionary"),
         ("loss: {min: 1", "not valid YAML"),
-        ("loss: {not_worse: true}", "loss.not_worse: Extra inputs are not permitted"),
-        ("loss: {not_worse_by: -0.1}", "loss.not_worse_by: Input should be greater than or equal to 0"),
-        ("loss: {}", "loss: Value error, has no condition"),
+        ("loss: {not_worse: true}", "  loss.not_worse: found True: Extra inputs are not permitted"),
+        ("loss: {not_worse_by: -0.1}", "  loss.not_worse_by: found -0.1: Input should be greater than or equal to 0"),
+        ("loss: {}", "  loss: found {}: Value error, has no condition"),
     ],
 )
 def test_invalid_gates_are_reported(content: str, expected: str) -> None:
     with pytest.raises(UserError, match=re.escape(expected)):
-        parse_gates(content.encode(), "gates.yaml of main")
+        parse(content.encode(), "gates.yaml of main", dict[str, Gate], "")
 
 
 def test_an_empty_gates_file_means_no_gates() -> None:
-    assert parse_gates(b"# none", "gates.yaml of main") == {}
+    assert parse(b"# none", "gates.yaml of main", dict[str, Gate], "") == {}
 
 
 def result(low: float, high: float, verdict: str, by_seed: dict[int, float], **changes: Any) -> MetricResult:

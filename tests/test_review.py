@@ -199,10 +199,6 @@ def test_significantly_better_model_is_better(folder: Path) -> None:
     assert result.difference.high == pytest.approx(-0.101, abs=0.01)
 
 
-def test_insignificant_difference_is_undecided(folder: Path) -> None:
-    assert compared("before", "noise").test.metrics[0].verdict == "undecided"
-
-
 def test_significantly_worse_model_is_worse_and_fails_the_gates(folder: Path) -> None:
     comparison = compared("before", "worse")
     verdicts = {result.metric.name: result.verdict for result in comparison.test.metrics}
@@ -281,15 +277,6 @@ def test_a_gate_on_a_metric_that_can_not_be_worse_fails(folder: Path, name: str,
     at(folder, "worse", gates=f"{name}: {{not_worse_by: 1}}\n")
     output = review(folder, "before", exit_code=1)
     assert f"failed: {name} not worse than in before by more than 1; found: {found}" in " ".join(output.split())
-
-
-def test_swapping_the_revisions_swaps_better_and_worse(folder: Path) -> None:
-    assert compared("better", "before").test.metrics[0].verdict == "worse"
-
-
-def test_another_seed_is_no_difference_if_run_noise_is_known(folder: Path) -> None:
-    assert compared("single", "seed").test.metrics[0].verdict == "unknown"
-    assert compared("before", "seed").test.metrics[0].verdict == "undecided"
 
 
 def test_unknown_run_noise_is_reported_with_the_command_that_measures_it(folder: Path) -> None:
@@ -537,11 +524,12 @@ def test_invalid_conditions_give_a_report_and_those_of_the_reviewed_revision_fai
     at(folder, "single", gates="loss: {}\n", must_pass="- 3\n")
     output = review(folder, "single", exit_code=1)
     assert "failed: gates and must-pass entries are valid; found: gates.yaml of workspace:" in output
-    assert "must_pass.yaml of workspace: found 3: Input should be a valid string" in " ".join(output.split())
+    assert "must_pass.yaml of workspace: 0: found 3: Input should be a valid string" in " ".join(output.split())
     commit(folder, "invalid")
     run(folder, "git", "tag", "invalid")
     review(folder, "invalid", "single")
-    assert "`gates.yaml of invalid: loss: Value error, has no condition" in section_of("Changed conditions")[0]
+    first, *_ = section_of("Changed conditions")
+    assert "`gates.yaml of invalid: loss: found {}: Value error, has no condition" in first
 
 
 def test_both_sides_are_scored_by_the_checks_of_the_reviewed_revision(folder: Path) -> None:
@@ -572,19 +560,26 @@ def test_an_answer_whose_reasoning_never_closes_also_fails_when_it_is_scored_aga
     monkeypatch.chdir(tmp_path)
     same = {"split": "test", "slice": "s", "prompt": "Q", "response": "Red.", "source": "a.jsonl", "source_row": 1}
     same |= {"check": '{"max_words": 3}', "other_columns": "{}", "truncated": False, "reference_fits": True}
-    rescoring = Rescoring({"main"}, {("test", name): same | {"example_id": name} for name in "abc"}, {}, set())
+    scored_rows = {("test", name): same | {"example_id": name} for name in "abc"}
     revision: Any = SimpleNamespace(name="main", read_table=lambda path, _: pd.read_parquet(path))
+
+    def passed(predictions: pd.DataFrame) -> list[int]:
+        rescoring = Rescoring({"main"}, scored_rows, {}, set())
+        scored = rescoring.apply(revision, PREDICTIONS, predictions)
+        assert rescoring.apply(revision, PREDICTIONS, predictions) is scored  # for must-pass examples
+        return [*scored["passed"]]
+
     columns = {"split": "test", "example_id": ["a", "b"], "answer": ["", "Red."], "num_answers": 1, "passed": 0}
     predictions = pd.DataFrame(columns)
-    assert rescoring.apply(revision, PREDICTIONS, predictions)["passed"].tolist() == [1, 1]  # an older revision
+    assert passed(predictions) == [1, 1]  # an older revision
     predictions["open_reasoning"] = [1.0, 0.0]
-    assert rescoring.apply(revision, PREDICTIONS, predictions)["passed"].tolist() == [0, 1]
+    assert passed(predictions) == [0, 1]
     (tmp_path / "data/answers").mkdir(parents=True)
     answers = pd.DataFrame({"split": "test", "example_id": ["a", "b"], "answers": [["", "Red."], ["", ""]]})
     answers["open_reasoning"] = [[True, False], None]  # an older revision has no such column
     answers.to_parquet("data/answers/tuned.parquet")
     predictions["num_answers"] = 2
-    assert rescoring.apply(revision, PREDICTIONS, predictions)["passed"].tolist() == [1, 2]
+    assert passed(predictions) == [1, 2]
 
 
 def test_scorers_run_on_both_sides_only_in_the_workspace(folder: Path) -> None:

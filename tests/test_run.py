@@ -70,22 +70,6 @@ def test_interrupted_stage_never_exits_with_0(tmp_path: Path, number: int, code:
     assert (result.returncode, result.stderr) == (code, "")
 
 
-def test_full_disk_while_writing_parquet_is_reported(tmp_path: Path) -> None:
-    """A limit on file size stands in for a full disk, because the same call fails."""
-    body = (
-        "import resource, signal, pyarrow as pa\n"
-        "from pathlib import Path; from stages.data.tables import parquet_writer\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        f"with parquet_writer(Path({str(tmp_path / 'a.parquet')!r}), pa.schema([('a', pa.string())])) as writer:\n"
-        "    writer.write([{'a': os.urandom(30).hex()} for _ in range(100_000)])"
-    )
-    result = run_main(tmp_path, body)
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    assert "raise the file size limit (`ulimit -f`) and run again" in result.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".scratch", "params.yaml"]
-
-
 OUT_OF_MEMORY = (
     "out of memory; lower batch_size (memory of activations grows with batch_size * max_length) or max_length, set "
     "activation_checkpointing: on (keeps one activation per layer), optimizer: adamw_8bit (a quarter of its state) or "
@@ -113,17 +97,6 @@ OUT_OF_MEMORY = (
 def test_errors_of_libraries_are_reported_with_advice(tmp_path: Path, body: str, message: str) -> None:
     result = run_main(tmp_path, body)
     assert (result.returncode, result.stderr) == (1, f"error: {message}\n")
-
-
-def test_full_disk_while_writing_safetensors_is_reported(tmp_path: Path) -> None:
-    body = (
-        "import resource, signal, torch; from safetensors.torch import save_file\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "save_file({'w': torch.zeros(10_000)}, 'w.safetensors')"
-    )
-    result = run_main(tmp_path, body)
-    expected = "error: File too large; raise the file size limit (`ulimit -f`) and run again\n"
-    assert (result.returncode, result.stderr) == (1, expected)
 
 
 def test_truncated_bytecode_is_deleted_after_a_full_disk(tmp_path: Path) -> None:

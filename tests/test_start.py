@@ -300,18 +300,15 @@ def merge_params(folder: Path, base: str, ours: str, theirs: str) -> tuple[str, 
     return (folder / "ours").read_text(), printed
 
 
-def test_a_parameter_that_both_sides_changed_stays_that_of_the_project_and_is_printed(tmp_path: Path) -> None:
-    assert merge_params(tmp_path, "a: 1\nb: 2\n", "a: 3\nb: 2\n", "a: 4\nb: 5\nc: 6\n") == (
-        "a: 3\nb: 5\nc: 6\n",
-        "params.yaml: changed on both sides: yours: a: 3; upstream: a: 4\n",
-    )
-
-
-def test_a_changed_parameter_that_upstream_removed_is_printed(tmp_path: Path) -> None:
-    assert merge_params(tmp_path, "a: 1\nb: 2\n", "a: 3\nb: 2\n", "b: 2\n") == (
-        "b: 2\n",
-        "params.yaml: changed on both sides: yours: a: 3; upstream: removed it\n",
-    )
+@pytest.mark.parametrize(
+    ("theirs", "merged", "upstream"),
+    [("a: 4\nb: 5\nc: 6\n", "a: 3\nb: 5\nc: 6\n", "a: 4"), ("b: 2\n", "b: 2\n", "removed it")],
+)
+def test_a_parameter_that_both_sides_changed_is_printed_and_stays_if_upstream_has_it(
+    tmp_path: Path, theirs: str, merged: str, upstream: str
+) -> None:
+    message = f"params.yaml: changed on both sides: yours: a: 3; upstream: {upstream}\n"
+    assert merge_params(tmp_path, "a: 1\nb: 2\n", "a: 3\nb: 2\n", theirs) == (merged, message)
 
 
 def test_a_list_of_several_lines_and_comments_of_the_project_are_kept(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from review.votes import VOTES_LOCK, Pair, read_votes
 from stages.runtime.errors import UserError
+from tests.hub_server import running
 from tools.judge import ask_judge
 from tools.vote import Ballot, main, parse_port
 from tools.vote_server import HOST, VoteServer
@@ -36,18 +37,6 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ballot(voter: str = "Ann", voter_id: str = "1") -> Ballot:
     return Ballot(PAIRS, FILE, voter, voter_id, ("main", "slow"))
-
-
-@contextmanager
-def running(server: ThreadingHTTPServer) -> Iterator[str]:
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://{HOST}:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def choices(voter: str = "Ann") -> dict[str, str]:

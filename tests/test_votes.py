@@ -35,6 +35,11 @@ PAIRS = [Pair(f"id{n}", f"Say {n}.", f"old {n}", f"new {n}") for n in range(8)]
 FILE = Path("votes/a..b.jsonl")
 
 
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 def write_votes(path: Path, votes: list[Vote]) -> None:
     update_votes(path, lambda earlier: [*earlier, *votes])
 
@@ -119,8 +124,7 @@ def test_the_interval_rarely_ever_excludes_the_true_share_if_it_is_computed_afte
     assert num_errors / 500 < 0.05  # a binomial test after each vote would be wrong in about a quarter
 
 
-def test_votes_are_read_back_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_votes_are_read_back_in_order() -> None:
     assert read_votes(FILE, PAIRS) == []
     votes = [vote(1, "after"), vote(0, "equal", "Zoë"), vote(1, "before", "Bob")]
     write_votes(FILE, votes)
@@ -140,10 +144,7 @@ def test_votes_are_read_back_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
         ("<<<<<<< HEAD", "votes/a..b.jsonl:2: not a vote: "),
     ],
 )
-def test_an_invalid_vote_is_reported_with_its_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: Any, message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_an_invalid_vote_is_reported_with_its_line(line: Any, message: str) -> None:
     write_votes(FILE, [vote(0, "after")])
     first = FILE.read_text()
     second = line if isinstance(line, str) else json.dumps(json.loads(first) | line)
@@ -157,18 +158,14 @@ def test_an_invalid_vote_is_reported_with_its_line(
     assert str(error.value).endswith("; correct or delete this line, then try again")
 
 
-def test_blank_lines_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_blank_lines_are_ignored() -> None:
     write_votes(FILE, [vote(0, "after"), vote(1, "equal")])
     first, second = FILE.read_bytes().splitlines()
     FILE.write_bytes(b"\r\n" + first + b"\r\n  \t\n\n" + second)
     assert read_votes(FILE, PAIRS) == [vote(0, "after"), vote(1, "equal")]
 
 
-def test_votes_on_other_answers_and_second_votes_are_kept_in_the_file_but_do_not_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_votes_on_other_answers_and_second_votes_are_kept_in_the_file_but_do_not_count() -> None:
     other, unknown = Vote("Ann", "1", "id0", "after", "0", "0"), Vote("Ann", "1", "x", "after", "0", "0")
     write_votes(FILE, [other, vote(0, "before"), unknown])
     write_votes(FILE, [vote(0, "after"), vote(0, "equal", voter_id="2")])
@@ -182,9 +179,8 @@ def test_votes_on_other_answers_and_second_votes_are_kept_in_the_file_but_do_not
 
 @pytest.mark.subprocess
 def test_two_people_of_one_name_stay_two_after_a_merge_and_a_second_vote_of_a_person_does_not_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     old, new = sides()
     path = pairs_of(old, new)[1]
     Path(".gitattributes").write_bytes((ROOT / ".gitattributes").read_bytes())
@@ -209,10 +205,7 @@ def test_two_people_of_one_name_stay_two_after_a_merge_and_a_second_vote_of_a_pe
     assert "Ann (1) and Ann (2) agree on 0 of 1 prompts.\n\nSecond votes of a voter on a prompt in" in report
 
 
-def test_a_review_without_votes_on_its_answers_notes_other_votes_and_votes_that_can_not_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_review_without_votes_on_its_answers_notes_other_votes_and_votes_that_can_not_be_read() -> None:
     old, new = sides()
     path = pairs_of(old, new)[1]
     assert count_votes(old, new) is None  # type: ignore[arg-type]
@@ -227,10 +220,7 @@ def test_a_review_without_votes_on_its_answers_notes_other_votes_and_votes_that_
     )
 
 
-def test_no_vote_is_lost_if_several_voters_vote_at_the_same_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_no_vote_is_lost_if_several_voters_vote_at_the_same_time() -> None:
     voters = [threading.Thread(target=write_votes, args=(FILE, [vote(n, "after", f"{n}")])) for n in range(8)]
     for voter in voters:
         voter.start()
@@ -239,8 +229,7 @@ def test_no_vote_is_lost_if_several_voters_vote_at_the_same_time(
     assert {one.voter for one in read_votes(FILE, PAIRS)} == {str(n) for n in range(8)}
 
 
-def test_the_review_shows_all_voters_and_their_agreement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_review_shows_all_voters_and_their_agreement() -> None:
     old, new = sides()
     path = pairs_of(old, new)[1]
     write_votes(path, [vote(n, "after") for n in range(7)] + [vote(0, "equal", "B|b"), vote(1, "after", "B|b")])

@@ -1,15 +1,12 @@
-"""The workflow of a pull request: its structure, and its commands, run in a clone with a fake GitHub."""
+"""The workflow of a pull request: its structure, and its commands, run in a clone."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
@@ -28,14 +25,14 @@ PULL = "Pull what the review compares if a DVC remote is configured"
 SUMMARY = "Add the review to the job summary"
 COMMENT = "Comment on the pull request"
 
-MARKER = "<!-- sft-pipeline review -->"
-BOT = "github-actions[bot]"
+PULL_REQUEST = "https://github.example/o/p/pull/7"
 PAGE = "https://github.example/o/p/actions/runs/1/artifacts/2"
 EXPRESSIONS = {  # the values that GitHub inserts
     "${{ github.token }}": "ghs_secret",
     "origin/${{ github.base_ref }}": "origin/main",
     "${{ secrets.AWS_ACCESS_KEY_ID }}": "",
     "${{ secrets.AWS_SECRET_ACCESS_KEY }}": "",
+    "${{ github.event.pull_request.html_url }}": PULL_REQUEST,
     "${{ steps.page.outputs.artifact-url }}": PAGE,
 }
 
@@ -50,30 +47,6 @@ def run_step(name: str, folder: Path, **env: str) -> subprocess.CompletedProcess
 # Structure
 
 
-def test_workflow_runs_for_pull_requests_and_pushes_to_main() -> None:
-    assert WORKFLOW["on"] == {"pull_request": None, "push": {"branches": ["main"]}}
-    assert {name: job.get("if") for name, job in JOBS.items()} == {
-        "checks": None,
-        "review": "github.event_name == 'pull_request'",
-    }
-
-
-def test_token_is_read_only_except_for_the_comment_of_the_review() -> None:
-    assert WORKFLOW["permissions"] == {"contents": "read"}
-    assert {name: job.get("permissions") for name, job in JOBS.items()} == {
-        "checks": None,
-        "review": {"contents": "read", "pull-requests": "write"},
-    }
-
-
-def test_run_is_limited_in_time_and_canceled_by_a_newer_one_of_the_same_pull_request() -> None:
-    assert WORKFLOW["concurrency"] == {
-        "group": "${{ github.workflow }}-${{ github.event.pull_request.number || github.sha }}",
-        "cancel-in-progress": "${{ github.event_name == 'pull_request' }}",
-    }
-    assert {name: job["timeout-minutes"] for name, job in JOBS.items()} == {"checks": 60, "review": 30}
-
-
 def test_actions_are_pinned_by_commit_with_a_version_comment() -> None:
     actions = re.findall(r"uses: *(.*)", TEXT)
     pinned = re.compile(r"actions/[a-z-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")
@@ -85,48 +58,11 @@ def test_shell_commands_contain_no_expressions() -> None:
     assert [step for job in JOBS.values() for step in job["steps"] if "${{" in step.get("run", "")] == []
 
 
-def test_steps_run_commands_that_a_developer_can_run() -> None:
-    commands = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in JOBS.items()}
-    set_up = 'make .venv/installed\necho "$PWD/.venv/bin" >> "$GITHUB_PATH"\n'
-    set_up_dev = set_up.replace("installed", "installed-dev")
-    assert commands["checks"] == [set_up_dev, "make lint", "make audit", "python .ci/check_lock.py", "make test"]
-    assert commands["review"] == [
-        set_up,
-        'python .ci/fetch.py "$BASE"',
-        "make review",
-        'head -c 1000000 review.md >> "$GITHUB_STEP_SUMMARY"',
-        "python .ci/comment.py review.md",
-    ]
-    assert STEPS["Compare with the base branch"]["env"] == {"BASE": "origin/${{ github.base_ref }}"}
-
-
-def test_checkout_has_the_full_history_and_stores_no_token() -> None:
-    checkouts = [step["with"] for job in JOBS.values() for step in job["steps"] if "checkout" in step.get("uses", "")]
-    assert checkouts == [{"fetch-depth": 0, "persist-credentials": False}] * 2
-
-
-def test_pip_cache_depends_on_the_pins() -> None:
-    pythons = [step["with"] for job in JOBS.values() for step in job["steps"] if "setup-python" in step.get("uses", "")]
-    assert pythons == [{"python-version": "3.11", "cache": "pip", "cache-dependency-path": "constraints.txt"}] * 2
-
-
 def test_token_and_secrets_are_passed_only_to_the_steps_that_need_them() -> None:
     assert len(re.findall(r"\{ (secrets\.|github\.token)", TEXT)) == 3
     given = {name: [*step["env"]] for name, step in STEPS.items() if re.search("secrets|token", str(step.get("env")))}
     aws = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]
-    assert given == {COMMENT: ["GITHUB_TOKEN", "REVIEW_PAGE"], PULL: ["BASE", *aws]}
-
-
-def test_review_is_published_even_if_a_gate_fails() -> None:
-    assert {name: step["if"] for name, step in STEPS.items() if "if" in step} == {
-        SUMMARY: "${{ !cancelled() && hashFiles('review.md') != '' }}",
-        "Keep the review as a page": "${{ !cancelled() && hashFiles('review.html') != '' }}",
-        COMMENT: "${{ !cancelled() && hashFiles('review.md') != '' }}",
-    }
-
-
-def test_failing_remote_does_not_fail_the_job() -> None:
-    assert {name for name, step in STEPS.items() if step.get("continue-on-error")} == {PULL}
+    assert given == {COMMENT: ["GH_TOKEN", "PULL_REQUEST", "REVIEW_PAGE"], PULL: ["BASE", *aws]}
 
 
 # dvc.lock
@@ -510,269 +446,24 @@ def test_review_is_appended_to_the_job_summary(tmp_path: Path) -> None:
     assert (tmp_path / "summary").stat().st_size < 2**20
 
 
-class FakeGitHub:
-    """The part of GitHub's API that comments need, for pull request 7 of o/p."""
-
-    def __init__(self) -> None:
-        self.url = ""
-        self.comments: list[dict[str, Any]] = []
-        self.requests: list[str] = []
-        self.refusals: dict[str, tuple[int, str]] = {}  # status and body, by method
-        self.login: str | None = None  # of a user's token; a job's token gets no answer
-
-    def add(self, login: str | None, body: str) -> None:
-        identifier = 1000 + len(self.comments)
-        user = login and {"login": login}
-        page = f"https://github.example/o/p/pull/7#issuecomment-{identifier}"
-        self.comments.append({"id": identifier, "user": user, "body": body, "html_url": page})
-
-    def bodies(self) -> list[str]:
-        return [comment["body"] for comment in self.comments]
-
-    def answer(self, method: str, path: str, token: str, text: str) -> tuple[int, Any, str]:
-        """Status, content and Link header."""
-        where, query = urlsplit(path).path, parse_qs(urlsplit(path).query)
-        if token != "Bearer ghs_secret":
-            return 401, {"message": "Bad credentials"}, ""
-        if (method, where) == ("GET", "/user"):
-            return (200, {"login": self.login}, "") if self.login else (403, {"message": "not by integration"}, "")
-        if (method, where) == ("GET", "/repos/o/p/issues/7/comments"):
-            size, page = int(query["per_page"][0]), int(query["page"][0])
-            assert size <= 100
-            is_last = page * size >= len(self.comments)
-            link = "" if is_last else f'<{self.url}{where}?per_page={size}&page={page + 1}>; rel="next"'
-            return 200, self.comments[(page - 1) * size : page * size], link
-        if (method, where) == ("POST", "/repos/o/p/issues/7/comments"):
-            self.add(self.login or BOT, text)
-            return 201, self.comments[-1], ""
-        for comment in self.comments:
-            if (method, where) == ("PATCH", f"/repos/o/p/issues/comments/{comment['id']}"):
-                comment["body"] = text
-                return 200, comment, ""
-        return 404, {"message": "Not Found"}, ""
-
-
-@pytest.fixture
-def github() -> Iterator[FakeGitHub]:
-    fake = FakeGitHub()
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            pass
-
-        def reply(self) -> None:
-            fake.requests.append(f"{self.command} {self.path}")
-            sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            text = json.loads(sent)["body"] if sent else ""
-            link = ""
-            if self.command in fake.refusals and self.path != "/user":
-                status, body = fake.refusals[self.command]
-            else:
-                status, content, link = fake.answer(self.command, self.path, self.headers["Authorization"], text)
-                body = json.dumps(content)
-            self.send_response(status)
-            if link:
-                self.send_header("Link", link)
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        def do_GET(self) -> None:
-            self.reply()
-
-        def do_POST(self) -> None:
-            self.reply()
-
-        def do_PATCH(self) -> None:
-            self.reply()
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        fake.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield fake
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder with what the comment needs: the script, a review and the event of a pull request."""
-    (tmp_path / ".ci").mkdir()
-    shutil.copy(ROOT / ".ci/comment.py", tmp_path / ".ci")
-    (tmp_path / "review.md").write_text("# Review\n\nBetter.\n", encoding="utf-8")
-    pull_request(tmp_path, head={"full_name": "o/p"})
-    return tmp_path
-
-
-def pull_request(folder: Path, head: dict[str, str] | None) -> None:
-    event = {"pull_request": {"number": 7, "head": {"repo": head}, "base": {"repo": {"full_name": "o/p"}}}}
-    (folder / "event.json").write_text(json.dumps(event))
-
-
-def comment(folder: Path, api: str, **env: str) -> tuple[int, str]:
-    """Exit code and output of the step."""
-    github_sets = {"GITHUB_API_URL": api, "GITHUB_REPOSITORY": "o/p", "GITHUB_EVENT_PATH": str(folder / "event.json")}
-    result = run_step(COMMENT, folder, **github_sets | {"NO_PROXY": "127.0.0.1"} | env)
-    assert "ghs_secret" not in result.stdout + result.stderr
-    return result.returncode, result.stdout + result.stderr
-
-
-def test_comment_is_created_once_and_then_updated(folder: Path, github: FakeGitHub) -> None:
-    created = "created https://github.example/o/p/pull/7#issuecomment-1000\n"
-    assert comment(folder, github.url) == (0, created)
-    assert github.bodies() == [f"{MARKER}\n[The review as a page]({PAGE})\n\n# Review\n\nBetter.\n"]
-    (folder / "review.md").write_text("# Review\n\nWorse.\n")
-    updated = "updated https://github.example/o/p/pull/7#issuecomment-1000\n"
-    assert comment(folder, github.url) == (0, updated)
-    assert github.bodies() == [f"{MARKER}\n[The review as a page]({PAGE})\n\n# Review\n\nWorse.\n"]
-
-
-def test_comment_has_no_link_without_a_page(folder: Path, github: FakeGitHub) -> None:
-    assert comment(folder, github.url, REVIEW_PAGE="")[0] == 0
-    assert github.bodies() == [f"{MARKER}\n# Review\n\nBetter.\n"]
-
-
-@pytest.mark.parametrize(
-    ("login", "body"),
-    [
-        (BOT, f"> {MARKER}\n"),
-        (BOT, f"Quoted:\n{MARKER}\n"),
-        (BOT, ""),
-        ("mallory", f"{MARKER}\n# Review\n"),
-        (None, f"{MARKER}\n# Review\n"),
-    ],
-    ids=["quoted marker", "marker on another line", "empty", "another author", "deleted author"],
-)
-def test_comments_of_others_are_not_edited(folder: Path, github: FakeGitHub, login: str | None, body: str) -> None:
-    github.add(login, body)
-    assert comment(folder, github.url) == (0, "created https://github.example/o/p/pull/7#issuecomment-1001\n")
-    assert github.bodies()[0] == body
-    assert len(github.comments) == 2
-
-
-def test_own_comment_with_crlf_line_ends_is_found(folder: Path, github: FakeGitHub) -> None:
-    github.add(BOT, f"{MARKER}\r\n# Review\r\n")
-    assert comment(folder, github.url) == (0, "updated https://github.example/o/p/pull/7#issuecomment-1000\n")
-
-
-def test_with_a_users_token_the_comment_is_that_of_the_user(folder: Path, github: FakeGitHub) -> None:
-    github.login = "ada"
-    github.add(BOT, f"{MARKER}\n# Review\n")
-    assert comment(folder, github.url)[0] == 0
-    assert comment(folder, github.url) == (0, "updated https://github.example/o/p/pull/7#issuecomment-1001\n")
-
-
-def test_own_comment_is_found_among_hundreds(folder: Path, github: FakeGitHub) -> None:
-    for number in range(250):
-        github.add("ada", f"Comment {number}")
-    github.add(BOT, f"{MARKER}\n# Review\n")
-    assert comment(folder, github.url) == (0, "updated https://github.example/o/p/pull/7#issuecomment-1250\n")
-    assert github.requests == [
-        "GET /user",
-        "GET /repos/o/p/issues/7/comments?per_page=100&page=1",
-        "GET /repos/o/p/issues/7/comments?per_page=100&page=2",
-        "GET /repos/o/p/issues/7/comments?per_page=100&page=3",
-        "PATCH /repos/o/p/issues/comments/1250",
-    ]
-
-
-def test_review_of_the_maximum_length_is_not_truncated(folder: Path, github: FakeGitHub) -> None:
-    review = "é" * (65_536 - len(MARKER) - 1)
+def comment(folder: Path, review: str) -> str:
+    """The body of the comment on a review. A program in place of `gh` checks how it is called, and keeps the body."""
     (folder / "review.md").write_text(review, encoding="utf-8")
-    assert comment(folder, github.url, REVIEW_PAGE="")[0] == 0
-    assert github.bodies() == [f"{MARKER}\n{review}"]
+    gh = folder / "bin/gh"
+    gh.parent.mkdir()
+    expected = f"pr comment {PULL_REQUEST} --edit-last --create-if-none --body-file comment.md"
+    gh.write_text(f'#!/bin/sh\ntest "$*" = "{expected}" && test "$GH_TOKEN" = ghs_secret && cp comment.md sent.md\n')
+    gh.chmod(0o755)
+    assert run_step(COMMENT, folder, PATH=f"{gh.parent}:{os.environ['PATH']}").returncode == 0
+    return (folder / "sent.md").read_text(encoding="utf-8")
 
 
-def test_longer_review_is_truncated_at_the_end_of_a_line_with_a_note_first(folder: Path, github: FakeGitHub) -> None:
-    (folder / "review.md").write_text(f"{'x' * 98}é\n" * 700, encoding="utf-8")
-    assert comment(folder, github.url)[0] == 0
-    [body] = github.bodies()
-    assert body.splitlines()[:4] == [
-        MARKER,
-        f"[The review as a page]({PAGE})",
-        "",
-        "> Truncated to GitHub's limit. The full review is review.html, the artifact of this run.",
-    ]
-    assert body.count("é") == 653
+def test_comment_links_to_the_page_and_has_the_review(tmp_path: Path) -> None:
+    review = "# Review\n\nBetter.\n"
+    assert comment(tmp_path, review) == f"[The whole review as a page]({PAGE})\n\n{review}"
+
+
+def test_comment_on_a_long_review_ends_with_a_whole_line_below_the_limit_of_github(tmp_path: Path) -> None:
+    body = comment(tmp_path, f"{'x' * 98}é\n" * 700)
     assert body.endswith("xé\n")
-    assert 65_436 < len(body) <= 65_536
-
-
-@pytest.mark.parametrize("head", [{"full_name": "mallory/p"}, None], ids=["fork", "deleted fork"])
-def test_read_only_token_of_a_fork_does_not_fail_the_job(
-    folder: Path, github: FakeGitHub, head: dict[str, str] | None
-) -> None:
-    pull_request(folder, head)
-    github.refusals["POST"] = (403, '{"message": "Resource not accessible by integration"}')
-    message = "no comment written: the token of a pull request from a fork is read-only; see the job summary\n"
-    assert comment(folder, github.url) == (0, message)
-    assert github.comments == []
-
-
-@pytest.mark.parametrize(
-    ("status", "body", "message"),
-    [
-        (
-            401,
-            '{"message": "Bad credentials"}',
-            "401 Bad credentials; GITHUB_TOKEN is invalid or expired; pass `github.token` to the step",
-        ),
-        (
-            403,
-            '{"message": "Resource not accessible by integration"}',
-            "403 Resource not accessible by integration; "
-            "the token can't write comments; give the job `permissions: pull-requests: write`",
-        ),
-        (
-            404,
-            '{"message": "Not Found"}',
-            "404 Not Found; the repository or the pull request does not exist, or the token can't read it; check both",
-        ),
-        (502, "<html>Unicorn</html>", "502 Bad Gateway; run the job again; GitHub may have a temporary problem"),
-    ],
-)
-def test_rejected_request_is_reported_on_one_line_with_advice(
-    folder: Path, github: FakeGitHub, status: int, body: str, message: str
-) -> None:
-    github.refusals["POST"] = (status, body)
-    request = f"POST {github.url}/repos/o/p/issues/7/comments"
-    assert comment(folder, github.url) == (1, f"no comment written: {request}: {message}\n")
-
-
-def test_other_errors_fail_the_job_for_forks_too(folder: Path, github: FakeGitHub) -> None:
-    pull_request(folder, {"full_name": "mallory/p"})
-    github.refusals["POST"] = (500, "{}")
-    assert comment(folder, github.url)[0] == 1
-
-
-def test_missing_network_is_reported(folder: Path) -> None:
-    message = "no comment written: no response from http://127.0.0.1:0 (ConnectionError); run the job again\n"
-    assert comment(folder, "http://127.0.0.1:0") == (1, message)
-
-
-@pytest.mark.parametrize(
-    ("change", "env", "message"),
-    [
-        (delete("review.md"), {}, "review.md: not found; `make review` writes it\n"),
-        (
-            lambda folder: None,
-            {"GITHUB_TOKEN": ""},
-            "no comment written: GITHUB_TOKEN is not set; "
-            "run this in a job of GitHub Actions that passes GITHUB_TOKEN\n",
-        ),
-        (
-            lambda folder: (folder / "event.json").write_text("{}"),
-            {},
-            "no comment written: GITHUB_EVENT_PATH is not the event of a pull request; run this only for those\n",
-        ),
-    ],
-    ids=["no review", "no token", "no pull request"],
-)
-def test_missing_input_is_named(
-    folder: Path, github: FakeGitHub, change: Callable[[Path], None], env: dict[str, str], message: str
-) -> None:
-    change(folder)
-    assert comment(folder, github.url, **env) == (1, message)
-    assert github.requests == []
+    assert 64_000 < len(body) <= 65_536

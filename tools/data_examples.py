@@ -37,9 +37,9 @@ def choose_examples(tables: Tables) -> dict[int, list[str]]:
         kinds[f"from {source}"] = order["source"] == source
     chosen: dict[int, list[str]] = {}
     for kind, is_kind in kinds.items():
-        own = order.index[is_kind]
-        if len(own):
-            row = next((row for row in own if row not in chosen), own[0])
+        rows_of_kind = order.index[is_kind]
+        if len(rows_of_kind):
+            row = next((row for row in rows_of_kind if row not in chosen), rows_of_kind[0])
             chosen.setdefault(row, []).append(kind)
     return chosen
 
@@ -70,16 +70,16 @@ def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> lis
     one.
     """
     decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    found: list[tuple[list[int], str]] = []
+    texts: list[tuple[list[int], str]] = []
     before: list[int] = []
     pending: list[int] = []
     for number, token_id in enumerate(ids, 1):
         pending = [*pending, token_id]
         text = str(decode([*before, *pending]))[len(decode(before)) :]
         if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(pending) == 4 or number == len(ids):
-            found.append((pending, text))
+            texts.append((pending, text))
             before, pending = pending, []
-    return found
+    return texts
 
 
 def describe_cut(tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any], num_tokens: int) -> dict[str, Any]:

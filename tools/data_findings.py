@@ -48,20 +48,20 @@ def repeated_answers(rows: pd.DataFrame) -> Finding:
     repeated = sizes[sizes > 1].sort_values(ascending=False, kind="stable")
     groups = []
     for key, size in repeated.head(MAX_GROUPS).items():
-        own = rows[rows["answer_key"] == key]
-        groups.append(Group(f"{size:,} rows", own.index[:MAX_SHOWN].tolist()))
+        repeats = rows[rows["answer_key"] == key]
+        groups.append(Group(f"{size:,} rows", repeats.index[:MAX_SHOWN].tolist()))
     return Finding(len(repeated), int(repeated.sum()), groups)
 
 
 def contradictions(rows: pd.DataFrame) -> Finding:
     """Equal prompts, including the messages before the question, that have different answers."""
     answers = rows.groupby("prompt_key", sort=False)["answer_key"].agg(["size", "nunique"])
-    found = answers[answers["nunique"] > 1].sort_values("nunique", ascending=False, kind="stable")
+    contradicted = answers[answers["nunique"] > 1].sort_values("nunique", ascending=False, kind="stable")
     groups = []
-    for key, (size, number) in found.head(MAX_GROUPS).iterrows():
-        own = rows[rows["prompt_key"] == key].drop_duplicates("answer_key")
-        groups.append(Group(f"{size:,} rows, {number:,} different answers", own.index[:MAX_SHOWN].tolist()))
-    return Finding(len(found), int(found["size"].sum()), groups)
+    for key, (size, number) in contradicted.head(MAX_GROUPS).iterrows():
+        different = rows[rows["prompt_key"] == key].drop_duplicates("answer_key")
+        groups.append(Group(f"{size:,} rows, {number:,} different answers", different.index[:MAX_SHOWN].tolist()))
+    return Finding(len(contradicted), int(contradicted["size"].sum()), groups)
 
 
 def near_duplicates(tables: Tables) -> dict[str, Finding]:
@@ -77,13 +77,13 @@ def near_duplicates(tables: Tables) -> dict[str, Finding]:
     owners, is_first, splits = messages.index.to_numpy(), ~messages.index.duplicated(), sampled["split"].to_dict()
     num_rows = int(is_first.sum())
     note = "" if num_rows == len(used) else f"Compared: {num_rows:,} of {len(used):,} rows, chosen by a hash."
-    found: dict[str, list[list[int]]] = {"across": [], "within": []}
+    groups_of_kind: dict[str, list[list[int]]] = {"across": [], "within": []}
     for group in similar(messages.tolist()):
         if is_first[group].any():
             rows = sorted({*owners[group].tolist()})
             trained = [row for row in rows if splits[row] == "train"]
-            found["across"] += [rows] * (len({splits[row] for row in rows}) > 1)
-            found["within"] += [trained] * (len(trained) > 1)
+            groups_of_kind["across"] += [rows] * (len({splits[row] for row in rows}) > 1)
+            groups_of_kind["within"] += [trained] * (len(trained) > 1)
     return {
         kind: Finding(
             len(groups),
@@ -91,7 +91,7 @@ def near_duplicates(tables: Tables) -> dict[str, Finding]:
             [describe_group(rows, splits) for rows in sorted(groups, key=len, reverse=True)[:MAX_GROUPS]],
             note,
         )
-        for kind, groups in found.items()
+        for kind, groups in groups_of_kind.items()
     }
 
 
@@ -200,12 +200,12 @@ def score_ends(tables: Tables) -> dict[str, Finding]:
         "copied": (scores["loss"][is_copy], pd.Series(is_copy), "loss {:.2f} nats/token", scores["loss"]),
         "early end": (-late, late >= EARLY_END, "EOS loss {:.2f} nats", scores["eos_loss"]),
     }
-    found = {}
+    findings = {}
     for kind, (order, is_beyond, title, values) in kinds.items():
         ends = order.dropna().sort_values(kind="stable").index[:MAX_GROUPS]
         groups = [Group(title.format(values[row]), [int(scores["position"][row])]) for row in ends]
-        found[kind] = Finding(int(is_beyond.sum()), int(is_beyond.sum()), groups)
-    return found
+        findings[kind] = Finding(int(is_beyond.sum()), int(is_beyond.sum()), groups)
+    return findings
 
 
 def copies(questions: Sequence[str], answer: str) -> bool:

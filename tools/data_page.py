@@ -28,7 +28,7 @@ from tools.data_examples import choose_examples, describe_cut, show_tokens
 from tools.data_tables import LOCATION, SHOWN, TOKENS, Tables, read_tables, take_raw, take_rows
 
 PAGE, SOURCE = Path("data.html"), Path("data/source.json")
-STAGES = ("download_dataset", "download_model", "format", "split")  # the page shows their results
+STAGES = ("download_dataset", "download_model", "format", "score_rows", "split")  # the page shows their results
 NUM_BARS = 40  # of a histogram
 MAX_LINES = 100  # of a table, such as sources and slices
 NUM_CUTS, NUM_REJECTED = 3, 2  # truncated rows; rejected rows per reason

@@ -130,24 +130,24 @@ def read_scores(rows: pd.DataFrame) -> pd.DataFrame | None:
 
 def take_rows(positions: Iterable[int], columns: list[str]) -> dict[int, dict[str, Any]]:
     """The rows at some positions of the formatted table. Row groups without them are not read."""
-    wanted, found, start = sorted(set(positions)), dict[int, dict[str, Any]](), 0
+    wanted, rows, start = sorted(set(positions)), dict[int, dict[str, Any]](), 0
     for shard in shards(FORMATTED):
         with user_errors(shard), pq.ParquetFile(shard) as file:
             for group in range(file.num_row_groups):
                 end = start + file.metadata.row_group(group).num_rows
-                own = [position for position in wanted if start <= position < end]
-                if own:
-                    table = file.read_row_group(group, columns).take([position - start for position in own])
-                    found |= zip(own, table.to_pylist(), strict=True)
+                in_group = [position for position in wanted if start <= position < end]
+                if in_group:
+                    table = file.read_row_group(group, columns).take([position - start for position in in_group])
+                    rows |= zip(in_group, table.to_pylist(), strict=True)
                 start = end
-    return found
+    return rows
 
 
 def take_raw(locations: set[tuple[str, int]]) -> dict[tuple[str, int], str]:
     """The messages of some raw rows, as JSON text, by location."""
-    found: dict[tuple[str, int], str] = {}
+    messages: dict[tuple[str, int], str] = {}
     for batch in read_batches(RAW, [*LOCATION, "messages"]) if locations else ():
         keys = zip(*(batch[name].to_pylist() for name in LOCATION), strict=True)
         rows = {key: at for at, key in enumerate(keys) if key in locations}
-        found |= {key: batch["messages"][at].as_py() for key, at in rows.items()}
-    return found
+        messages |= {key: batch["messages"][at].as_py() for key, at in rows.items()}
+    return messages

@@ -32,10 +32,10 @@ from tools.gguf import (
     TUNED,
     check_eos_token,
     check_prompts,
+    check_quantization,
     convert,
     converter,
     gguf_answers,
-    quantizations,
     quantize,
     quantizer,
     version,
@@ -57,8 +57,8 @@ def main() -> None:
     quantization = parser.parse_args().quant
     script = converter()
     program = quantizer() if quantization else ""
-    if quantization and quantization not in (names := quantizations(program)):
-        raise UserError(f"QUANT: found {quantization!r}; must be one of {', '.join(names)}")
+    if quantization:
+        check_quantization(quantization)
     from stages.engine.models import checkpoint_dtype
 
     tokenizer = load_tokenizer(TUNED)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from stages.runtime.errors import UserError, user_errors
@@ -48,16 +47,11 @@ def convert(script: Path, dtype: str, path: Path) -> None:
         OSError: the operating system reports an error, such as a full disk.
     """
     outtype = {"bfloat16": "bf16", "float16": "f16"}.get(dtype, "f32")
-    with TemporaryDirectory() as scratch:
-        folder = Path(scratch) / TUNED.name  # the converter uses the folder's name as the model's name
-        folder.mkdir()
-        for entry in TUNED.iterdir():
-            (folder / entry.name).symlink_to(entry.resolve())
-        command = [sys.executable, str(script), str(folder), "--outfile", str(path), "--outtype", outtype]
-        offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        result = subprocess.run(  # noqa: S603 (a list)
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", env=offline
-        )
+    command = [sys.executable, str(script), str(TUNED), "--outfile", str(path), "--outtype", outtype]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(  # noqa: S603 (a list)
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", env=offline
+    )
     if result.returncode < 0:
         raise UserError(
             f"{TUNED}: the converter was killed by {signal.Signals(-result.returncode).name}; "
@@ -100,10 +94,18 @@ def quantizer() -> str:
     raise UserError("export: llama-quantize is not installed; run `make export QUANT=...`, which builds it")
 
 
-def quantizations(program: str) -> list[str]:
-    """The names that the program lists for ways to quantize, such as Q4_K_M."""
-    usage = subprocess.run([program, "--help"], capture_output=True, encoding="utf-8", errors="replace")  # noqa: S603 (a list)
-    return re.findall(r"^ +\d+ +or +(\w+) +:", usage.stdout + usage.stderr, re.MULTILINE)
+def check_quantization(name: str) -> None:
+    """Check the name of a way to quantize, such as Q4_K_M, before the model is converted.
+
+    Raises:
+        UserError: llama.cpp has no such way. `Q4_K` and the like stand for the medium size.
+    """
+    from gguf import LlamaFileType
+
+    names = [kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in LlamaFileType]
+    names.remove("GUESSED")
+    if not {name, f"{name}_M"} & {*names}:
+        raise UserError(f"QUANT: found {name!r}; must be one of {', '.join(names)}")
 
 
 def quantize(program: str, source: Path, target: Path, quantization: str) -> None:

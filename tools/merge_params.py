@@ -30,9 +30,9 @@ def parameters(text: str) -> dict[str, str]:
         {'a': '# Data\\na: 1\\n', 'b': 'b:\\n  - 2\\n'}
     """
     text = text.rstrip("\n") + "\n"
-    found = [(match.start(), match[1]) for match in re.finditer(r"^(?:(?:#.*)?\n)*(\w+):", text, re.MULTILINE)]
-    ends = [start for start, _ in found[1:]] + [len(text)]
-    return {name: text[start:end] for (start, name), end in zip(found, ends, strict=True)}
+    starts = [(match.start(), match[1]) for match in re.finditer(r"^(?:(?:#.*)?\n)*(\w+):", text, re.MULTILINE)]
+    ends = [start for start, _ in starts[1:]] + [len(text)]
+    return {name: text[start:end] for (start, name), end in zip(starts, ends, strict=True)}
 
 
 if __name__ == "__main__":

@@ -3,14 +3,18 @@
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from review.markup import table
 from review.runs import metrics_of_split
 from stages.data.files import read_json
 from stages.runtime.errors import UserError
 from stages.runtime.preflight import check_project
 from stages.runtime.run import run
 from stages.runtime.terminal import summary
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi, ModelCard
 
 TUNED, METRICS = Path("models/tuned"), Path("metrics")
 STAGES = ["train", *(f"{stage}@{model}" for stage in ("predict", "evaluate") for model in ("base", "tuned"))]
@@ -33,9 +37,9 @@ def main() -> None:
     files |= {str(path): path for path in sorted(METRICS.rglob("*.json"))}
     files |= {name: Path(name) for name in ("params.yaml", "dvc.lock")}
     operations = [CommitOperationAdd(name, path) for name, path in files.items() if name != "README.md"]
-    operations.append(CommitOperationAdd("README.md", card().encode()))
     api = HfApi()
     with upload_errors(repo):
+        operations.append(CommitOperationAdd("README.md", str(card(repo, api)).encode()))
         url = api.create_repo(repo, private=True, exist_ok=True)
         commit = api.create_commit(repo, operations, commit_message="Upload the model, its card and its metrics")
     summary({"uploaded": f"{len(operations)} files to {url}"}, wrote=[], then=f"open {commit.commit_url}")
@@ -60,21 +64,44 @@ def check_is_evaluated() -> None:
         raise UserError(f"{TUNED}: {', '.join(changed)} changed since they ran, or their results did; run `dvc repro`")
 
 
-def card() -> str:
-    """The model card of `models/tuned`, with a table of metrics before and after fine-tuning."""
+def card(repo: str, api: "HfApi") -> "ModelCard":
+    """The model card of `models/tuned` for the Hub.
+
+    Its snippets load the model from the repository, and it has a table of metrics before and after fine-tuning. Its
+    metadata have the metrics after it, and the license of the base model.
+    """
+    from huggingface_hub import EvalResult, ModelCard
+
+    card: ModelCard = ModelCard.load(TUNED / "README.md")
+    card.text = card.text.replace(f'"{TUNED}"', f'"{repo}"')
+    source = read_json(Path("data/source.json"))["source"]
     base, tuned = (read_json(METRICS / f"evaluate/{name}.json") for name in ("base", "tuned"))
-    rows = []
+    rows, results = [], []
     for split in ("test", "retention"):
-        sides = [metrics_of_split(each, split) for each in (base, tuned)]
-        where = f"{split} set, {sides[1].get('examples', 0):,} examples"
-        rows += [
-            f"| {where} | {title} | {shown(sides[0], name)} | {shown(sides[1], name)} |"
-            for name, title in NAMES.items()
-            if sides[1].get(name) is not None
-        ]
-    text = (TUNED / "README.md").read_text(encoding="utf-8").rstrip()
-    header = "| data | metric | base model | this model |\n|---|---|---|---|\n"
-    return f"{text}\n\n## Evaluation\n{header}" + "\n".join(rows) + "\n"
+        before, after = (metrics_of_split(metrics, split) for metrics in (base, tuned))
+        data = f"{split} set, {after.get('examples', 0):,} examples"
+        for name, title in NAMES.items():
+            if (value := after.get(name)) is not None:
+                rows.append([data, title, shown(before, name), shown(after, name)])
+                results.append(
+                    EvalResult("text-generation", source, data, name, value, dataset_split=split, metric_name=title)
+                )
+    card.text += f"\n## Evaluation\n{table(['data', 'metric', 'base model', 'this model'], rows)}\n"
+    card.data["model_name"], card.data["eval_results"] = repo, results
+    if base_model := card.data.get("base_model"):
+        card.data["license"] = license_of(base_model, api)
+    return card
+
+
+def license_of(model: str, api: "HfApi") -> str | None:
+    """The license of a model on the Hub; None if it does not state one, or if the model is not there any more."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        data = api.model_info(model).card_data
+    except RepositoryNotFoundError:  # also if this token may not see it
+        return None
+    return data.license if data else None
 
 
 def shown(metrics: Mapping[str, Any], name: str) -> str:

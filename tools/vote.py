@@ -77,7 +77,7 @@ class Ballot:
 
             update_votes(self.path, without_it)
             self.done.pop()
-            self.left = [example_id, *(each for each in self.left if each != example_id)]
+            self.left = [example_id, *(other for other in self.left if other != example_id)]
 
     def reveal(self) -> None:
         with self.lock:
@@ -87,9 +87,9 @@ class Ballot:
         """What the page shows."""
         with self.lock:
             votes = self.votes()
-            own = self.own_votes(votes)
+            own_votes = self.own_votes(votes)
             state: dict[str, Any] = {
-                "voted": len(own),
+                "voted": len(own_votes),
                 "total": len(self.pairs),
                 "canUndo": bool(self.done) and not self.is_revealed,
                 "isEnough": overall(votes).verdict != "undecided",
@@ -97,7 +97,7 @@ class Ballot:
                 "result": None,
             }
             if self.is_revealed:
-                state["result"] = result_in_words(count(own), self.names)
+                state["result"] = result_in_words(count(own_votes), self.names)
             elif self.left:
                 pair = self.pairs[self.left[0]]
                 answers = [getattr(pair, side) for side in self.in_order(pair)]
@@ -174,8 +174,8 @@ def result(tally: Tally) -> str:
 
 
 def git_config(name: str) -> str:
-    found = subprocess.run(["git", "config", name], capture_output=True, encoding="utf-8", errors="replace")  # noqa: S603, S607 (a list; git is on the path)
-    return found.stdout.strip()
+    result = subprocess.run(["git", "config", name], capture_output=True, encoding="utf-8", errors="replace")  # noqa: S603, S607 (a list; git is on the path)
+    return result.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -72,9 +72,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send(403, "text/plain", "this page is served on loopback only")
         elif self.path == "/":
             nonce = secrets.token_urlsafe(16)
-            own = f"connect-src 'self'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; frame-ancestors 'none'"
-            text = self.server.page.replace("NONCE", nonce)
-            self.send(200, "text/html; charset=utf-8", text, f"default-src 'none'; form-action 'none'; {own}")
+            policy = (
+                f"default-src 'none'; form-action 'none'; connect-src 'self'; script-src 'nonce-{nonce}'; "
+                f"style-src 'nonce-{nonce}'; frame-ancestors 'none'"
+            )
+            self.send(200, "text/html; charset=utf-8", self.server.page.replace("NONCE", nonce), policy)
         elif self.path == "/state":
             self.send_state()
         else:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import report
 from stages.runtime.params import STAGES
@@ -58,7 +57,7 @@ def test_the_results_table_matches_the_metrics() -> None:
 
 
 def test_the_benchmark_summary_matches_the_results() -> None:
-    training = json.loads(report.results_file(torch.device("cpu")).read_text(encoding="utf-8"))["training"]
+    training = json.loads(report.results_file("cpu").read_text(encoding="utf-8"))["training"]
 
     def ratio(engine: str, examples: str) -> str:
         engines = training[examples]["engines"]
@@ -73,7 +72,7 @@ def test_the_benchmark_summary_matches_the_results() -> None:
         "Alpaca-like ones"
     ) in summary
     assert f"A textbook loop in bf16 takes {textbook[0]}, {textbook[1]} and {textbook[2]} times as long" in summary
-    picture = report.results_file(torch.device("cpu")).with_suffix(".png").relative_to(ROOT)
+    picture = report.results_file("cpu").with_suffix(".png").relative_to(ROOT)
     assert f"]({picture})" in README
 
 
