@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from benchmarks import report
+from stages.runtime.params import STAGES
+from stages.runtime.yaml12 import parse_yaml
 from tests import architectures, chaos, templates
 from tests.clone import ROOT
 
@@ -49,6 +51,17 @@ def test_the_table_of_architectures_matches_the_results() -> None:
 
 def test_the_table_of_templates_matches_the_results() -> None:
     assert block("templates", read_page("docs/templates.md")) == templates.table(templates.read_results())
+
+
+def test_the_page_on_the_pipeline_lists_every_stage() -> None:
+    table = read_page("docs/pipeline.md").split("\n\n")[2]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(parse_yaml(read_page("dvc.yaml"))["stages"])
+
+
+def test_the_page_on_parameters_lists_every_parameter_once() -> None:
+    table = read_page("docs/parameters.md").split("\n\n")[2]
+    parameters = {name for model in STAGES for name in model.model_fields}
+    assert sorted(re.findall(r"`([a-z_]+)`", table)) == sorted(parameters)
 
 
 def test_the_code_layout_lists_every_module() -> None:
