@@ -36,7 +36,7 @@ def test_the_results_table_matches_the_metrics() -> None:
 
     def values(key: str, digits: int, split: str = "test") -> tuple[str, str]:
         sides = (side if split == "test" else side[split] for side in (base, tuned))
-        before, after = (f"{side[key]:.{digits}f} ± {side[f'{key}_se']:.{digits}f}" for side in sides)
+        before, after = (f"{side[key]:.{digits}f}±{side[f'{key}_se']:.{digits}f}" for side in sides)
         return before, after
 
     assert rows == [
