@@ -42,7 +42,7 @@ update: $(INSTALLED)  ## merge a newer version of this pipeline from the git rem
 repro: $(INSTALLED)  ## run the stages that changed
 	python -m stages.runtime.preflight  # what DVC reports badly or late
 	dvc repro
-	@echo "Disk used by results and checkpoints (how to free it: README, Disk):"
+	@echo "Disk used by results and checkpoints (how to free it: docs/reliability.md, Disk):"
 	@du -sh .dvc/cache .scratch 2>/dev/null || true  # one of them may be missing
 
 data: $(INSTALLED)  ## write data.html, a page that shows the data: what is rejected, cut, repeated or wrong; BASE=main adds its changes

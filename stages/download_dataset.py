@@ -135,7 +135,7 @@ def mix(
     shares = choose_shares(sources, entries)
     metadata: dict[str, Any] = {
         key: ", ".join(str(source.metadata[key] or "not stated") for source in sources)
-        for key in ("source", "revision", "licence")
+        for key in ("source", "revision", "license")
     }
     metadata["rows_in_source"] = {source.name: size for source, (_, size) in zip(sources, shares, strict=True)}
     return interleave(sources, shares), metadata

@@ -39,7 +39,7 @@ def main() -> None:
             "training": f"loss {metrics['loss']:.4f}, mean of the run",
             "validation": f"loss {metrics['validation_loss']:.4f} at step {metrics['best_step']:,}, the best",
             "speed": speed,
-            "disk": f"{', '.join(used)}; how to free it: README, Disk",
+            "disk": f"{', '.join(used)}; how to free it: docs/reliability.md, Disk",
         },
         wrote=[TUNED, CURVE, METRICS],
         then="make chat",

@@ -120,7 +120,7 @@ def training_inputs(project: Path, tiny_model: Path) -> Path:
     for name in ("base", "tokenizer"):
         shutil.copytree(tiny_model, project / "models" / name)
     write_json(project / "models/base/source.json", {"model_name": "tiny", "revision": None})
-    write_json(project / "data/source.json", {"source": "a.jsonl", "revision": None, "licence": None})
+    write_json(project / "data/source.json", {"source": "a.jsonl", "revision": None, "license": None})
     template = AlpacaTemplate(load_tokenizer())
     prompt_format = {"chat_template": template.chat_template, "eos_token_ids": template.eos_token_ids}
     write_json(project / "data/prompt_format.json", prompt_format)

@@ -157,10 +157,10 @@ def test_the_option_that_is_named_first_counts(options: list[str], answer: str, 
             "found the kind 'includes'; must be one of all, any, choice, contains, equals, excludes, json, "
             "json_schema, language, max_words, number, regex",
         ),
-        ({"equals": 3}, "equals: found 3; must be a text or a list of texts, none of them empty"),
-        ({"contains": []}, "contains: found []; must be a text or a list of texts, none of them empty"),
+        ({"equals": 3}, "equals: found 3; must be a string or a list of strings, none of them empty"),
+        ({"contains": []}, "contains: found []; must be a string or a list of strings, none of them empty"),
         ({"regex": "("}, 'regex: found "(", which does not compile: missing ) at position 1'),
-        ({"excludes": " "}, 'excludes: found " "; must be a text or a list of texts, none of them empty'),
+        ({"excludes": " "}, 'excludes: found " "; must be a string or a list of strings, none of them empty'),
         (
             {"json_schema": {"properties": {"pattern": {"$ref": "file:///etc/hostname"}}}},
             "json_schema: $ref is not supported; must be a schema without references and patterns",

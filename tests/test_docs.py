@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
+from stages.engine.batches import MAX_LOGITS
+from stages.runtime.params import STAGES
+from stages.runtime.yaml12 import parse_yaml
 from tests import architectures, chaos, templates
 from tests.clone import ROOT
 
@@ -48,6 +51,46 @@ def test_the_table_of_architectures_matches_the_results() -> None:
 
 def test_the_table_of_templates_matches_the_results() -> None:
     assert block("templates", read_page("docs/templates.md")) == templates.table(templates.read_results())
+
+
+def test_the_page_on_the_pipeline_lists_every_stage() -> None:
+    table = read_page("docs/pipeline.md").split("\n\n")[2]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(parse_yaml(read_page("dvc.yaml"))["stages"])
+
+
+def test_the_page_on_parameters_lists_every_parameter_once() -> None:
+    table = read_page("docs/parameters.md").split("\n\n")[2]
+    parameters = {name for model in STAGES for name in model.model_fields}
+    assert sorted(re.findall(r"`([a-z_]+)`", table)) == sorted(parameters)
+
+
+def test_the_page_on_parameters_has_the_limits_of_a_micro_batch() -> None:
+    cpu, mps, cuda = (f"{MAX_LOGITS[device] / 1e6:.0f} million" for device in ("cpu", "mps", "cuda"))
+    page = " ".join(read_page("docs/parameters.md").split())
+    assert cpu == mps
+    assert f"{cpu} logits (supervised tokens × vocabulary) on CPUs and Apple GPUs, or {cuda} on NVIDIA GPUs" in page
+
+
+def test_the_page_on_several_gpus_names_the_stages_that_the_launcher_starts() -> None:
+    stages = parse_yaml(read_page("dvc.yaml"))["stages"]
+    started = {name for name, stage in stages.items() if stage["cmd"].startswith("${launcher} ")}
+    sentence = read_page("docs/distributed.md").split("stages with a model: ")[1].split(".")[0]
+    assert set(re.findall(r"`(\w+)`", sentence)) == started
+
+
+def test_the_table_of_reasons_lists_every_reason() -> None:
+    table = read_page("docs/data.md").split("| reason | meaning |\n")[1].split("\n\n")[0]
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "stages").rglob("*.py")]
+    reasons = {reason for source in sources for reason in re.findall(r'BadRowError\(\s*"(\w+)"', source)}
+    assert len(reasons) > 20
+    assert reasons <= set(re.findall(r"`(\w+)`", table))
+
+
+def test_the_map_of_changes_names_existing_files() -> None:
+    table = read_page("CONTRIBUTING.md").split("## Where do I change …\n")[1].split("\n\n")[0]
+    files = re.findall(r"^\| .+ \| `(.+)` \|$", table, re.MULTILINE)
+    assert len(files) == len(table.splitlines()) - 2
+    assert [file for file in files if not (ROOT / file).exists()] == []
 
 
 def test_the_code_layout_lists_every_module() -> None:

@@ -102,7 +102,7 @@ def test_the_origin_of_the_rows_is_written_to_source_json(project: Path) -> None
     assert json.loads(Path("data/source.json").read_text()) == {
         "source": "data/a.jsonl",
         "revision": None,
-        "licence": None,
+        "license": None,
         "columns_not_read": [],
     }
 
@@ -464,7 +464,7 @@ def test_weights_give_the_largest_mixture_without_repeated_rows(project: Path) -
     assert rows == [("a", 1), ("a", 2), ("b", 5), ("a", 3), ("a", 4), ("a", 5), ("b", 10), ("a", 6)]
     source = json.loads(Path("data/source.json").read_text())
     assert source["source"] == "data/mine/a.jsonl, data/mine/b.jsonl"
-    assert source["licence"] == "not stated, not stated"
+    assert source["license"] == "not stated, not stated"
     assert source["rows_taken"] == {"data/mine/a.jsonl": 6, "data/mine/b.jsonl": 2}
     assert source["rows_in_source"] == {"data/mine/a.jsonl": 6, "data/mine/b.jsonl": 10}
 

@@ -117,7 +117,7 @@ def test_text_from_the_hub_or_a_path_cannot_add_markup_to_the_model_card(
     (folder / "data/train.parquet").touch()
     name, revision, license_id = (value.encode("utf-8", "replace").decode() for value in (name, revision, license_id))
     write_json(folder / "models/base/source.json", {"model_name": name, "revision": revision})
-    write_json(folder / "data/source.json", {"source": name, "revision": revision, "licence": license_id})
+    write_json(folder / "data/source.json", {"source": name, "revision": revision, "license": license_id})
     metrics = {"examples": 1, "loss": 1.0, "validation_loss": 1.0, "best_step": 1, "steps": 1}
     with pytest.MonkeyPatch.context() as context:
         context.chdir(folder)

@@ -64,7 +64,7 @@ def test_a_dataset_is_downloaded_at_its_revision_and_its_commit_and_license_are_
         "subset": None,
         "split": "train",
         "revision": COMMIT,
-        "licence": "cc0-1.0",
+        "license": "cc0-1.0",
         "columns_not_read": [],
     }
     assert "GET /api/datasets/acme/rows/revision/v1" in hub.requests
@@ -270,7 +270,7 @@ def test_a_malicious_license_from_the_hub_stays_text(project: Path, hub: Hub) ->
     hub.license_id = "mit |\n\n<script>\ud800\x1b[2J"
     edit(project, dataset_name="acme/rows")
     succeed("download_dataset")
-    license_id = json.loads(Path("data/source.json").read_text())["licence"]
+    license_id = json.loads(Path("data/source.json").read_text())["license"]
     assert license_id == "mit |\n\n<script>\\ud800\\x1b[2J"
 
 

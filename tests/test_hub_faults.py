@@ -196,7 +196,7 @@ def test_a_snapshot_is_loaded_without_a_network_only_if_it_is_complete(
             assert "is not complete in the cache" in failure(result)
     source = json.loads(Path("models/base/source.json" if kind == "model" else "data/source.json").read_text())
     assert source["revision"] == COMMIT
-    assert source.get("licence") == (None if kind == "model" else "cc0-1.0")
+    assert source.get("license") == (None if kind == "model" else "cc0-1.0")
 
 
 def test_another_subset_in_the_cache_is_not_loaded_instead(project: Path, hub: Hub) -> None:

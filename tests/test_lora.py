@@ -100,7 +100,7 @@ def test_the_model_card_has_a_snippet_that_loads_the_adapter() -> None:
 
 def test_the_model_card_names_a_base_model_and_a_dataset_of_the_hub() -> None:
     (BASE / "source.json").write_text(json.dumps({"model_name": "acme/base", "revision": "607a30d7"}))
-    source = {"source": "acme/rows, mine.csv", "revision": f"{'0' * 40}, not stated", "licence": None}
+    source = {"source": "acme/rows, mine.csv", "revision": f"{'0' * 40}, not stated", "license": None}
     Path("data/source.json").write_text(json.dumps(source))
     metrics = {"examples": 1, "loss": 1.0, "validation_loss": 1.0, "best_step": 1, "steps": 1}
     card = ModelCard(model_card(edit_lora(), metrics))

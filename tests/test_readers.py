@@ -212,7 +212,7 @@ def test_an_arrow_stream_that_is_cut_off_between_batches_is_an_error(tmp_path: P
         writer.write_table(table)
     assert read(tmp_path / "a.arrow") == [(1, ONE)]
     content = (tmp_path / "a.arrow").read_bytes()
-    with pytest.raises(UserError, match=r"is cut off; copy or write it again$"):
+    with pytest.raises(UserError, match=r"is truncated; copy or write it again$"):
         read(tmp_path / "a.arrow", content[:-8])
 
 

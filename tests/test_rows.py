@@ -354,7 +354,7 @@ RESULT = {"role": "tool", "content": "sunny"}
         (
             {"instruction": "A", "output": 7.0},
             "not_text",
-            "'output' is float 7.0; must be text or a whole number, because other numbers have several texts, such as "
+            "'output' is float 7.0; must be text or a whole number, because other numbers have several forms, such as "
             "7, 7.0 and 7.00",
         ),
         (
@@ -426,7 +426,7 @@ RESULT = {"role": "tool", "content": "sunny"}
         (
             {"messages": PAIR, "images": ["a.png"]},
             "unsupported",
-            "'images' is list ['a.png']; no template can express it",
+            "'images' is list ['a.png']; no template can render it",
         ),
         (
             {"messages": [SYSTEM, *PAIR], "system": "Be long."},

@@ -43,7 +43,7 @@ def test_user_error_prints_its_message_and_exits_with_1(tmp_path: Path) -> None:
     [
         (
             errno.ENOSPC,
-            "error: data/x: No space left on device; free some space (README, Disk) and run again\n",
+            "error: data/x: No space left on device; free some space (docs/reliability.md, Disk) and run again\n",
         ),
         (errno.EACCES, "error: data/x: Permission denied; make it readable and writable for this user and run again"),
         (errno.EROFS, "error: data/x: Read-only file system; mount it writable and run again"),
@@ -85,7 +85,7 @@ OUT_OF_MEMORY = (
         ("import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')", OUT_OF_MEMORY),
         (
             "raise Exception('I/O error: No space left on device (os error 28)')",
-            "No space left on device; free some space (README, Disk) and run again",
+            "No space left on device; free some space (docs/reliability.md, Disk) and run again",
         ),
         (
             "open('data/raw.parquet')",

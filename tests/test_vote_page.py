@@ -456,7 +456,7 @@ def test_a_prompt_without_a_vote_does_not_block_the_others_and_the_message_has_t
     with endpoint(lambda text: next((reply for key, reply in replies.items() if key in text), "0")) as (url, _):
         assert judge_error(url) == (
             "JUDGE: 3 of 4 prompts have no vote. The most frequent reasons: HTTP 400: Too long: \\x1b[1m9 tokens "
-            "(2); the reply '2 answers are wrong' is not 1, 2 or 0 (1). Run again to ask about them again, or use "
+            "(2); the reply '2 answers are wrong' is not 1, 2 or 0 (1). Run again to retry them, or use "
             "another model"
         )
         assert choices("judge m") == {"id0": "equal"}

@@ -84,7 +84,7 @@ def main() -> None:
             results[f"{quantization} agrees"] = agreement_in_words(expected, found)
             results |= pass_rates({dtype: GGUF, quantization: partial}, template.answer_parser, params.max_new_tokens)
     write_text(CARD, card(dtype, results))
-    summary(results, wrote=[*wrote, CARD], then="docs/export.md says how to run it")
+    summary(results, wrote=[*wrote, CARD], then="run it as in docs/export.md")
 
 
 def pass_rates(files: dict[str, Path], parser: AnswerParser, max_new_tokens: int) -> dict[str, str]:

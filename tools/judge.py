@@ -91,7 +91,7 @@ def ask_judge(pairs: Sequence[Pair], path: Path, url: str, model: str) -> None:
         reasons = "; ".join(f"{reason} ({number:,})" for reason, number in problems.most_common(3))
         raise UserError(
             f"JUDGE: {problems.total():,} of {len(left):,} prompts have no vote. The most frequent reasons: {reasons}. "
-            "Run again to ask about them again, or use another model"
+            "Run again to retry them, or use another model"
         )
 
 

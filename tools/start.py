@@ -21,6 +21,8 @@ from stages.runtime.terminal import summary
 HUB_ID = re.compile(r"[\w-]+|[\w-][\w.-]*/[\w-][\w.-]*")
 NO_REVIEW = "This review belonged to the demo. It was removed when this project was started.\n"
 NO_RESULTS = {
+    "repro": "None yet: `make repro` prints it.",
+    "review": "None yet: `make review` prints it.",
     "results": "None yet: `make repro` writes them to `metrics/evaluate/`.",
     "answer": "None yet: `make repro` writes them to `metrics/samples/`.",
 }

@@ -85,7 +85,7 @@ def _validate_texts(kind: str) -> Callable[[Any], None]:
     def validate(value: Any) -> None:
         texts = [value] if isinstance(value, str) else value
         valid = isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)
-        _require(bool(valid), kind, value, "a text or a list of texts, none of them empty")
+        _require(bool(valid), kind, value, "a string or a list of strings, none of them empty")
 
     return validate
 

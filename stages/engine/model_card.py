@@ -50,7 +50,7 @@ def model_card(params: TrainParams, metrics: dict[str, Any]) -> str:
 |---|---|
 | base model | {code(base["model_name"])}, revision {code(base["revision"] or "not stated")} |
 | dataset | {code(data["source"])}, revision {code(data["revision"] or "not stated")} |
-| license of the dataset | {code(data["licence"] or "not stated")} |
+| license of the dataset | {code(data["license"] or "not stated")} |
 | fine-tuned | {trained} |
 | training examples | {metrics["examples"]:,}; sha256 of `data/train.parquet`: `{data_hash}` |
 | training loss | {metrics["loss"]:.4f} nats/token, mean of the run |

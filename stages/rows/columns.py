@@ -43,7 +43,7 @@ def parse_slice(row: dict[str, Any] | BadRowError, column: str) -> str | None:
     """The value of a row's slice column as text; None if it has none.
 
     Raises:
-        BadRowError: the value is not a text, number or truth value.
+        BadRowError: the value is not a text, number or boolean.
     """
     value = row.get(column) if isinstance(row, dict) else None
     if is_missing(value):

@@ -34,7 +34,7 @@ LIST_OF_MESSAGES = re.compile(
     r".*}\s*]\s*",
     re.DOTALL | re.IGNORECASE,
 )
-NUMBER_ALLOWED = "must be text or a whole number, because other numbers have several texts, such as 7, 7.0 and 7.00"
+NUMBER_ALLOWED = "must be text or a whole number, because other numbers have several forms, such as 7, 7.0 and 7.00"
 MESSAGES_ALLOWED = f"must be a list of objects with 'role' ({', '.join(ROLES)}) and 'content'"
 
 
@@ -196,7 +196,7 @@ def is_missing(value: Any) -> bool:
 
 
 def read_text(field: str, value: object, allowed: str) -> str:
-    """A text. A whole number or a truth value becomes the text that JSON has for it."""
+    """A text. A whole number or a boolean becomes its JSON text."""
     if isinstance(value, float | Decimal):
         allowed = NUMBER_ALLOWED
     return require_text(field, json.dumps(value) if isinstance(value, int) else value, allowed)

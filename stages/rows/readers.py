@@ -38,7 +38,7 @@ def read_arrow(path: Path, slice_column: str, parser: RowParser) -> Iterator[Row
         tables = (pa.Table.from_batches([batch.select(columns)]) for batch in batches)
         yield from _rows(tables, others)
         if not is_file and (file.seek(-len(END_OF_STREAM), 2), file.read())[1] != END_OF_STREAM:
-            raise UserError(f"{path}: is cut off; copy or write it again")
+            raise UserError(f"{path}: is truncated; copy or write it again")
 
 
 def _split_columns(path: Path, schema: pa.Schema, slice_column: str, parser: RowParser) -> tuple[list[str], list[str]]:

@@ -127,7 +127,7 @@ class RowParser:
             renamed = {name: fields[name] for name in (*schema, *optional_columns(schema)) if name in fields}
             unread = fields.keys() - renamed.keys()
             if name := next((name for name in UNSUPPORTED if fields.get(name)), None):
-                raise BadRowError("unsupported", f"{name!r} is {describe(fields[name])}; no template can express it")
+                raise BadRowError("unsupported", f"{name!r} is {describe(fields[name])}; no template can render it")
         for group in (SYSTEM, INPUT, REASONING):
             if len(stated := [name for name in group if renamed.get(name)]) > 1:
                 raise BadRowError(

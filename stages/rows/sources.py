@@ -113,7 +113,7 @@ def open_files(
                 yield offset + number, row
             offset += number
 
-    return Source(str(path), rows, {"source": str(path), "revision": None, "licence": None}, parser, use)
+    return Source(str(path), rows, {"source": str(path), "revision": None, "license": None}, parser, use)
 
 
 def find_files(path: Path, parameter: str) -> list[Path]:
@@ -195,7 +195,7 @@ def open_hub(entry: DatasetParams, streaming: bool = False) -> Source:
         parser.require_columns(name, dataset.column_names)
     license_id = ", ".join(map(str, license_id)) if isinstance(license_id, list) else license_id
     license_id = license_id and printable(str(license_id))
-    metadata = {"source": name, "subset": entry.subset, "split": entry.split, "revision": commit, "licence": license_id}
+    metadata = {"source": name, "subset": entry.subset, "split": entry.split, "revision": commit, "license": license_id}
     choices = (entry.subset, entry.data_files, entry.split if entry.split != "train" else None)
     details = ", ".join(choice for choice in choices if choice)
     label = f"{name} ({details})" if details else name

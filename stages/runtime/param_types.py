@@ -53,7 +53,7 @@ def _template_options(value: object) -> object:
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):
-        raise ValueError("must have values that JSON has: texts, numbers, true, false, lists") from None
+        raise ValueError("must have JSON values: strings, numbers, booleans, lists") from None
     return value or {}
 
 

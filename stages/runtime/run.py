@@ -24,7 +24,7 @@ from stages.text import printable
 LOCK = Path(".scratch/lock")
 
 # Errors that any stage can meet on a user's machine. All others are bugs and keep their traceback.
-FREE_SPACE = "free some space (README, Disk) and run again"
+FREE_SPACE = "free some space (docs/reliability.md, Disk) and run again"
 FIX_PERMISSIONS = "make it readable and writable for this user and run again"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ERRNO_HINTS = {

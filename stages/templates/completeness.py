@@ -29,7 +29,7 @@ def missing_key(message: Message, rendering: str) -> str | None:
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """The texts and keys in a JSON value; without numbers and truth values, which templates write in different ways."""
+    """The texts and keys in a JSON value; without numbers and booleans, which templates write in different ways."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

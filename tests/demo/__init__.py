@@ -12,7 +12,7 @@ from tests.clone import ROOT
 
 USER_FILES = ("data/instructions.jsonl", "data/retention.jsonl")
 USER_FILES += ("gates.yaml", "must_pass.yaml", "params.yaml", "scorers.py")
-DEMO = "f4b00b06e220df2c290fdc101412ffebfc0f3bc1ba47798959a1b079b6621ee9"
+DEMO = "07384be9ee57081c1586b1be24e307173b72ee491ea7670671b68432cd0a2a8c"
 
 contents = [(ROOT / name).read_bytes() if (ROOT / name).exists() else b"missing" for name in USER_FILES]
 found = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
