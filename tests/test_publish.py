@@ -10,8 +10,8 @@ import pytest
 import yaml
 from huggingface_hub import HfApi, ModelCard
 
+from stages.data.files import write_json, write_text
 from stages.runtime.errors import UserError
-from stages.runtime.files import write_json, write_text
 from stages.runtime.yaml12 import parse_yaml
 from tests.clone import copy_clone
 from tests.hub_server import Hub
