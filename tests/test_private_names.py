@@ -36,17 +36,17 @@ NAMES: dict[str, tuple[set[str], Any]] = {
 def private_names(path: Path) -> set[str]:
     """Private attributes of other objects than `self`, and private names that are imported from other packages."""
     names: set[str] = set()
-    own: set[str] = set()
+    of_this_module: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
             names.add(node.attr)
         elif isinstance(node, ast.ImportFrom) and not str(node.module).startswith(PACKAGES):
             names |= {*str(node.module).split("."), *(alias.name for alias in node.names)}
         elif isinstance(node, ast.FunctionDef):
-            own.add(node.name)
+            of_this_module.add(node.name)
     return {
         name
-        for name in names - own - DOCUMENTED
+        for name in names - of_this_module - DOCUMENTED
         if name in NAMES or (name.startswith("_") and not name.startswith("__"))
     }
 
