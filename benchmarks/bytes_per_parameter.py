@@ -33,7 +33,7 @@ from stages.runtime.run import run
 RESULTS = Path(__file__).with_name("memory.json")
 SETTINGS = {
     "finetuning": ["full", "lora", "qlora"],
-    "optimizer": ["adamw", "adamw_8bit"],
+    "optimizer": ["adamw", "adamw_8bit", "adamw_bf16"],
     "activation_checkpointing": ["off", "on"],
 }
 # 1.1 billion parameters with 22 layers, as TinyLlama.
@@ -61,6 +61,8 @@ def measure(sizes: dict[str, int], params: TrainParams) -> dict[str, Any]:
         runs = []
         for values in product(*SETTINGS.values()):
             setting = dict(zip(SETTINGS, values, strict=True))
+            if setting["optimizer"] == "adamw_bf16" and setting["finetuning"] != "full":
+                continue  # refused
             changed = params.model_copy(update={**few_tokens, **setting})
             runs.append({**setting, **in_new_process(train, changed, Path(name))})
             print(json.dumps(runs[-1]), flush=True)
@@ -100,13 +102,13 @@ def computed_memory(engine: Engine) -> int:
     """Bytes of weights, gradients and optimizer state, and of the copy of trained matrices that autocast makes."""
     trained = trainable_parameters(engine.model).values()
     total = sum(weight.nbytes for weight in engine.model.parameters())
-    total += sum(4 * weight.numel() + state_bytes(weight.numel(), engine.params.optimizer) for weight in trained)
+    total += sum(weight.nbytes + state_bytes(weight.numel(), engine.params.optimizer) for weight in trained)
     if uses_bf16(engine.params.precision, CPU):
         total += sum(
             2 * weight.numel()
             for layer in matrix_layers(engine.model)
             for weight in layer.parameters(recurse=False)
-            if weight.requires_grad and weight.ndim == 2
+            if weight.requires_grad and weight.ndim == 2 and weight.dtype == torch.float32
         )
     return total
 

@@ -12,7 +12,11 @@ from stages.data.files import write_json
 from stages.runtime.run import run
 
 RESULTS = Path(__file__).with_name("optimizers.json")
-ARMS = {"adamw": [], "adamw_8bit": ["optimizer=adamw_8bit"]}  # the others are compared with the first
+ARMS = {
+    "adamw": [],
+    "adamw_8bit": ["optimizer=adamw_8bit"],
+    "adamw_bf16": ["optimizer=adamw_bf16"],
+}  # the others are compared with the first
 
 
 def main() -> None:

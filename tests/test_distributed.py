@@ -147,9 +147,10 @@ def test_two_processes_train_like_one_also_after_a_kill(
 
 
 @pytest.mark.usefixtures("training_inputs")
-def test_moments_in_8_bits_are_equal_in_all_processes_so_a_resumed_run_gives_the_same_bytes() -> None:
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_bf16"])
+def test_state_and_weights_are_equal_in_all_processes_so_a_resumed_run_gives_the_same_bytes(optimizer: str) -> None:
     # A resumed run gives both processes the state of the first one. So if theirs differed, the bytes would, too.
-    edit(Path.cwd(), optimizer="adamw_8bit", precision="bf16", launcher=TORCHRUN)
+    edit(Path.cwd(), optimizer=optimizer, precision="bf16", launcher=TORCHRUN)
     names = ("models/tuned/model.safetensors", "metrics/curve.csv")
     status, log = finish(TORCHRUN)
     assert status == 0, log
@@ -163,7 +164,7 @@ def test_moments_in_8_bits_are_equal_in_all_processes_so_a_resumed_run_gives_the
     assert [Path(name).read_bytes() for name in names] == expected
     status, log = finish(TORCHRUN, **SHARDED)
     assert status == 1
-    assert log.count("error: optimizer: found 'adamw_8bit' with a launcher that shards the weights (FSDP2)") == 1
+    assert log.count(f"error: optimizer: found '{optimizer}' with a launcher that shards the weights (FSDP2)") == 1
 
 
 def test_a_sharded_model_has_the_losses_and_answers_of_one_process(

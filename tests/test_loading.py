@@ -18,7 +18,7 @@ from tests.tiny_models import random_model
 
 pytestmark = pytest.mark.usefixtures("training_inputs")
 BASE, CPU = Path("models/base"), torch.device("cpu")
-QLORA, ADAMW_8BIT = {"finetuning": "qlora"}, {"optimizer": "adamw_8bit"}
+QLORA, ADAMW_8BIT, ADAMW_BF16 = {"finetuning": "qlora"}, {"optimizer": "adamw_8bit"}, {"optimizer": "adamw_bf16"}
 
 
 @pytest.fixture
@@ -48,6 +48,24 @@ def not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
             DistributedContext(torch.device("mps")),
             "optimizer: found 'adamw_8bit' on an Apple GPU (MPS), for which bitsandbytes has no such optimizer; must "
             "be adamw",
+        ),
+        (
+            ADAMW_BF16,
+            DistributedContext(CPU, sharded=True),
+            "optimizer: found 'adamw_bf16' with a launcher that shards the weights (FSDP2); must be adamw, or use "
+            "another launcher",
+        ),
+        (
+            ADAMW_BF16 | {"precision": "fp32"},
+            DistributedContext(CPU),
+            "optimizer: found 'adamw_bf16' with finetuning: full and fp32 matrix multiplications; it needs finetuning: "
+            "full and precision: bf16; or use adamw or adamw_8bit",
+        ),
+        (
+            ADAMW_BF16 | {"precision": "bf16", "finetuning": "lora"},
+            DistributedContext(CPU),
+            "optimizer: found 'adamw_bf16' with finetuning: lora and bf16 matrix multiplications; it needs finetuning: "
+            "full and precision: bf16; or use adamw or adamw_8bit",
         ),
     ],
 )
@@ -88,20 +106,28 @@ LORA, QLORA_BYTES = 4 * 31_392, 4 * 12_960 + 18_432 // 2
 
 @pytest.mark.usefixtures("not_loaded")
 @pytest.mark.parametrize(
-    ("limit", "advice"),
+    ("precision", "limit", "advice"),
     [
         (
+            "bf16",
+            FULL - 1,
+            "set optimizer: adamw_8bit (426 kB), optimizer: adamw_bf16 (301 kB), finetuning: lora (88.7 kB), "
+            "finetuning: qlora (61.1 kB), or ",
+        ),
+        (
+            "fp32",
             FULL - 1,
             "set optimizer: adamw_8bit (426 kB), finetuning: lora (126 kB), finetuning: qlora (61.1 kB), or ",
         ),
-        (FULL_8BIT - 1, "set finetuning: lora (126 kB), finetuning: qlora (61.1 kB), or "),
-        (LORA - 1, "set finetuning: qlora (61.1 kB), or "),
-        (QLORA_BYTES - 1, ""),
+        ("fp32", FULL_8BIT - 1, "set finetuning: lora (126 kB), finetuning: qlora (61.1 kB), or "),
+        ("fp32", LORA - 1, "set finetuning: qlora (61.1 kB), or "),
+        ("fp32", QLORA_BYTES - 1, ""),
     ],
 )
 def test_a_limit_below_what_training_needs_is_an_error_with_what_would_fit(
-    limit: int, advice: str, monkeypatch: pytest.MonkeyPatch
+    precision: str, limit: int, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    edit(Path.cwd(), precision=precision)
     monkeypatch.setattr(loading, "memory_limit", lambda: (limit, "`ulimit -v`"))
     with pytest.raises(UserError) as error:
         train.main()

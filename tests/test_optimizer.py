@@ -1,4 +1,4 @@
-"""AdamW with moments in 8 bits: its state, and runs that resume with it."""
+"""AdamW with moments in 8 bits, and with weights in bf16: its state, and runs that resume with it."""
 
 from pathlib import Path
 
@@ -7,7 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from stages import train
+from stages.data.examples import read_split
 from stages.engine import adamw_8bit
+from stages.engine.distributed import DistributedContext
+from stages.engine.engine import Engine
 from stages.engine.optimizer import create_optimizer, optimizer_state, state_bytes
 from stages.engine.schedule import Schedule
 from stages.runtime.params import TrainParams, load_params
@@ -57,21 +60,55 @@ def test_large_tensors_are_updated_in_parts_with_the_same_bits(
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_losses_are_close_to_those_with_moments_in_fp32(training_inputs: Path) -> None:
+def test_losses_are_close_to_those_with_moments_and_weights_in_fp32(training_inputs: Path) -> None:
     losses = []
-    for optimizer in ("adamw", "adamw_8bit"):
-        edit(training_inputs, optimizer=optimizer)
+    for optimizer in ("adamw", "adamw_8bit", "adamw_bf16"):
+        edit(training_inputs, optimizer=optimizer, precision="bf16")
         train.main()
         losses.append([loss for _, loss in curve("loss")])
-    assert losses[0] != losses[1]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    in_fp32, in_8bit, in_bf16 = losses
+    assert in_fp32 != in_8bit != in_bf16
+    assert in_8bit == pytest.approx(in_fp32, rel=1e-2)
+    assert in_bf16 == pytest.approx(in_fp32, rel=2e-2)
 
 
-@pytest.mark.parametrize(("finetuning", "precision"), [("full", "fp32"), ("full", "bf16"), ("qlora", "bf16")])
+@pytest.mark.parametrize("num_bits", [5, 13])
+def test_the_mean_of_weights_that_are_rounded_at_random_is_exact(num_bits: int) -> None:
+    weight = torch.nn.Parameter(torch.ones(200_000, dtype=torch.bfloat16))
+    optimizer = adamw_8bit.AdamWBf16([weight], 2.0**-num_bits, weight_decay=0.0)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert weight.float().mean().item() == pytest.approx(1 - 2.0**-num_bits, abs=2e-5)
+    assert weight.dtype == torch.bfloat16
+
+
+def test_matrices_and_their_gradients_are_in_bf16(training_inputs: Path) -> None:
+    edit(training_inputs, optimizer="adamw_bf16", precision="bf16")
+    params = load_params(TrainParams)
+    examples = read_split(Path("data/train.parquet"))
+    engine = Engine.load(
+        params, examples, Schedule.plan(params, len(examples)), DistributedContext(torch.device("cpu"))
+    )
+    (batch,) = engine.prepare([examples[:16]])
+    engine.train_step(batch)
+    dtypes = {(weight.ndim, weight.dtype) for weight in engine.model.parameters()}
+    assert dtypes == {(2, torch.bfloat16), (1, torch.float32)}
+    assert engine.model.get_input_embeddings()(torch.tensor([1])).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "finetuning", "precision"),
+    [
+        ("adamw_8bit", "full", "fp32"),
+        ("adamw_8bit", "full", "bf16"),
+        ("adamw_8bit", "qlora", "bf16"),
+        ("adamw_bf16", "full", "bf16"),
+    ],
+)
 def test_an_interrupted_run_resumes_to_the_same_bytes(
-    training_inputs: Path, capsys: pytest.CaptureFixture[str], finetuning: str, precision: str
+    training_inputs: Path, capsys: pytest.CaptureFixture[str], optimizer: str, finetuning: str, precision: str
 ) -> None:
-    edit(training_inputs, optimizer="adamw_8bit", finetuning=finetuning, lora_rank="64", precision=precision)
+    edit(training_inputs, optimizer=optimizer, finetuning=finetuning, lora_rank="64", precision=precision)
     train.main()
     (checkpoint,) = Path(".scratch/train").glob("*/step-00000020/tensors.safetensors")
     dtypes = {tensor.dtype for name, tensor in load_file(checkpoint).items() if name.endswith(".state1")}

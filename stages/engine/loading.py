@@ -25,18 +25,25 @@ def load_for_training(
     """The base model in training mode, and log messages about it.
 
     Raises:
-        UserError: bitsandbytes can't be used, or too little memory.
+        UserError: bitsandbytes or weights in bf16 can't be used, or too little memory.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic kernels; read once
     set_seed(params.seed)
     precision = "bf16" if uses_bf16(params.precision, context.device) else "fp32"
     messages = [f"Precision: {precision} on {context.device}"]
     require_bitsandbytes(params, context)
+    if params.optimizer == "adamw_bf16" and (params.finetuning, precision) != ("full", "bf16"):
+        raise UserError(
+            f"optimizer: found 'adamw_bf16' with finetuning: {params.finetuning} and {precision} matrix "
+            "multiplications; it needs finetuning: full and precision: bf16; or use adamw or adamw_8bit"
+        )
     check_memory(base, context, params.precision, params)
     quantization = nf4(params, context, base) if params.finetuning == "qlora" else None
     if not context.sharded:
-        stored = precision if params.finetuning != "full" else "fp32"  # weights that are trained are in fp32
-        model = load_model(base, context.device, stored, quantization).train()
+        in_fp32 = params.finetuning == "full" and params.optimizer != "adamw_bf16"
+        model = load_model(base, context.device, "fp32" if in_fp32 else precision, quantization).train()
+        if params.optimizer == "adamw_bf16":
+            embed_in_bf16(model)
     else:
         model = load_to_shard(base, context).train()
     if params.finetuning != "full":
@@ -50,6 +57,13 @@ def load_for_training(
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         messages.append("The load-balancing loss of the experts is not added, because it depends on micro-batches")
     return model, messages
+
+
+def embed_in_bf16(model: PreTrainedModel) -> None:
+    """Also store the token embedding in bf16, as `load_model` stores matrices; its outputs stay in fp32."""
+    embeddings = model.get_input_embeddings()
+    embeddings.weight.data = embeddings.weight.data.bfloat16()
+    embeddings.register_forward_hook(lambda _module, _inputs, output: output.float())
 
 
 def load_for_inference(folder: Path, precision: str, context: DistributedContext) -> PreTrainedModel:
@@ -98,6 +112,7 @@ def check_memory(folder: Path, context: DistributedContext, precision: str, para
         return
     others = {
         "optimizer: adamw_8bit": needed_memory(model, in_bf16, finetuning, "adamw_8bit"),
+        **({"optimizer: adamw_bf16": needed_memory(model, True, "full", "adamw_bf16")} if in_bf16 else {}),
         "finetuning: lora": needed_memory(model, in_bf16, "lora", optimizer),
         "finetuning: qlora": needed_memory(model, in_bf16, "qlora", optimizer),
     }
@@ -115,9 +130,13 @@ def needed_memory(model: PreTrainedModel, in_bf16: bool, finetuning: str, optimi
 
     Not included are activations, adapters, and copies that exist only during a step or while a model is loaded.
     """
-    if finetuning == "full":
-        return sum(8 * weight.numel() + state_bytes(weight.numel(), optimizer) for weight in model.parameters())
     matrices = {id(weight) for layer in matrix_layers(model) for weight in layer.parameters(recurse=False)}
+    if finetuning == "full":
+        in_half = {*matrices, id(model.get_input_embeddings().weight)} if optimizer == "adamw_bf16" else ()
+        return sum(
+            (4 if id(weight) in in_half else 8) * weight.numel() + state_bytes(weight.numel(), optimizer)
+            for weight in model.parameters()
+        )
     bits = 4 if finetuning == "qlora" else 16 if in_bf16 else 32  # of an element of a matrix
     return sum(weight.numel() * (bits if id(weight) in matrices else 32) for weight in model.parameters()) // 8
 
@@ -128,7 +147,8 @@ def require_bitsandbytes(params: TrainParams, context: DistributedContext) -> No
     Raises:
         UserError: it can't be used, or the weights are sharded.
     """
-    for found, parameter, other in (("qlora", "finetuning", "lora"), ("adamw_8bit", "optimizer", "adamw")):
+    optimizers = ((name, "optimizer", "adamw") for name in ("adamw_8bit", "adamw_bf16"))
+    for found, parameter, other in (("qlora", "finetuning", "lora"), *optimizers):
         if getattr(params, parameter) != found:
             continue
         if context.sharded:
@@ -141,7 +161,7 @@ def require_bitsandbytes(params: TrainParams, context: DistributedContext) -> No
                 f"{parameter}: found '{found}', which needs the package bitsandbytes; install it with "
                 f"`.venv/bin/pip install -c constraints.txt -e '.[bitsandbytes]'`, or use {other}"
             )
-        if context.device.type == "mps" and found == "adamw_8bit":
+        if context.device.type == "mps" and parameter == "optimizer":
             raise UserError(
                 f"{parameter}: found '{found}' on an Apple GPU (MPS), for which bitsandbytes has no such optimizer; "
                 f"must be {other}"

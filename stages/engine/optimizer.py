@@ -20,12 +20,13 @@ def create_optimizer(
 
     groups = parameter_groups(model, params.weight_decay)
     optimizer: torch.optim.Optimizer
-    if params.optimizer == "adamw_8bit":
-        from stages.engine.adamw_8bit import AdamW8bit
-
-        optimizer = AdamW8bit(groups, params.learning_rate)  # type: ignore[no-untyped-call]
-    else:
+    if params.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, params.learning_rate, fused=True)
+    else:
+        from stages.engine.adamw_8bit import AdamW8bit, AdamWBf16
+
+        kind = AdamW8bit if params.optimizer == "adamw_8bit" else AdamWBf16
+        optimizer = kind(groups, params.learning_rate)  # type: ignore[no-untyped-call]
     # The scheduler counts steps from 0.
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: schedule.learning_rate_ratio(done + 1))
     return optimizer, scheduler

@@ -132,7 +132,7 @@ class TrainingParams(BatchParams):
     warmup_steps: Steps
     num_epochs: PositiveInt
     max_steps: PositiveInt | None
-    optimizer: Literal["adamw", "adamw_8bit"]
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16"]
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: PositiveFloat
     logging_steps: PositiveInt
