@@ -70,6 +70,22 @@ def test_interrupted_stage_never_exits_with_0(tmp_path: Path, number: int, code:
     assert (result.returncode, result.stderr) == (code, "")
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_in_a_destructor_ends_the_stage(tmp_path: Path, number: int, code: int) -> None:
+    body = f"""
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Interrupted:
+    def __del__(self):
+        os.kill(os.getpid(), {int(number)})
+        time.sleep(5)
+Interrupted()
+time.sleep(5)
+"""
+    result = run_main(tmp_path, body)
+    assert (result.returncode, result.stdout, result.stderr) == (code, "", "")
+
+
 OUT_OF_MEMORY = (
     "out of memory; lower batch_size (memory of activations grows with batch_size * max_length) or max_length, set "
     "activation_checkpointing: on (keeps one activation per layer), optimizer: adamw_8bit (a quarter of its state) or "

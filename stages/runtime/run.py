@@ -51,6 +51,7 @@ def run(main: Callable[[], None], exclusive: bool = True) -> NoReturn:
         exclusive: False for commands that only read; they may run beside a stage.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _interrupt_again
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import warns about an optional kernel
     started = time.time()
     for stream in (sys.stdout, sys.stderr):
@@ -126,3 +127,13 @@ def delete_truncated_bytecode(since: float) -> None:
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + signum)
+
+
+def _interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Repeat an interrupt, after a moment, if it came where Python drops exceptions, such as in a destructor."""
+    number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(unraisable.exc_type)
+    if number is None:
+        sys.__unraisablehook__(unraisable)
+    else:
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
