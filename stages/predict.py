@@ -6,6 +6,7 @@ scores the same answers again.
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,14 +56,10 @@ def main() -> None:
     name = parser.parse_args().model
     path = Path(f"data/answers/{name}.parquet")
 
-    from stages.engine.distributed import init_distributed
+    from stages.engine.distributed import run_inference
 
-    context = init_distributed()
-    if context.sharded:
-        print(f"Launcher: {params.launcher}: {context}")
-    rows = predict(Path("models") / name, params, context) if context.is_needed_for_inference else None
-    context.shutdown()
-    if rows is None or not context.is_main_process:
+    rows = run_inference(params.launcher, partial(predict, Path("models") / name, params))
+    if rows is None:
         return
     write_parquet(path, rows, ANSWERS_SCHEMA)
     kind = "greedy" if params.answers_per_prompt == 1 else "sampled at temperature 1"
@@ -85,8 +82,8 @@ def predict(folder: Path, params: PredictParams, context: "DistributedContext") 
         UserError: the loss is far above that of a random guess, or not a number.
     """
     from stages.engine.decoding import choose_method
-    from stages.engine.inference import choose_scoring_batches
     from stages.engine.loading import load_for_inference
+    from stages.engine.probe import choose_scoring_batches
 
     splits = {"test": read_split(TEST)}
     if len(retention := Split(RETENTION)):
@@ -122,7 +119,7 @@ def predict_split(
     from transformers import set_seed
 
     from stages.engine.decoding import generate_answers, generation_settings
-    from stages.engine.inference import score
+    from stages.engine.loss import score
     from stages.engine.models import autocast
 
     num_answers = params.answers_per_prompt

@@ -124,7 +124,7 @@ def test_a_model_is_saved_in_shards_with_the_tensors_of_one_file(
 def test_auto_precision_uses_bf16_only_with_bf16_instructions(
     precision: str, has_bf16: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16})
     assert models.uses_bf16(precision, torch.device("cpu")) is expected
 
 

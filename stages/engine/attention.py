@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, PreTrainedModel
 
 NAME = "packed"
@@ -90,12 +91,14 @@ class PackedLayout:
                 rows = torch.arange(prefix.start, prefix.stop)[None]
                 blocks.append(Block.build(slice(start, start), rows))
                 order.append(rows.flatten())
-            lengths, rows = torch.tensor(suffix_lengths), suffix_positions(prefix.stop, suffix_lengths)
+            end = prefix.stop + sum(suffix_lengths)
+            suffixes = torch.arange(prefix.stop, end).split(suffix_lengths)
+            rows, lengths = pad_sequence(suffixes, batch_first=True, padding_value=-1), torch.tensor(suffix_lengths)
             for members in lengths.argsort(stable=True).split(EXAMPLES_PER_BLOCK):
                 block_rows = rows[members, : int(lengths[members].max())]
                 blocks.append(Block.build(prefix, block_rows.clamp(min=0)))
                 order.append(block_rows.flatten())
-            start = prefix.stop + sum(suffix_lengths)
+            start = end
         # Invert the order: from the position in the packed row to the position in the blocks, without padding (-1).
         tokens = torch.cat(order)
         real = (tokens >= 0).nonzero().squeeze(1)
@@ -133,18 +136,6 @@ def to_autocast_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if not torch.is_autocast_enabled(device):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
-
-
-def suffix_positions(start: int, suffix_lengths: Sequence[int]) -> torch.Tensor:
-    """int64 (examples, longest suffix), the position of each token in the packed row, -1 for padding.
-
-    Args:
-        start: the position of the first suffix.
-    """
-    lengths = torch.tensor(suffix_lengths)
-    starts = start + lengths.cumsum(0) - lengths
-    steps = torch.arange(int(lengths.max()))
-    return torch.where(steps < lengths[:, None], starts[:, None] + steps, -1)
 
 
 def packed_attention(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from stages.data.examples import Example
 from stages.engine.batches import partition_by_cost
-from stages.engine.models import pick_device
+from stages.engine.models import decoder_layers, pick_device, set_buffer
 from stages.runtime.errors import UserError
 
 TIMEOUT = timedelta(hours=2)  # the other ranks wait while the main process writes a large model
@@ -40,11 +40,6 @@ class DistributedContext:
     @property
     def is_main_process(self) -> bool:
         return self.rank == 0
-
-    @property
-    def is_needed_for_inference(self) -> bool:
-        """Whether this rank takes part in evaluation: if weights are replicated, the main process works alone."""
-        return self.is_main_process or self.sharded
 
     def __str__(self) -> str:
         return f"{self.world_size} processes, weights " + ("sharded (FSDP2)" if self.sharded else "replicated")
@@ -113,9 +108,8 @@ class DistributedContext:
         buffers = dict(model.named_buffers(remove_duplicate=False))  # such as rotary frequencies: not in the state dict
         torch.nn.Module.to(model, "meta")
         model.tie_weights()  # moving the weights untied them
-        for module in list(model.modules()):
-            if type(module).__name__ in (model._no_split_modules or ()):  # the decoder layers
-                fully_shard(module, reshard_after_forward=self.reshard_after_forward)
+        for layer in decoder_layers(model):
+            fully_shard(layer, reshard_after_forward=self.reshard_after_forward)
         fully_shard(model)
         model.to_empty(device=self.device)
         model.tie_weights()
@@ -124,8 +118,7 @@ class DistributedContext:
         for name, buffer in buffers.items():
             value = buffer.to(self.device) if self.is_main_process else torch.empty_like(buffer, device=self.device)
             broadcast(value, 0)
-            path, _, key = name.rpartition(".")
-            setattr(model.get_submodule(path), key, value)
+            set_buffer(model, name, value)
         for module in model.modules():
             if isinstance(module, FSDPModule):  # sum the gradients, which FSDP averages by default
                 module.set_gradient_divide_factor(1.0)
@@ -190,6 +183,20 @@ def init_distributed() -> DistributedContext:
     if state.distributed_type not in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise UserError(f"launcher: found {state.distributed_type.value}; must start processes on GPUs or on CPUs")
     return DistributedContext(state.device, state.process_index, state.num_processes, sharded, reshard_after_forward)
+
+
+def run_inference(launcher: str, function: Callable[[DistributedContext], T]) -> T | None:
+    """Call the function on the main process, and on all ranks if the weights are sharded.
+
+    Returns:
+        Its result on the main process, None on the other ranks.
+    """
+    context = init_distributed()
+    if context.sharded:
+        print(f"Launcher: {launcher}: {context}")
+    result = function(context) if context.is_main_process or context.sharded else None
+    context.shutdown()
+    return result if context.is_main_process else None
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Loss at supervised positions, the same for training, validation and evaluation."""
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from stages.data.examples import IGNORE_INDEX, Example
 from stages.engine.attention import use_packed_attention
-from stages.engine.batches import MicroBatch
+from stages.engine.batches import Batches, MicroBatch
+from stages.runtime.terminal import progress
 
 # 4 MiB in fp32; 128 MiB on a GPU, which is slow with many small chunks.
 LOGITS_PER_CHUNK = {"cpu": 2**20, "mps": 2**20, "cuda": 2**25}
@@ -70,6 +71,16 @@ def losses_by_example(
         parts = zip(batch.examples, result.losses.split(lengths), result.correct.split(lengths), strict=True)
         for example, losses, correct in parts:
             yield example, TokenLosses(losses, correct)
+
+
+def score(model: PreTrainedModel, batches: Batches, examples: Sequence[Example]) -> dict[str, TokenLosses]:
+    """The result at the supervised tokens of each example, by its id, on the CPU, without gradients."""
+    micro_batches = progress(batches.micro_batches(examples), "score", "micro-batch")
+    with torch.inference_mode():
+        return {
+            example.example_id: TokenLosses(result.losses.cpu().double(), result.correct.cpu())
+            for example, result in losses_by_example(model, micro_batches)
+        }
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -110,12 +110,23 @@ class _EmptyOnMeta(TorchFunctionMode):
 def widen_buffers(model: PreTrainedModel) -> None:
     """Replace buffers that are not in the checkpoint, which transformers has computed in bf16."""
     with init_empty_weights(include_buffers=False), _EmptyOnMeta():
-        buffers = dict(AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).named_buffers())
-    for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point():
-                exact = buffers[f"{path}.{name}"] if name in module._non_persistent_buffers_set else buffer.float()
-                setattr(module, name, exact.to(buffer.device))
+        exact = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    persistent = model.state_dict()
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
+        if buffer.is_floating_point():
+            value = buffer.float() if name in persistent else exact.get_buffer(name)
+            set_buffer(model, name, value.to(buffer.device))
+
+
+def set_buffer(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    """Replace the buffer with this name, such as `model.rotary_emb.inv_freq`."""
+    path, _, key = name.rpartition(".")
+    setattr(model.get_submodule(path), key, value)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The decoder layers, which transformers never splits over devices."""
+    return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
 
 
 def matrix_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
@@ -197,7 +208,7 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
         return precision == "bf16"
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def autocast(precision: str, device: torch.device, cache_enabled: bool = True) -> AbstractContextManager[None]:
@@ -243,7 +254,7 @@ def probing(model: PreTrainedModel) -> Iterator[None]:
             parameter.data = data
 
     with inference(model), torch.autocast(model.device.type, enabled=False), ExitStack() as undo:
-        layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+        layers = decoder_layers(model)
         # The modules of a layer together, because it can read their matrices without calling them.
         inside = {module for layer in layers for module in layer.modules()}
         for module in model.modules():

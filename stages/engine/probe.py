@@ -23,9 +23,11 @@ from stages.engine.loss import forward, losses_by_example
 from stages.engine.models import autocast, check_context_length, inference, probing, uses_bf16
 from stages.engine.varlen import VarlenLayout
 from stages.runtime.errors import UserError, is_out_of_memory
+from stages.runtime.params import InferenceParams
 
 ROUNDING_FACTOR = 4  # over few tokens, rounding errors of equal kernels can differ by 2; a wrong one gives far more
 MAX_EXAMPLES = 8
+SCORED_TOKENS = 2  # per token of a micro-batch in training; no activations are kept for a backward pass
 TOLERANCE = 1e-4  # nats/token; fp32 rounding gives a hundredth of this, a different attention pattern far more
 
 
@@ -89,6 +91,14 @@ def choose_batches(
             f"each a micro-batch of its own: {num_large:,}"
         )
     return Choice(batches, messages, probe[0])
+
+
+def choose_scoring_batches(model: PreTrainedModel, examples: Iterable[Example], params: InferenceParams) -> Batches:
+    """The kind of batch that is exact for a model that is not trained; also prints it."""
+    max_tokens = SCORED_TOKENS * params.batch_size * params.max_length
+    choice = choose_batches(model, examples, max_tokens, params.precision)
+    print(*choice.messages, sep="\n", flush=True)
+    return choice.batches
 
 
 def scan_examples(examples: Iterable[Example], limits: Limits) -> tuple[list[Example], int]:
