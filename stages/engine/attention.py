@@ -9,10 +9,9 @@ Attention itself runs on small padded blocks of queries, keys and values, on any
 has a faster kernel for GPUs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -35,8 +34,7 @@ class Layout(Protocol):
         """Attention of one layer: query (tokens, heads, head size), key and value (tokens, key heads, head size)."""
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """A padded view of some packed examples that have a common prefix.
 
     prefix: its positions in the packed row.
@@ -56,9 +54,6 @@ class Block:
         mask = torch.full((longest, prefix_length + longest), float("-inf")).triu(prefix_length + 1)
         return cls(prefix, rows, mask)
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Block":
-        return Block(self.prefix, function(self.rows), function(self.mask))
-
     def gather_padded(self, x: torch.Tensor) -> torch.Tensor:
         """(tokens, heads, head size) → (examples, heads, longest suffix, head size)."""
         # Not x[rows], whose gradient is several times slower on a CPU.
@@ -70,8 +65,7 @@ class Block:
         return torch.cat([prefix, self.gather_padded(x)], 2)
 
 
-@dataclass(frozen=True)
-class PackedLayout:
+class PackedLayout(NamedTuple):
     """The positions of examples in a packed row.
 
     blocks: padded views of all prefixes and suffixes; suffixes of similar length are together, to save padding.
@@ -105,10 +99,6 @@ class PackedLayout:
         unpad_indices = torch.empty(start, dtype=torch.int64)
         unpad_indices[tokens[real]] = real
         return cls(blocks, unpad_indices)
-
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PackedLayout":
-        """Apply a function to all tensors, such as a copy to another device."""
-        return PackedLayout([block.map(function) for block in self.blocks], function(self.unpad_indices))
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, dropout: float

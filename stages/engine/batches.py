@@ -6,12 +6,13 @@ micro-batches never changes the gradient and can be chosen for speed.
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import recursively_apply, send_to_device
 from transformers import PreTrainedModel
 
 from stages.data.examples import IGNORE_INDEX, Example
@@ -26,8 +27,7 @@ MAX_LOGITS = {"cpu": 2**25, "mps": 2**25, "cuda": 2**28}
 KEYS_PER_TOKEN = 4
 
 
-@dataclass(frozen=True)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """The inputs of one forward pass, and its targets.
 
     inputs: arguments of the model's `forward`; the tensors are (rows, time).
@@ -48,17 +48,10 @@ class MicroBatch:
 
     def pin_memory(self) -> "MicroBatch":
         """The same in page-locked memory, from which a GPU copies while it computes."""
-        return self._map(torch.Tensor.pin_memory)
+        return MicroBatch(*recursively_apply(torch.Tensor.pin_memory, tuple(self)))
 
     def to(self, device: torch.device) -> "MicroBatch":
-        return self._map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
-
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
-        inputs = {
-            name: function(value) if isinstance(value, torch.Tensor) else value.map(function)
-            for name, value in self.inputs.items()
-        }
-        return MicroBatch(self.examples, inputs, function(self.columns), function(self.labels))
+        return MicroBatch(*send_to_device(tuple(self), device, non_blocking=device.type == "cuda"))
 
 
 def shuffled_batches(
@@ -131,13 +124,17 @@ class PackedBatches:
 
     def micro_batches(self, examples: Sequence[Example]) -> Iterator[MicroBatch]:
         groups: list[list[Example]] = []
-        size = tokens = keys = supervised = 0  # size: tokens of the last group; the others are of the micro-batch
+        prefix = 0  # tokens of the common prefix of the last group; one example is its own prefix
+        tokens = keys = supervised = 0  # of the micro-batch
         # In this order, examples with a common prefix are adjacent, and the first and the last example of a group have
         # the shortest common prefix.
         for example in sorted(examples, key=lambda example: example.input_ids.tobytes()):
             length = len(example.input_ids)
-            # The tokens that the example adds to the last group. More than its own if the common prefix gets shorter.
-            added = self._num_tokens([*groups[-1], example]) - size if groups else length
+            shared = added = length
+            if groups:
+                shared = min(prefix, self._prefix_length([groups[-1][0], example]))
+                # More than its own tokens if the common prefix gets shorter.
+                added = length - shared + (len(groups[-1]) - 1) * (prefix - shared)
             joins = bool(groups) and added <= length
             if groups and (
                 tokens + min(added, length) > self.limits.tokens
@@ -150,8 +147,8 @@ class PackedBatches:
                 groups[-1].append(example)
             else:
                 groups.append([example])
-                size, added = 0, length
-            size += added
+                shared = added = length
+            prefix = shared
             tokens += added
             keys += length
             supervised += example.num_supervised
@@ -186,9 +183,6 @@ class PackedBatches:
         """The tokens that each example adds to a packed batch; a prefix common to all is not counted."""
         shared = self._prefix_length(sorted(examples, key=lambda example: example.input_ids.tobytes()))
         return [len(example.input_ids) - shared for example in examples]
-
-    def _num_tokens(self, group: Sequence[Example]) -> int:
-        return sum(len(example.input_ids) for example in group) - (len(group) - 1) * self._prefix_length(group)
 
     def _prefix_length(self, group: Sequence[Example]) -> int:
         """Tokens of the common prefix of a sorted group.

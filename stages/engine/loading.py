@@ -34,11 +34,8 @@ def load_for_training(
     require_bitsandbytes(params, context)
     check_memory(base, context, params.precision, params)
     quantization = nf4(params, context, base) if params.finetuning == "qlora" else None
-    if not context.sharded:
-        stored = precision if params.finetuning != "full" else "fp32"  # weights that are trained are in fp32
-        model = load_model(base, context.device, stored, quantization).train()
-    else:
-        model = load_to_shard(base, context).train()
+    stored = precision if params.finetuning != "full" else "fp32"  # weights that are trained are in fp32
+    model = load_weights(base, context, stored, quantization).train()
     if params.finetuning != "full":
         from stages.engine.lora import add_adapters
 
@@ -60,17 +57,18 @@ def load_for_inference(folder: Path, precision: str, context: DistributedContext
     # Not all operations of generation have deterministic kernels, which training in the same process may have enabled.
     torch.use_deterministic_algorithms(False)
     check_memory(folder, context, precision)
-    if not context.sharded:
-        model = load_model(folder, context.device, precision)
-    else:
-        model = load_to_shard(folder, context)
+    model = load_weights(folder, context, precision).eval()
+    if context.sharded:
         context.shard(model)
-    model.eval()
     return model
 
 
-def load_to_shard(folder: Path, context: DistributedContext) -> PreTrainedModel:
-    """The model on the CPU of the main process, and without weights on the other ranks."""
+def load_weights(
+    folder: Path, context: DistributedContext, precision: str, quantization: Any = None
+) -> PreTrainedModel:
+    """A model; before it is sharded, it is on the CPU of the main process, and without weights on the other ranks."""
+    if not context.sharded:
+        return load_model(folder, context.device, precision, quantization)
     return load_model(folder, torch.device("cpu")) if context.is_main_process else load_on_meta(folder)
 
 

@@ -111,7 +111,7 @@ def widen_buffers(model: PreTrainedModel) -> None:
     """Replace buffers that are not in the checkpoint, which transformers has computed in bf16."""
     with init_empty_weights(include_buffers=False), _EmptyOnMeta():
         exact = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
-    persistent = model.state_dict()
+    persistent = model.state_dict(keep_vars=True)
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         if buffer.is_floating_point():
             value = buffer.float() if name in persistent else exact.get_buffer(name)
