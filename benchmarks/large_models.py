@@ -32,7 +32,14 @@ STAGES = {
     "predict tuned": "",
     "export": "",
 }
-CHANGES = {"finetuning": "lora", "max_steps": 2, "batch_size": 2, "gradient_accumulation_steps": 2, "max_new_tokens": 4}
+CHANGES = {
+    "finetuning": "lora",
+    "max_steps": 2,
+    "batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_length": 256,
+    "max_new_tokens": 4,
+}
 
 
 def main() -> None:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from yaml import YAMLError
 
 from stages.data.files import file_sha256
+from stages.runtime.yaml12 import YAMLError
 from tests.clone import environment, lock_hashes, make_clone, make_tiny_model, run
 
 RESULTS = Path(__file__).with_suffix(".json")

@@ -149,7 +149,7 @@ def test_results_that_were_not_pushed_are_listed_and_the_hook_pushes_them(team: 
     run(clone, "dvc", "install")
     run(clone, "git", "commit", "-q", "--allow-empty", "-m", "more")
     run(clone, "git", "push", "-q")
-    assert len(files(other, "files/md5/*/*")) == 29  # a file per output, and a list per model folder
+    assert len(files(other, "files/md5/*/*")) == 30  # a file per output, and a list per model folder
 
 
 def test_results_of_commits_before_the_remote_are_pushed_if_the_clone_names_it(
