@@ -57,9 +57,10 @@ def load_for_inference(folder: Path, precision: str, context: DistributedContext
     # Not all operations of generation have deterministic kernels, which training in the same process may have enabled.
     torch.use_deterministic_algorithms(False)
     check_memory(folder, context, precision)
-    model = load_weights(folder, context, precision).eval()
+    model = load_weights(folder, context, precision)
     if context.sharded:
         context.shard(model)
+    model.eval()
     return model
 
 

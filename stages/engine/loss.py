@@ -52,25 +52,19 @@ def summed_loss(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     return cross_entropy(forward(model, batch), batch.labels).sum()
 
 
-def token_losses(model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
-    """The loss at each supervised token of a micro-batch."""
-    batch = batch.to(model.device)
-    logits = forward(model, batch)
-    is_supervised = batch.labels != IGNORE_INDEX
-    losses = cross_entropy(logits, batch.labels).view(batch.labels.shape)
-    return TokenLosses(losses[is_supervised], (logits.argmax(-1) == batch.labels)[is_supervised])
-
-
 def losses_by_example(
     model: PreTrainedModel, micro_batches: Iterable[MicroBatch]
 ) -> Iterator[tuple[Example, TokenLosses]]:
     """Each example of the micro-batches, with the result at its supervised tokens."""
     for batch in micro_batches:
-        result = token_losses(model, batch)
+        batch = batch.to(model.device)
+        logits = forward(model, batch)
+        losses = cross_entropy(logits, batch.labels).view(batch.labels.shape)
+        is_correct, is_supervised = logits.argmax(-1) == batch.labels, batch.labels != IGNORE_INDEX
         lengths = [example.num_supervised for example in batch.examples]
-        parts = zip(batch.examples, result.losses.split(lengths), result.correct.split(lengths), strict=True)
-        for example, losses, correct in parts:
-            yield example, TokenLosses(losses, correct)
+        parts = (values[is_supervised].split(lengths) for values in (losses, is_correct))
+        for example, *result in zip(batch.examples, *parts, strict=True):
+            yield example, TokenLosses(*result)
 
 
 def score(model: PreTrainedModel, batches: Batches, examples: Sequence[Example]) -> dict[str, TokenLosses]:

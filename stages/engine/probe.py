@@ -157,12 +157,12 @@ def find_difference(
     model: PreTrainedModel, batches: Batches, examples: Sequence[Example], expected: torch.Tensor
 ) -> str | None:
     """What is wrong with a kind of batch for this model, or None if its losses are the expected ones."""
-    found = batch_losses(model, batches, examples)
-    if isinstance(found, str):
-        return found
+    losses = batch_losses(model, batches, examples)
+    if isinstance(losses, str):
+        return losses
     # A model with NaN is broken in every kind of batch; training and evaluation report it.
-    is_equal = (found == expected) | (found.isnan() & expected.isnan())
-    difference = float((found - expected).abs().masked_fill(is_equal, 0).max())
+    is_equal = (losses == expected) | (losses.isnan() & expected.isnan())
+    difference = float((losses - expected).abs().masked_fill(is_equal, 0).max())
     return None if difference <= TOLERANCE else f"losses differ by up to {difference:.2g} nats/token"
 
 
@@ -180,10 +180,10 @@ def find_kernel_problem(
                 return problem
     with inference(model), autocast(precision, model.device, cache_enabled=False):
         plain = torch.cat([plain_losses(model, example) for example in examples])
-        found = batch_losses(model, batches, examples)
-    if isinstance(found, str):
-        return found
-    difference, allowed = ((losses - expected).abs().mean().item() for losses in (found, plain))
+        losses = batch_losses(model, batches, examples)
+    if isinstance(losses, str):
+        return losses
+    difference, allowed = ((values - expected).abs().mean().item() for values in (losses, plain))
     if difference <= ROUNDING_FACTOR * allowed + TOLERANCE:
         return None
     return f"losses differ by {difference:.2g} nats/token on average, those of the plain model by {allowed:.2g}"
