@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate.utils import recursively_apply, send_to_device
-from transformers import PreTrainedModel
 
 from stages.data.examples import IGNORE_INDEX, Example
 from stages.engine.attention import PackedLayout
@@ -98,13 +97,6 @@ class Limits:
 
     tokens: int
     supervised: int
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, max_tokens: int) -> "Limits":
-        return cls(max_tokens, MAX_LOGITS[model.device.type] // model.config.get_text_config().vocab_size)
-
-    def exceeded_by(self, example: Example) -> bool:
-        return len(example.input_ids) > self.tokens or example.num_supervised > self.supervised
 
 
 NO_LIMITS = Limits(sys.maxsize, sys.maxsize)

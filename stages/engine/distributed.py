@@ -5,7 +5,7 @@ all ranks. So gradients are summed over ranks, and the loss equals that of one p
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import compress
@@ -14,8 +14,6 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from stages.data.examples import Example
-from stages.engine.batches import partition_by_cost
 from stages.engine.models import decoder_layers, pick_device, set_buffer
 from stages.runtime.errors import UserError
 
@@ -56,18 +54,10 @@ class DistributedContext:
         """Gather a number from every rank, in float64."""
         if self.world_size == 1:
             return [number]
-        own = torch.tensor([number], dtype=torch.float64, device=self.device)
-        gathered = [torch.empty_like(own) for _ in range(self.world_size)]
-        torch.distributed.all_gather(gathered, own)
-        return [tensor.item() for tensor in gathered]
-
-    def own_examples(self, examples: Sequence[Example], costs: Sequence[int]) -> list[Example]:
-        """The examples of this rank.
-
-        Args:
-            costs: the cost of each example, to give all ranks about the same work.
-        """
-        return [examples[index] for index in partition_by_cost(costs, self.world_size)[self.rank]]
+        tensor = torch.tensor([number], dtype=torch.float64, device=self.device)
+        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        torch.distributed.all_gather(gathered, tensor)
+        return torch.cat(gathered).tolist()
 
     def num_padding_steps(self, num_calls: int) -> int:
         """How often this rank must also call the model, after `num_calls`, so that all ranks call it equally often.
@@ -145,13 +135,13 @@ class DistributedContext:
 
     def random_states(self) -> dict[str, torch.Tensor]:
         """The states of the random number generators of all ranks."""
-        own = {"cpu": torch.get_rng_state()}
+        generators = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
-            own["cuda"] = torch.cuda.get_rng_state()
-        states: list[Any] = [own] * self.world_size
+            generators["cuda"] = torch.cuda.get_rng_state()
+        ranks: list[Any] = [generators] * self.world_size
         if self.world_size > 1:
-            torch.distributed.all_gather_object(states, own)
-        return {f"rng.{rank}.{name}": state for rank, one in enumerate(states) for name, state in one.items()}
+            torch.distributed.all_gather_object(ranks, generators)
+        return {f"rng.{rank}.{name}": state for rank, states in enumerate(ranks) for name, state in states.items()}
 
     def load_random_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Restore this rank's state. A rank keeps its current state if the checkpoint was written by fewer ranks."""

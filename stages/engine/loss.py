@@ -62,6 +62,7 @@ def losses_by_example(
         losses = cross_entropy(logits, batch.labels).view(batch.labels.shape)
         is_correct, is_supervised = logits.argmax(-1) == batch.labels, batch.labels != IGNORE_INDEX
         lengths = [example.num_supervised for example in batch.examples]
+        del logits  # the largest tensor by far; otherwise it would be kept during the next forward pass
         parts = (values[is_supervised].split(lengths) for values in (losses, is_correct))
         for example, *result in zip(batch.examples, *parts, strict=True):
             yield example, TokenLosses(*result)

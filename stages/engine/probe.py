@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from stages.data.examples import IGNORE_INDEX, Example
-from stages.engine.batches import NO_LIMITS, Batches, Limits, PackedBatches, PaddedBatches
+from stages.engine.batches import MAX_LOGITS, NO_LIMITS, Batches, Limits, PackedBatches, PaddedBatches
 from stages.engine.loss import forward, losses_by_example
 from stages.engine.models import autocast, check_context_length, inference, probing, uses_bf16
 from stages.engine.varlen import VarlenLayout
@@ -52,7 +52,7 @@ def choose_batches(
     Raises:
         UserError: an example is longer than the model's context, or no kind of batch is exact.
     """
-    limits = Limits.of(model, max_tokens)
+    limits = Limits(max_tokens, MAX_LOGITS[model.device.type] // model.config.get_text_config().vocab_size)
     probe, num_large = scan_examples(examples, limits)
     check_context_length(model, len(probe[0].input_ids), "the longest example (max_length)")
     share_prefix = not (model.training and has_dropout(model, probe[1:]))  # without the longest, which is slow
@@ -115,7 +115,7 @@ def scan_examples(examples: Iterable[Example], limits: Limits) -> tuple[list[Exa
         longest = max(longest, example, key=lambda example: len(example.input_ids))
         shortest = min(shortest, example, key=lambda example: len(example.input_ids))
         long_prompt = max(long_prompt, example, key=lambda example: example.prompt_length)
-        num_large += limits.exceeded_by(example)
+        num_large += len(example.input_ids) > limits.tokens or example.num_supervised > limits.supervised
         if len(first) < MAX_EXAMPLES:
             first.append(example)
     end = long_prompt.prompt_length + 1
