@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 from dvc.output import Output
 from dvc.repo import Repo
@@ -12,7 +13,9 @@ from dvc.stage import Stage
 from huggingface_hub import HfApi, utils
 from peft.tuners import tuners_utils
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map, load_gguf_checkpoint
 
+from stages.download_model import cache_gguf_reader
 from stages.runtime import hub
 from tests.clone import ROOT
 from tests.tiny_models import tiny_model
@@ -72,6 +75,24 @@ def test_a_loaded_model_has_the_conversions_that_saving_undoes(tmp_path: Path) -
     tiny_model("mixtral").save_pretrained(tmp_path)  # its experts are fused in loading
     (conversion, *_) = AutoModelForCausalLM.from_pretrained(tmp_path)._weight_conversions
     assert len(conversion.target_patterns) == 1
+
+
+def test_transformers_reads_gguf_files_with_the_functions_that_are_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, name, getattr(gguf, name))  # restores it after the test
+    cache_gguf_reader()
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    for _ in range(2):
+        load_gguf_checkpoint(tmp_path / "tiny.gguf")
+    get_gguf_hf_weights_map(tiny_model("llama"), TensorProcessor())
+    caches: list[Any] = [gguf.GGUFReader, gguf.get_tensor_name_map]
+    assert [cache.cache_info().misses for cache in caches] == [1, 1]
+    assert all(cache.cache_info().hits > 0 for cache in caches)
 
 
 def test_downloads_need_the_default_client_for_redirects_and_its_own_hooks() -> None:
