@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate.utils import recursively_apply, send_to_device
+from torch.nn.utils.rnn import pad_sequence
 
 from stages.data.examples import IGNORE_INDEX, Example
 from stages.engine.attention import PackedLayout
@@ -210,17 +211,15 @@ class PaddedBatches:
 
     def collate(self, group: Sequence[Example]) -> MicroBatch:
         """Pad a group on the right with zeros, which the attention mask excludes."""
-        shape = len(group), max(len(example.input_ids) for example in group)
-        input_ids, attention_mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        labels = np.full(shape, IGNORE_INDEX, np.int64)  # shifted: the label of a token is the one after it
-        for row, example in enumerate(group):
-            length = len(example.input_ids)
-            input_ids[row, :length] = example.input_ids
-            attention_mask[row, :length] = 1
-            labels[row, : length - 1] = example.labels[1:]
-        columns = np.flatnonzero((labels != IGNORE_INDEX).any(0))
-        inputs = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask)}
-        return MicroBatch(group, inputs, torch.from_numpy(columns), torch.from_numpy(labels[:, columns]))
+        rows = [torch.tensor(example.input_ids, dtype=torch.int64) for example in group]
+        shifted = [torch.tensor(example.labels[1:], dtype=torch.int64) for example in group]  # of the token before
+        labels = pad_sequence(shifted, batch_first=True, padding_value=IGNORE_INDEX)
+        columns = (labels != IGNORE_INDEX).any(0).nonzero().squeeze(1)
+        inputs = {
+            "input_ids": pad_sequence(rows, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        }
+        return MicroBatch(group, inputs, columns, labels[:, columns])
 
     def _exceeds_limits(self, group: Sequence[Example]) -> bool:
         """Whether a group, sorted by length, exceeds a limit."""

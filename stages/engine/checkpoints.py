@@ -174,7 +174,7 @@ class Checkpoints:
 
 def load(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors and the state of a checkpoint. Tensors are memory-mapped."""
-    return load_file(folder / TENSORS), json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return load_file(folder / TENSORS), read_json(folder / STATE)
 
 
 def verify_checksums(folder: Path) -> str | None:
