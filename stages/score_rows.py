@@ -76,7 +76,7 @@ def score_training_rows(params: ScoreRowsParams, context: "DistributedContext") 
     template = load_template(params.template, load_tokenizer(), params.template_options)
     model = load_for_inference(BASE, params.precision, context)
     losses, without_prompt = score_examples(model, template, examples, with_prompt, params, context)
-    return [row | summarize(row, losses[id_], without_prompt.get(id_)) for row in rows for id_ in [row["example_id"]]]
+    return [row | summarize(row, losses[row["example_id"]], without_prompt.get(row["example_id"])) for row in rows]
 
 
 def read_training_rows(params: ScoreRowsParams) -> list[dict[str, Any]]:

@@ -127,22 +127,22 @@ def require_bitsandbytes(params: TrainParams, context: DistributedContext) -> No
     Raises:
         UserError: it can't be used, or the weights are sharded.
     """
-    for found, parameter, other in (("qlora", "finetuning", "lora"), ("adamw_8bit", "optimizer", "adamw")):
-        if getattr(params, parameter) != found:
+    for value, parameter, other in (("qlora", "finetuning", "lora"), ("adamw_8bit", "optimizer", "adamw")):
+        if getattr(params, parameter) != value:
             continue
         if context.sharded:
             raise UserError(
-                f"{parameter}: found '{found}' with a launcher that shards the weights (FSDP2); must be {other}, or "
+                f"{parameter}: found '{value}' with a launcher that shards the weights (FSDP2); must be {other}, or "
                 "use another launcher"
             )
         if find_spec("bitsandbytes") is None:
             raise UserError(
-                f"{parameter}: found '{found}', which needs the package bitsandbytes; install it with "
+                f"{parameter}: found '{value}', which needs the package bitsandbytes; install it with "
                 f"`.venv/bin/pip install -c constraints.txt -e '.[bitsandbytes]'`, or use {other}"
             )
-        if context.device.type == "mps" and found == "adamw_8bit":
+        if context.device.type == "mps" and value == "adamw_8bit":
             raise UserError(
-                f"{parameter}: found '{found}' on an Apple GPU (MPS), for which bitsandbytes has no such optimizer; "
+                f"{parameter}: found '{value}' on an Apple GPU (MPS), for which bitsandbytes has no such optimizer; "
                 f"must be {other}"
             )
 
