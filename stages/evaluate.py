@@ -153,8 +153,8 @@ def score_row(row: dict[str, Any], scorers: Mapping[str, Scorer]) -> dict[str, A
     }
     where = f"{row['source']}, row {row['source_row']:,}"
     for name, scorer in scorers.items():
-        found = [score(name, scorer, where, row["prompt"], answer, reference, columns) for answer in answers]
-        values[PREFIX + name] = [value for value in found if value is not None]
+        of_answers = [score(name, scorer, where, row["prompt"], answer, reference, columns) for answer in answers]
+        values[PREFIX + name] = [value for value in of_answers if value is not None]
     scores = row | {
         "answer": answers[0],
         "reasoning": row["reasoning"][0],
@@ -195,8 +195,8 @@ def repetition(answer: str) -> float:
 
     It measures loops within an answer. The shares of distinct words of all answers would rise if answers got shorter.
     """
-    found = words(answer)
-    grams = [tuple(found[start : start + NGRAM]) for start in range(len(found) - NGRAM + 1)]
+    answer_words = words(answer)
+    grams = [tuple(answer_words[start : start + NGRAM]) for start in range(len(answer_words) - NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 

@@ -4,7 +4,9 @@ The file is tracked in git, so that a pull request shows how the answers changed
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stages.data.files import write_text
 from stages.data.tokenizer import load_tokenizer
@@ -14,6 +16,10 @@ from stages.runtime.terminal import summary
 from stages.templates.selection import load_template
 from stages.text import block, heading
 
+if TYPE_CHECKING:
+    from stages.engine.decoding import Answer
+    from stages.engine.distributed import DistributedContext
+
 
 def main() -> None:
     params = load_params(GenerateParams)
@@ -21,31 +27,10 @@ def main() -> None:
     parser.add_argument("model", choices=["base", "tuned"])
     name = parser.parse_args().model
 
-    from transformers import set_seed
+    from stages.engine.distributed import run_inference
 
-    from stages.engine.decoding import choose_method, generate_answers, generation_settings
-    from stages.engine.distributed import init_distributed
-    from stages.engine.loading import load_for_inference
-    from stages.engine.models import autocast, check_context_length
-
-    context = init_distributed()
-    if not context.is_needed_for_inference:
-        context.shutdown()
-        return
-    if context.sharded:
-        print(f"Launcher: {params.launcher}: {context}")
-    model, tokenizer = load_for_inference(Path("models") / name, params.precision, context), load_tokenizer()
-    template = load_template(params.template, tokenizer, params.template_options, params.reasoning_end)
-    prompts = template.encode_prompts(params.sample_prompts)
-    check_context_length(model, max(map(len, prompts)), "the longest of sample_prompts")
-    set_seed(params.seed)
-    settings = generation_settings(template.eos_token_ids, params.max_new_tokens, params.temperature, params.top_p)
-    with autocast(params.precision, model.device, cache_enabled=not context.sharded):
-        method = choose_method(model, prompts, params.max_new_tokens)
-        max_tokens = params.batch_size * params.max_length
-        answers = generate_answers(model, template.answer_parser, prompts, settings, max_tokens, method)
-    context.shutdown()
-    if not context.is_main_process:
+    answers = run_inference(params.launcher, partial(answer_prompts, Path("models") / name, params))
+    if answers is None:
         return
     shown = f"temperature {params.temperature:g}, top_p {params.top_p:g}, seed {params.seed}"
     parts = [f"# Answers of the {name} model\n\nAt most {params.max_new_tokens} tokens, {shown}.\n"]
@@ -64,6 +49,26 @@ def main() -> None:
         wrote=[path],
         then="make chat",
     )
+
+
+def answer_prompts(folder: Path, params: GenerateParams, context: "DistributedContext") -> "list[Answer]":
+    """The answers of a model to `sample_prompts`."""
+    from transformers import set_seed
+
+    from stages.engine.decoding import choose_method, generate_answers, generation_settings
+    from stages.engine.loading import load_for_inference
+    from stages.engine.models import autocast, check_context_length
+
+    model, tokenizer = load_for_inference(folder, params.precision, context), load_tokenizer()
+    template = load_template(params.template, tokenizer, params.template_options, params.reasoning_end)
+    prompts = template.encode_prompts(params.sample_prompts)
+    check_context_length(model, max(map(len, prompts)), "the longest of sample_prompts")
+    set_seed(params.seed)
+    settings = generation_settings(template.eos_token_ids, params.max_new_tokens, params.temperature, params.top_p)
+    with autocast(params.precision, model.device, cache_enabled=not context.sharded):
+        method = choose_method(model, prompts, params.max_new_tokens)
+        max_tokens = params.batch_size * params.max_length
+        return generate_answers(model, template.answer_parser, prompts, settings, max_tokens, method)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ scores the same answers again.
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +23,9 @@ from stages.runtime.terminal import summary
 from stages.templates.selection import load_template
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from stages.engine.batches import Batches
+    from stages.engine.decoding import Answer
     from stages.engine.distributed import DistributedContext
+    from stages.engine.loss import TokenLosses
 
 TEST, RETENTION = Path("data/test.parquet"), Path("data/retention.parquet")
 MAX_LOSS = 100  # nats/token; a uniform guess over the vocabulary has about 10
@@ -55,14 +55,10 @@ def main() -> None:
     name = parser.parse_args().model
     path = Path(f"data/answers/{name}.parquet")
 
-    from stages.engine.distributed import init_distributed
+    from stages.engine.distributed import run_inference
 
-    context = init_distributed()
-    if context.sharded:
-        print(f"Launcher: {params.launcher}: {context}")
-    rows = predict(Path("models") / name, params, context) if context.is_needed_for_inference else None
-    context.shutdown()
-    if rows is None or not context.is_main_process:
+    rows = run_inference(params.launcher, partial(predict, Path("models") / name, params))
+    if rows is None:
         return
     write_parquet(path, rows, ANSWERS_SCHEMA)
     kind = "greedy" if params.answers_per_prompt == 1 else "sampled at temperature 1"
@@ -84,23 +80,37 @@ def predict(folder: Path, params: PredictParams, context: "DistributedContext") 
     Raises:
         UserError: the loss is far above that of a random guess, or not a number.
     """
-    from stages.engine.decoding import choose_method
-    from stages.engine.inference import choose_scoring_batches
+    from transformers import set_seed
+
+    from stages.engine.decoding import choose_method, generate_answers, generation_settings
     from stages.engine.loading import load_for_inference
+    from stages.engine.loss import score
+    from stages.engine.models import autocast
+    from stages.engine.probe import choose_scoring_batches
 
     splits = {"test": read_split(TEST)}
     if len(retention := Split(RETENTION)):
         splits["retention"] = retention
     model, tokenizer = load_for_inference(folder, params.precision, context), load_tokenizer()
     batches = choose_scoring_batches(model, chain.from_iterable(splits.values()), params)
-    prompts = [prompt_ids(example) for split in splits.values() for example in split]
+    prompts = [prompt_ids(example) for examples in splits.values() for example in examples]
     method = choose_method(model, prompts, params.max_new_tokens)
+    num_answers, max_tokens = params.answers_per_prompt, params.batch_size * params.max_length
+    rows = []
     # One split after the other, so that rows of the retention set have no effect on the rounding of the test losses.
-    rows = [
-        {"split": name} | row
-        for name, split in splits.items()
-        for row in predict_split(model, tokenizer, batches, split, method, params, context)
-    ]
+    for name, examples in splits.items():
+        template = load_template(params.template, tokenizer, params.template_options, params.reasoning_end)
+        temperature = 0.0 if num_answers == 1 else 1.0
+        settings = generation_settings(template.eos_token_ids, params.max_new_tokens, temperature)
+        prompts = [prompt_ids(example) for example in examples for _ in range(num_answers)]
+        set_seed(SEED)
+        with autocast(params.precision, model.device, cache_enabled=not context.sharded):
+            results = score(model, batches, examples)
+            answers = iter(generate_answers(model, template.answer_parser, prompts, settings, max_tokens, method))
+        for example in examples:
+            row = answers_row(example, results[example.example_id], list(islice(answers, num_answers)))
+            fits = len(example.input_ids) - example.last_response <= params.max_new_tokens
+            rows.append(row | {"split": name, "reference_fits": fits})
     loss = mean_loss(rows)
     if not loss < MAX_LOSS:
         raise UserError(
@@ -109,52 +119,21 @@ def predict(folder: Path, params: PredictParams, context: "DistributedContext") 
     return rows
 
 
-def predict_split(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    batches: "Batches",
-    examples: Split,
-    method: str,
-    params: PredictParams,
-    context: "DistributedContext",
-) -> list[dict[str, Any]]:
-    """The rows of one split, in its order, without its name."""
-    from transformers import set_seed
-
-    from stages.engine.decoding import generate_answers, generation_settings
-    from stages.engine.inference import score
-    from stages.engine.models import autocast
-
-    num_answers = params.answers_per_prompt
-    prompts = [prompt_ids(example) for example in examples for _ in range(num_answers)]
-    template = load_template(params.template, tokenizer, params.template_options, params.reasoning_end)
-    temperature = 0.0 if num_answers == 1 else 1.0
-    settings = generation_settings(template.eos_token_ids, params.max_new_tokens, temperature)
-    set_seed(SEED)
-    with autocast(params.precision, model.device, cache_enabled=not context.sharded):
-        scores = score(model, batches, examples)
-        max_tokens = params.batch_size * params.max_length
-        answers = iter(generate_answers(model, template.answer_parser, prompts, settings, max_tokens, method))
-    rows = []
-    for example in examples:
-        own_answers, at_tokens = list(islice(answers, num_answers)), scores[example.example_id]
-        num_tokens = len(at_tokens.losses)
-        rows.append(
-            {
-                "example_id": example.example_id,
-                "loss": at_tokens.losses.sum().item() / num_tokens,
-                "tokens": num_tokens,
-                "correct_tokens": int(at_tokens.correct.sum()),
-                "reference_fits": len(example.input_ids) - example.last_response <= params.max_new_tokens,
-                "answers": [answer.parts.text for answer in own_answers],
-                "reasoning": [answer.parts.reasoning for answer in own_answers],
-                "calls": [answer.parts.calls for answer in own_answers],
-                "open_reasoning": [answer.parts.is_open for answer in own_answers],
-                "answer_tokens": [answer.num_tokens for answer in own_answers],
-                "stopped": [answer.stopped for answer in own_answers],
-            }
-        )
-    return rows
+def answers_row(example: Example, result: "TokenLosses", answers: Sequence["Answer"]) -> dict[str, Any]:
+    """The columns of `ANSWERS_SCHEMA` that losses and answers determine."""
+    num_tokens = len(result.losses)
+    return {
+        "example_id": example.example_id,
+        "loss": result.losses.sum().item() / num_tokens,
+        "tokens": num_tokens,
+        "correct_tokens": int(result.correct.sum()),
+        "answers": [answer.parts.text for answer in answers],
+        "reasoning": [answer.parts.reasoning for answer in answers],
+        "calls": [answer.parts.calls for answer in answers],
+        "open_reasoning": [answer.parts.is_open for answer in answers],
+        "answer_tokens": [answer.num_tokens for answer in answers],
+        "stopped": [answer.stopped for answer in answers],
+    }
 
 
 def prompt_ids(example: Example) -> list[int]:

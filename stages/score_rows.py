@@ -8,6 +8,7 @@ is empty. docs/row-scores.md has measurements of how well the scores find bad ro
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,16 +53,11 @@ SCORES_SCHEMA = pa.schema(
 
 def main() -> None:
     params = load_params(ScoreRowsParams)
-    rows: list[dict[str, Any]] = []
+    rows = []
     if params.score_rows:
-        from stages.engine.distributed import init_distributed
+        from stages.engine.distributed import run_inference
 
-        context = init_distributed()
-        if context.sharded:
-            print(f"Launcher: {params.launcher}: {context}")
-        if context.is_needed_for_inference:
-            rows = score_training_rows(params, context)
-        context.shutdown()
+        rows = run_inference(params.launcher, partial(score_training_rows, params)) or []
     if os.environ.get("RANK", "0") != "0":  # another rank of the launcher
         return
     with parquet_writer(SCORES, SCORES_SCHEMA) as writer:
@@ -80,7 +76,7 @@ def score_training_rows(params: ScoreRowsParams, context: "DistributedContext") 
     template = load_template(params.template, load_tokenizer(), params.template_options)
     model = load_for_inference(BASE, params.precision, context)
     losses, without_prompt = score_examples(model, template, examples, with_prompt, params, context)
-    return [row | summarize(row, losses[id_], without_prompt.get(id_)) for row in rows for id_ in [row["example_id"]]]
+    return [row | summarize(row, losses[row["example_id"]], without_prompt.get(row["example_id"])) for row in rows]
 
 
 def read_training_rows(params: ScoreRowsParams) -> list[dict[str, Any]]:
@@ -116,8 +112,9 @@ def score_examples(
     context: "DistributedContext",
 ) -> tuple[dict[str, Losses], dict[str, Losses]]:
     """The losses of the examples by their ids, and the losses of those that have a prompt, without it."""
-    from stages.engine.inference import choose_scoring_batches, score
+    from stages.engine.loss import score
     from stages.engine.models import autocast
+    from stages.engine.probe import choose_scoring_batches
 
     empty_prompt = template.encode_prompts([""])[0] if with_prompt else []
     others = [without_prompts(example, empty_prompt) for example in with_prompt]

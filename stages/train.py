@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from stages.data.examples import Example, read_split
 from stages.data.files import atomic_path, read_json, write_json, write_text
 from stages.data.tokenizer import PROMPT_FORMAT, load_tokenizer
-from stages.engine.optimizer import trainable_parameters
 from stages.engine.schedule import Schedule, effective_batch_size
 from stages.runtime.params import TrainParams, load_params
 from stages.runtime.run import run
@@ -163,6 +162,7 @@ def save_tuned(engine: "Engine", metrics: dict[str, Any], checkpoints: "Checkpoi
     from stages.engine.loading import BASE
     from stages.engine.model_card import model_card
     from stages.engine.models import checkpoint_dtype, load_as_stored, release_freed_memory, save_model
+    from stages.engine.optimizer import trainable_parameters
 
     params = engine.params
     if params.finetuning != "full":

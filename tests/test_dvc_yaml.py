@@ -157,7 +157,7 @@ def test_a_stage_reads_the_parameters_that_its_model_has(name: str) -> None:
     if name == "download_dataset":
         sources.append(ROOT / "stages/rows/sources.py")
     if name in ("score_rows", "predict"):
-        sources.append(ROOT / "stages/engine/inference.py")
+        sources.append(ROOT / "stages/engine/probe.py")
     if name in ("score_rows", "split"):
         sources.append(ROOT / "stages/data/splits.py")
     read = {

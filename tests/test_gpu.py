@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import recursively_apply
 from transformers import LlamaConfig
 
 from stages import predict, train
@@ -57,7 +58,7 @@ def test_the_kernel_equals_padded_blocks_in_fp32_up_to_rounding(prefix: int, key
     weights = torch.randn(tokens, 4, 16, device="cuda")
     results = []
     for layout, dtype in ((PackedLayout, torch.float32), (VarlenLayout, torch.bfloat16)):
-        on_gpu = layout.build(groups).map(lambda tensor: tensor.cuda())
+        on_gpu = recursively_apply(torch.Tensor.cuda, layout.build(groups))
         out = on_gpu.attend(query.to(dtype), key.to(dtype), value.to(dtype), 0.3, 0.0).float()
         results.append([out, *torch.autograd.grad((out * weights).sum(), [query, key, value])])
     for expected, found in zip(*results, strict=True):

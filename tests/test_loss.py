@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from stages.engine.batches import MAX_LOGITS, Limits, PackedBatches, PaddedBatches
-from stages.engine.loss import losses_by_example, summed_loss, token_losses
+from stages.engine.loss import losses_by_example, summed_loss
 from stages.engine.models import autocast
 from stages.engine.probe import choose_batches
 from stages.runtime.errors import UserError
@@ -191,7 +191,8 @@ def test_dropout_prevents_shared_prefixes_in_training_only() -> None:
 
 def test_token_is_correct_if_the_most_likely_one_is_the_target() -> None:
     model = random_model(CONFIGS["llama"]).eval()
-    (batch,) = PaddedBatches(Limits(1000, 1000)).micro_batches(EXAMPLES[:1])
+    batches = PaddedBatches(Limits(1000, 1000)).micro_batches(EXAMPLES[:1])
     logits = model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10]])).logits[0, 3:]
     expected = (logits.argmax(-1) == torch.tensor([9, 10, 2])).tolist()
-    assert token_losses(model, batch).correct.tolist() == expected
+    ((_, result),) = losses_by_example(model, batches)
+    assert result.correct.tolist() == expected

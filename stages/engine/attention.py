@@ -9,13 +9,13 @@ Attention itself runs on small padded blocks of queries, keys and values, on any
 has a faster kernel for GPUs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, PreTrainedModel
 
 NAME = "packed"
@@ -34,8 +34,7 @@ class Layout(Protocol):
         """Attention of one layer: query (tokens, heads, head size), key and value (tokens, key heads, head size)."""
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """A padded view of some packed examples that have a common prefix.
 
     prefix: its positions in the packed row.
@@ -55,9 +54,6 @@ class Block:
         mask = torch.full((longest, prefix_length + longest), float("-inf")).triu(prefix_length + 1)
         return cls(prefix, rows, mask)
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Block":
-        return Block(self.prefix, function(self.rows), function(self.mask))
-
     def gather_padded(self, x: torch.Tensor) -> torch.Tensor:
         """(tokens, heads, head size) → (examples, heads, longest suffix, head size)."""
         # Not x[rows], whose gradient is several times slower on a CPU.
@@ -69,8 +65,7 @@ class Block:
         return torch.cat([prefix, self.gather_padded(x)], 2)
 
 
-@dataclass(frozen=True)
-class PackedLayout:
+class PackedLayout(NamedTuple):
     """The positions of examples in a packed row.
 
     blocks: padded views of all prefixes and suffixes; suffixes of similar length are together, to save padding.
@@ -90,22 +85,20 @@ class PackedLayout:
                 rows = torch.arange(prefix.start, prefix.stop)[None]
                 blocks.append(Block.build(slice(start, start), rows))
                 order.append(rows.flatten())
-            lengths, rows = torch.tensor(suffix_lengths), suffix_positions(prefix.stop, suffix_lengths)
+            end = prefix.stop + sum(suffix_lengths)
+            suffixes = torch.arange(prefix.stop, end).split(suffix_lengths)
+            rows, lengths = pad_sequence(suffixes, batch_first=True, padding_value=-1), torch.tensor(suffix_lengths)
             for members in lengths.argsort(stable=True).split(EXAMPLES_PER_BLOCK):
                 block_rows = rows[members, : int(lengths[members].max())]
                 blocks.append(Block.build(prefix, block_rows.clamp(min=0)))
                 order.append(block_rows.flatten())
-            start = prefix.stop + sum(suffix_lengths)
+            start = end
         # Invert the order: from the position in the packed row to the position in the blocks, without padding (-1).
         tokens = torch.cat(order)
         real = (tokens >= 0).nonzero().squeeze(1)
         unpad_indices = torch.empty(start, dtype=torch.int64)
         unpad_indices[tokens[real]] = real
         return cls(blocks, unpad_indices)
-
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PackedLayout":
-        """Apply a function to all tensors, such as a copy to another device."""
-        return PackedLayout([block.map(function) for block in self.blocks], function(self.unpad_indices))
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, dropout: float
@@ -133,18 +126,6 @@ def to_autocast_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if not torch.is_autocast_enabled(device):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
-
-
-def suffix_positions(start: int, suffix_lengths: Sequence[int]) -> torch.Tensor:
-    """int64 (examples, longest suffix), the position of each token in the packed row, -1 for padding.
-
-    Args:
-        start: the position of the first suffix.
-    """
-    lengths = torch.tensor(suffix_lengths)
-    starts = start + lengths.cumsum(0) - lengths
-    steps = torch.arange(int(lengths.max()))
-    return torch.where(steps < lengths[:, None], starts[:, None] + steps, -1)
 
 
 def packed_attention(

@@ -6,13 +6,14 @@ micro-batches never changes the gradient and can be chosen for speed.
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from accelerate.utils import recursively_apply, send_to_device
+from torch.nn.utils.rnn import pad_sequence
 
 from stages.data.examples import IGNORE_INDEX, Example
 from stages.engine.attention import PackedLayout
@@ -26,8 +27,7 @@ MAX_LOGITS = {"cpu": 2**25, "mps": 2**25, "cuda": 2**28}
 KEYS_PER_TOKEN = 4
 
 
-@dataclass(frozen=True)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """The inputs of one forward pass, and its targets.
 
     inputs: arguments of the model's `forward`; the tensors are (rows, time).
@@ -48,17 +48,10 @@ class MicroBatch:
 
     def pin_memory(self) -> "MicroBatch":
         """The same in page-locked memory, from which a GPU copies while it computes."""
-        return self._map(torch.Tensor.pin_memory)
+        return MicroBatch(*recursively_apply(torch.Tensor.pin_memory, tuple(self)))
 
     def to(self, device: torch.device) -> "MicroBatch":
-        return self._map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
-
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
-        inputs = {
-            name: function(value) if isinstance(value, torch.Tensor) else value.map(function)
-            for name, value in self.inputs.items()
-        }
-        return MicroBatch(self.examples, inputs, function(self.columns), function(self.labels))
+        return MicroBatch(*send_to_device(tuple(self), device, non_blocking=device.type == "cuda"))
 
 
 def shuffled_batches(
@@ -106,13 +99,6 @@ class Limits:
     tokens: int
     supervised: int
 
-    @classmethod
-    def of(cls, model: PreTrainedModel, max_tokens: int) -> "Limits":
-        return cls(max_tokens, MAX_LOGITS[model.device.type] // model.config.get_text_config().vocab_size)
-
-    def exceeded_by(self, example: Example) -> bool:
-        return len(example.input_ids) > self.tokens or example.num_supervised > self.supervised
-
 
 NO_LIMITS = Limits(sys.maxsize, sys.maxsize)
 
@@ -131,13 +117,17 @@ class PackedBatches:
 
     def micro_batches(self, examples: Sequence[Example]) -> Iterator[MicroBatch]:
         groups: list[list[Example]] = []
-        size = tokens = keys = supervised = 0  # size: tokens of the last group; the others are of the micro-batch
+        prefix = 0  # tokens of the common prefix of the last group; one example is its own prefix
+        tokens = keys = supervised = 0  # of the micro-batch
         # In this order, examples with a common prefix are adjacent, and the first and the last example of a group have
         # the shortest common prefix.
         for example in sorted(examples, key=lambda example: example.input_ids.tobytes()):
             length = len(example.input_ids)
-            # The tokens that the example adds to the last group. More than its own if the common prefix gets shorter.
-            added = self._num_tokens([*groups[-1], example]) - size if groups else length
+            shared = added = length
+            if groups:
+                shared = min(prefix, self._prefix_length([groups[-1][0], example]))
+                # More than its own tokens if the common prefix gets shorter.
+                added = length - shared + (len(groups[-1]) - 1) * (prefix - shared)
             joins = bool(groups) and added <= length
             if groups and (
                 tokens + min(added, length) > self.limits.tokens
@@ -150,8 +140,8 @@ class PackedBatches:
                 groups[-1].append(example)
             else:
                 groups.append([example])
-                size, added = 0, length
-            size += added
+                shared = added = length
+            prefix = shared
             tokens += added
             keys += length
             supervised += example.num_supervised
@@ -187,9 +177,6 @@ class PackedBatches:
         shared = self._prefix_length(sorted(examples, key=lambda example: example.input_ids.tobytes()))
         return [len(example.input_ids) - shared for example in examples]
 
-    def _num_tokens(self, group: Sequence[Example]) -> int:
-        return sum(len(example.input_ids) for example in group) - (len(group) - 1) * self._prefix_length(group)
-
     def _prefix_length(self, group: Sequence[Example]) -> int:
         """Tokens of the common prefix of a sorted group.
 
@@ -224,17 +211,15 @@ class PaddedBatches:
 
     def collate(self, group: Sequence[Example]) -> MicroBatch:
         """Pad a group on the right with zeros, which the attention mask excludes."""
-        shape = len(group), max(len(example.input_ids) for example in group)
-        input_ids, attention_mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        labels = np.full(shape, IGNORE_INDEX, np.int64)  # shifted: the label of a token is the one after it
-        for row, example in enumerate(group):
-            length = len(example.input_ids)
-            input_ids[row, :length] = example.input_ids
-            attention_mask[row, :length] = 1
-            labels[row, : length - 1] = example.labels[1:]
-        columns = np.flatnonzero((labels != IGNORE_INDEX).any(0))
-        inputs = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask)}
-        return MicroBatch(group, inputs, torch.from_numpy(columns), torch.from_numpy(labels[:, columns]))
+        rows = [torch.tensor(example.input_ids, dtype=torch.int64) for example in group]
+        shifted = [torch.tensor(example.labels[1:], dtype=torch.int64) for example in group]  # of the token before
+        labels = pad_sequence(shifted, batch_first=True, padding_value=IGNORE_INDEX)
+        columns = (labels != IGNORE_INDEX).any(0).nonzero().squeeze(1)
+        inputs = {
+            "input_ids": pad_sequence(rows, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        }
+        return MicroBatch(group, inputs, columns, labels[:, columns])
 
     def _exceeds_limits(self, group: Sequence[Example]) -> bool:
         """Whether a group, sorted by length, exceeds a limit."""

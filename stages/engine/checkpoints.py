@@ -45,7 +45,7 @@ def fingerprint(description: dict[str, dict[str, Any]]) -> str:
 
 def differences(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> list[str]:
     """How the first of two runs differs from the second: parameters, then environment, then files."""
-    found = []
+    changes = []
     for kind, old in before.items():
         new = after.get(kind, {})
         for name in sorted(old.keys() | new.keys()):
@@ -53,8 +53,8 @@ def differences(before: dict[str, dict[str, Any]], after: dict[str, dict[str, An
                 values = [
                     value if isinstance(value, str) else json.dumps(value) for value in (old.get(name), new.get(name))
                 ]
-                found.append(f"another {name}" if kind == "files" else f"{name}: {values[0]} (now {values[1]})")
-    return found
+                changes.append(f"another {name}" if kind == "files" else f"{name}: {values[0]} (now {values[1]})")
+    return changes
 
 
 class Checkpoints:
@@ -161,10 +161,11 @@ class Checkpoints:
         with suppress(UserError, OSError):
             newest = max(others, key=lambda step: step.stat().st_mtime)
             with file_lock(newest.parent.with_suffix(".lock"), "reads about this training"):
-                found = differences(read_json(newest.parent / RUN), description)
-            listed = ", ".join(found[:MAX_LISTED]) + f" and {len(found) - MAX_LISTED} more" * (len(found) > MAX_LISTED)
+                changes = differences(read_json(newest.parent / RUN), description)
+            more = f" and {len(changes) - MAX_LISTED} more" if len(changes) > MAX_LISTED else ""
             step = int(newest.name.removeprefix("step-"))
-            line = f"Starting from the beginning: the checkpoint at step {step:,} is of a run with {listed}"
+            listed = ", ".join(changes[:MAX_LISTED])
+            line = f"Starting from the beginning: the checkpoint at step {step:,} is of a run with {listed}{more}"
             print(printable(line), flush=True)
 
     def _steps(self) -> list[Path]:
@@ -173,7 +174,7 @@ class Checkpoints:
 
 def load(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors and the state of a checkpoint. Tensors are memory-mapped."""
-    return load_file(folder / TENSORS), json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return load_file(folder / TENSORS), read_json(folder / STATE)
 
 
 def verify_checksums(folder: Path) -> str | None:

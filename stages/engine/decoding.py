@@ -167,12 +167,12 @@ def choose_method(model: PreTrainedModel, prompts: Sequence[TokenIds], max_new_t
         early = next(([token] for token in tokens if len({len(row.until([token]).ids) for row in endless}) > 1), [])
         for name, method in METHODS.items():
             try:
-                found = method(model, probe, generation_settings(early, PROBE_TOKENS))
+                rows = method(model, probe, generation_settings(early, PROBE_TOKENS))
             except Exception as error:  # a model can raise anything for arguments that it does not know
                 if is_out_of_memory(error):
                     raise
                 continue
-            if all(row.agrees_with(other.until(early)) for row, other in zip(found, endless, strict=True)):
+            if all(row.agrees_with(other.until(early)) for row, other in zip(rows, endless, strict=True)):
                 print(f"Generation: {name}", flush=True)
                 return name
     raise UserError("this model's answers differ from call to call; set model_name to another model")

@@ -5,7 +5,7 @@ all ranks. So gradients are summed over ranks, and the loss equals that of one p
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import compress
@@ -14,9 +14,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from stages.data.examples import Example
-from stages.engine.batches import partition_by_cost
-from stages.engine.models import pick_device
+from stages.engine.models import decoder_layers, pick_device, set_buffer
 from stages.runtime.errors import UserError
 
 TIMEOUT = timedelta(hours=2)  # the other ranks wait while the main process writes a large model
@@ -41,11 +39,6 @@ class DistributedContext:
     def is_main_process(self) -> bool:
         return self.rank == 0
 
-    @property
-    def is_needed_for_inference(self) -> bool:
-        """Whether this rank takes part in evaluation: if weights are replicated, the main process works alone."""
-        return self.is_main_process or self.sharded
-
     def __str__(self) -> str:
         return f"{self.world_size} processes, weights " + ("sharded (FSDP2)" if self.sharded else "replicated")
 
@@ -61,18 +54,10 @@ class DistributedContext:
         """Gather a number from every rank, in float64."""
         if self.world_size == 1:
             return [number]
-        own = torch.tensor([number], dtype=torch.float64, device=self.device)
-        gathered = [torch.empty_like(own) for _ in range(self.world_size)]
-        torch.distributed.all_gather(gathered, own)
-        return [tensor.item() for tensor in gathered]
-
-    def own_examples(self, examples: Sequence[Example], costs: Sequence[int]) -> list[Example]:
-        """The examples of this rank.
-
-        Args:
-            costs: the cost of each example, to give all ranks about the same work.
-        """
-        return [examples[index] for index in partition_by_cost(costs, self.world_size)[self.rank]]
+        tensor = torch.tensor([number], dtype=torch.float64, device=self.device)
+        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        torch.distributed.all_gather(gathered, tensor)
+        return torch.cat(gathered).tolist()
 
     def num_padding_steps(self, num_calls: int) -> int:
         """How often this rank must also call the model, after `num_calls`, so that all ranks call it equally often.
@@ -113,9 +98,8 @@ class DistributedContext:
         buffers = dict(model.named_buffers(remove_duplicate=False))  # such as rotary frequencies: not in the state dict
         torch.nn.Module.to(model, "meta")
         model.tie_weights()  # moving the weights untied them
-        for module in list(model.modules()):
-            if type(module).__name__ in (model._no_split_modules or ()):  # the decoder layers
-                fully_shard(module, reshard_after_forward=self.reshard_after_forward)
+        for layer in decoder_layers(model):
+            fully_shard(layer, reshard_after_forward=self.reshard_after_forward)
         fully_shard(model)
         model.to_empty(device=self.device)
         model.tie_weights()
@@ -124,8 +108,7 @@ class DistributedContext:
         for name, buffer in buffers.items():
             value = buffer.to(self.device) if self.is_main_process else torch.empty_like(buffer, device=self.device)
             broadcast(value, 0)
-            path, _, key = name.rpartition(".")
-            setattr(model.get_submodule(path), key, value)
+            set_buffer(model, name, value)
         for module in model.modules():
             if isinstance(module, FSDPModule):  # sum the gradients, which FSDP averages by default
                 module.set_gradient_divide_factor(1.0)
@@ -152,13 +135,13 @@ class DistributedContext:
 
     def random_states(self) -> dict[str, torch.Tensor]:
         """The states of the random number generators of all ranks."""
-        own = {"cpu": torch.get_rng_state()}
+        generators = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
-            own["cuda"] = torch.cuda.get_rng_state()
-        states: list[Any] = [own] * self.world_size
+            generators["cuda"] = torch.cuda.get_rng_state()
+        ranks: list[Any] = [generators] * self.world_size
         if self.world_size > 1:
-            torch.distributed.all_gather_object(states, own)
-        return {f"rng.{rank}.{name}": state for rank, one in enumerate(states) for name, state in one.items()}
+            torch.distributed.all_gather_object(ranks, generators)
+        return {f"rng.{rank}.{name}": state for rank, states in enumerate(ranks) for name, state in states.items()}
 
     def load_random_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Restore this rank's state. A rank keeps its current state if the checkpoint was written by fewer ranks."""
@@ -190,6 +173,20 @@ def init_distributed() -> DistributedContext:
     if state.distributed_type not in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise UserError(f"launcher: found {state.distributed_type.value}; must start processes on GPUs or on CPUs")
     return DistributedContext(state.device, state.process_index, state.num_processes, sharded, reshard_after_forward)
+
+
+def run_inference(launcher: str, function: Callable[[DistributedContext], T]) -> T | None:
+    """Call the function on the main process, and on all ranks if the weights are sharded.
+
+    Returns:
+        Its result on the main process, None on the other ranks.
+    """
+    context = init_distributed()
+    if context.sharded:
+        print(f"Launcher: {launcher}: {context}")
+    result = function(context) if context.is_main_process or context.sharded else None
+    context.shutdown()
+    return result if context.is_main_process else None
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

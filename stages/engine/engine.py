@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
 from stages.data.examples import Example
-from stages.engine.batches import Batches, Limits, MicroBatch
+from stages.engine.batches import Batches, Limits, MicroBatch, partition_by_cost
 from stages.engine.checkpoints import Checkpoints, load
 from stages.engine.distributed import DistributedContext, full_tensor, shard_like
 from stages.engine.loading import BASE, load_for_training
@@ -135,8 +135,8 @@ class Engine:
         return map(self._prepare, batches)
 
     def _prepare(self, examples: Sequence[Example]) -> EffectiveBatch:
-        own = self._context.own_examples(examples, self._batches.costs(examples))
-        micro_batches = self._batches.micro_batches(own)
+        ranks = partition_by_cost(self._batches.costs(examples), self._context.world_size)
+        micro_batches = self._batches.micro_batches([examples[index] for index in ranks[self._context.rank]])
         if self.model.device.type != "cuda":
             return EffectiveBatch(examples, list(micro_batches))
         with torch.cuda.device(self.model.device):  # the current device is that of the thread

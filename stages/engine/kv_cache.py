@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 
 from stages.data.examples import IGNORE_INDEX, Example
 from stages.engine.attention import to_autocast_dtype
@@ -27,9 +28,8 @@ class CachedRows:
     def __init__(self, prompts: Sequence[Sequence[int]], room: int, device: torch.device):
         packed = pack_prompts(prompts)
         self.order = [int(example.example_id) for example in packed.examples]
-        rows = torch.full((len(prompts), max(map(len, prompts))), -1)  # the packed position of each token, -1: padding
-        for row, positions in zip(rows, packed_positions(packed), strict=True):
-            row[-len(positions) :] = torch.tensor(positions)
+        positions = list(packed_positions(packed))
+        rows = pad_sequence(positions, batch_first=True, padding_value=-1, padding_side="left")
         self._prompts, self._rows = packed.to(device), rows.to(device)
         self._num_columns = rows.shape[1]
         self._mask = torch.zeros(len(prompts), rows.shape[1] + room, device=device)
@@ -102,15 +102,13 @@ def pack_prompts(prompts: Sequence[Sequence[int]]) -> MicroBatch:
     return next(PackedBatches(NO_LIMITS).micro_batches(examples))
 
 
-def packed_positions(packed: MicroBatch) -> Iterator[list[int]]:
-    """The packed positions of each prompt's tokens: those of its prefix, then its own."""
+def packed_positions(packed: MicroBatch) -> Iterator[torch.Tensor]:
+    """The packed positions of each prompt's tokens: those of its prefix, then those of its suffix."""
     positions = packed.inputs["position_ids"][0].tolist()
-    prefix = start = end = 0  # where the last prefix and the last prompt begin
-    for last in packed.columns.tolist():
-        for place in range(end, last + 1):
-            if place == 0 or positions[place] != positions[place - 1] + 1:
-                start = place
-            if positions[place] == 0:
-                prefix = place
-        end = last + 1
-        yield [*range(prefix, prefix + positions[start]), *range(start, end)]
+    group = start = 0  # where the group of the prompt begins, and its suffix, or prefix and suffix in one
+    for end in (packed.columns + 1).tolist():
+        prefix_length = positions[start]
+        if prefix_length == 0:
+            group = start
+        yield torch.cat([torch.arange(group, group + prefix_length), torch.arange(start, end)])
+        start = end

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from stages.engine.distributed import DistributedContext
-from stages.engine.models import load_model, load_on_meta, matrix_layers, uses_bf16
+from stages.engine.models import load_as_stored, load_model, load_on_meta, matrix_layers, round_matrices, uses_bf16
 from stages.engine.optimizer import state_bytes
 from stages.runtime.errors import UserError
 from stages.runtime.memory_limit import memory_limit
@@ -39,13 +39,11 @@ def load_for_training(
         )
     check_memory(base, context, params.precision, params)
     quantization = nf4(params, context, base) if params.finetuning == "qlora" else None
-    if not context.sharded:
-        in_fp32 = params.finetuning == "full" and params.optimizer != "adamw_bf16"
-        model = load_model(base, context.device, "fp32" if in_fp32 else precision, quantization).train()
-        if params.optimizer == "adamw_bf16":
-            embed_in_bf16(model)
+    if params.optimizer == "adamw_bf16":
+        model = load_in_bf16(base, context.device).train()
     else:
-        model = load_to_shard(base, context).train()
+        stored = precision if params.finetuning != "full" else "fp32"  # weights that are trained are in fp32
+        model = load_weights(base, context, stored, quantization).train()
     if params.finetuning != "full":
         from stages.engine.lora import add_adapters
 
@@ -59,11 +57,13 @@ def load_for_training(
     return model, messages
 
 
-def embed_in_bf16(model: PreTrainedModel) -> None:
-    """Also store the token embedding in bf16, as `load_model` stores matrices; its outputs stay in fp32."""
+def load_in_bf16(folder: Path, device: torch.device) -> PreTrainedModel:
+    """A model whose matrices and token embedding are in bf16. What the embedding returns is in fp32."""
+    model = load_as_stored(folder, device)
     embeddings = model.get_input_embeddings()
-    embeddings.weight.data = embeddings.weight.data.bfloat16()
+    round_matrices(model, embeddings)
     embeddings.register_forward_hook(lambda _module, _inputs, output: output.float())
+    return model
 
 
 def load_for_inference(folder: Path, precision: str, context: DistributedContext) -> PreTrainedModel:
@@ -74,17 +74,19 @@ def load_for_inference(folder: Path, precision: str, context: DistributedContext
     # Not all operations of generation have deterministic kernels, which training in the same process may have enabled.
     torch.use_deterministic_algorithms(False)
     check_memory(folder, context, precision)
-    if not context.sharded:
-        model = load_model(folder, context.device, precision)
-    else:
-        model = load_to_shard(folder, context)
+    model = load_weights(folder, context, precision)
+    if context.sharded:
         context.shard(model)
     model.eval()
     return model
 
 
-def load_to_shard(folder: Path, context: DistributedContext) -> PreTrainedModel:
-    """The model on the CPU of the main process, and without weights on the other ranks."""
+def load_weights(
+    folder: Path, context: DistributedContext, precision: str, quantization: Any = None
+) -> PreTrainedModel:
+    """A model; before it is sharded, it is on the CPU of the main process, and without weights on the other ranks."""
+    if not context.sharded:
+        return load_model(folder, context.device, precision, quantization)
     return load_model(folder, torch.device("cpu")) if context.is_main_process else load_on_meta(folder)
 
 
@@ -148,22 +150,22 @@ def require_bitsandbytes(params: TrainParams, context: DistributedContext) -> No
         UserError: it can't be used, or the weights are sharded.
     """
     optimizers = ((name, "optimizer", "adamw") for name in ("adamw_8bit", "adamw_bf16"))
-    for found, parameter, other in (("qlora", "finetuning", "lora"), *optimizers):
-        if getattr(params, parameter) != found:
+    for value, parameter, other in (("qlora", "finetuning", "lora"), *optimizers):
+        if getattr(params, parameter) != value:
             continue
         if context.sharded:
             raise UserError(
-                f"{parameter}: found '{found}' with a launcher that shards the weights (FSDP2); must be {other}, or "
+                f"{parameter}: found '{value}' with a launcher that shards the weights (FSDP2); must be {other}, or "
                 "use another launcher"
             )
         if find_spec("bitsandbytes") is None:
             raise UserError(
-                f"{parameter}: found '{found}', which needs the package bitsandbytes; install it with "
+                f"{parameter}: found '{value}', which needs the package bitsandbytes; install it with "
                 f"`.venv/bin/pip install -c constraints.txt -e '.[bitsandbytes]'`, or use {other}"
             )
         if context.device.type == "mps" and parameter == "optimizer":
             raise UserError(
-                f"{parameter}: found '{found}' on an Apple GPU (MPS), for which bitsandbytes has no such optimizer; "
+                f"{parameter}: found '{value}' on an Apple GPU (MPS), for which bitsandbytes has no such optimizer; "
                 f"must be {other}"
             )
 

@@ -123,8 +123,8 @@ def is_refused(path: str, model: PreTrainedModel) -> bool:
 def lost_in_loading(paths: Iterable[str], model: PreTrainedModel) -> list[str]:
     """The layers whose saved adapters peft renames in loading, as if they were of before transformers 5."""
     keys = {f"base_model.model.{path}.lora_A.weight": torch.empty(1, 1) for path in paths}
-    found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), keys)
-    return [path for path, key in zip(paths, keys, strict=True) if key not in found]
+    loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), keys)
+    return [path for path, key in zip(paths, keys, strict=True) if key not in loaded]
 
 
 def is_taken_for_experts(name: str, model: PreTrainedModel) -> bool:

@@ -1,7 +1,7 @@
 """Loss at supervised positions, the same for training, validation and evaluation."""
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from stages.data.examples import IGNORE_INDEX, Example
 from stages.engine.attention import use_packed_attention
-from stages.engine.batches import MicroBatch
+from stages.engine.batches import Batches, MicroBatch
+from stages.runtime.terminal import progress
 
 # 4 MiB in fp32; 128 MiB on a GPU, which is slow with many small chunks.
 LOGITS_PER_CHUNK = {"cpu": 2**20, "mps": 2**20, "cuda": 2**25}
@@ -51,25 +52,30 @@ def summed_loss(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     return cross_entropy(forward(model, batch), batch.labels).sum()
 
 
-def token_losses(model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
-    """The loss at each supervised token of a micro-batch."""
-    batch = batch.to(model.device)
-    logits = forward(model, batch)
-    is_supervised = batch.labels != IGNORE_INDEX
-    losses = cross_entropy(logits, batch.labels).view(batch.labels.shape)
-    return TokenLosses(losses[is_supervised], (logits.argmax(-1) == batch.labels)[is_supervised])
-
-
 def losses_by_example(
     model: PreTrainedModel, micro_batches: Iterable[MicroBatch]
 ) -> Iterator[tuple[Example, TokenLosses]]:
     """Each example of the micro-batches, with the result at its supervised tokens."""
     for batch in micro_batches:
-        result = token_losses(model, batch)
+        batch = batch.to(model.device)
+        logits = forward(model, batch)
+        losses = cross_entropy(logits, batch.labels).view(batch.labels.shape)
+        is_correct, is_supervised = logits.argmax(-1) == batch.labels, batch.labels != IGNORE_INDEX
         lengths = [example.num_supervised for example in batch.examples]
-        parts = zip(batch.examples, result.losses.split(lengths), result.correct.split(lengths), strict=True)
-        for example, losses, correct in parts:
-            yield example, TokenLosses(losses, correct)
+        del logits  # the largest tensor by far; otherwise it would be kept during the next forward pass
+        parts = (values[is_supervised].split(lengths) for values in (losses, is_correct))
+        for example, *result in zip(batch.examples, *parts, strict=True):
+            yield example, TokenLosses(*result)
+
+
+def score(model: PreTrainedModel, batches: Batches, examples: Sequence[Example]) -> dict[str, TokenLosses]:
+    """The result at the supervised tokens of each example, by its id, on the CPU, without gradients."""
+    micro_batches = progress(batches.micro_batches(examples), "score", "micro-batch")
+    with torch.inference_mode():
+        return {
+            example.example_id: TokenLosses(result.losses.cpu().double(), result.correct.cpu())
+            for example, result in losses_by_example(model, micro_batches)
+        }
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -64,14 +64,20 @@ def load_model(
     # A checkpoint in 16 bits is loaded without an intermediate fp32 copy; other checkpoints must not be rounded.
     model = _load(folder, device, stored_dtype(folder) if in_bf16 else torch.float32, quantization)
     if in_bf16:
-        matrices = {id(parameter) for layer in matrix_layers(model) for parameter in layer.parameters(recurse=False)}
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(torch.bfloat16 if id(parameter) in matrices else torch.float32)
+        round_matrices(model)
     for layer in matrix_layers(model) if quantization else ():
         # The CPU kernel for inference would replace the weights by a packed form, which rounds their scales.
         setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010 (nn.Module types attributes as tensors)
     return model
+
+
+def round_matrices(model: PreTrainedModel, *others: torch.nn.Module) -> None:
+    """Store the matrices, and the weights of other layers, in bf16, and all else in fp32."""
+    layers = (*matrix_layers(model), *others)
+    matrices = {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16 if id(parameter) in matrices else torch.float32)
 
 
 def load_as_stored(folder: Path, device: torch.device | None = None) -> PreTrainedModel:
@@ -110,12 +116,23 @@ class _EmptyOnMeta(TorchFunctionMode):
 def widen_buffers(model: PreTrainedModel) -> None:
     """Replace buffers that are not in the checkpoint, which transformers has computed in bf16."""
     with init_empty_weights(include_buffers=False), _EmptyOnMeta():
-        buffers = dict(AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).named_buffers())
-    for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point():
-                exact = buffers[f"{path}.{name}"] if name in module._non_persistent_buffers_set else buffer.float()
-                setattr(module, name, exact.to(buffer.device))
+        exact = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    persistent = model.state_dict(keep_vars=True)
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
+        if buffer.is_floating_point():
+            value = buffer.float() if name in persistent else exact.get_buffer(name)
+            set_buffer(model, name, value.to(buffer.device))
+
+
+def set_buffer(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    """Replace the buffer with this name, such as `model.rotary_emb.inv_freq`."""
+    path, _, key = name.rpartition(".")
+    setattr(model.get_submodule(path), key, value)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The decoder layers, which transformers never splits over devices."""
+    return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
 
 
 def matrix_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
@@ -243,7 +260,7 @@ def probing(model: PreTrainedModel) -> Iterator[None]:
             parameter.data = data
 
     with inference(model), torch.autocast(model.device.type, enabled=False), ExitStack() as undo:
-        layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+        layers = decoder_layers(model)
         # The modules of a layer together, because it can read their matrices without calling them.
         inside = {module for layer in layers for module in layer.modules()}
         for module in model.modules():

@@ -1,23 +1,21 @@
 """The optimizer, its learning rate, and its state."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from stages.engine.distributed import shard_like
 from stages.engine.schedule import Schedule
 from stages.runtime.params import TrainParams
-
-if TYPE_CHECKING:
-    import torch
 
 # bitsandbytes keeps the moments of smaller tensors in fp32, and those of larger ones in blocks with a common scale.
 MIN_8BIT_SIZE, BLOCK_SIZE = 4096, 256
 
 
 def create_optimizer(
-    model: "torch.nn.Module", params: TrainParams, schedule: Schedule
-) -> tuple["torch.optim.Optimizer", "torch.optim.lr_scheduler.LambdaLR"]:
+    model: torch.nn.Module, params: TrainParams, schedule: Schedule
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW, with moments in fp32 or 8 bits, and the scheduler of its learning rate."""
-    import torch
-
     groups = parameter_groups(model, params.weight_decay)
     optimizer: torch.optim.Optimizer
     if params.optimizer == "adamw":
@@ -32,12 +30,12 @@ def create_optimizer(
     return optimizer, scheduler
 
 
-def trainable_parameters(model: "torch.nn.Module") -> dict[str, "torch.Tensor"]:
+def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Trainable parameters by name; with LoRA, the adapters'."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def parameter_groups(model: "torch.nn.Module", weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups for the optimizer: weight decay for matrices, none for biases and norms, which are vectors."""
     parameters = trainable_parameters(model).values()
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
@@ -53,11 +51,9 @@ def state_bytes(num_elements: int, optimizer: str) -> int:
 
 
 def optimizer_state(
-    optimizer: "torch.optim.Optimizer",
-) -> tuple[dict[str, "torch.Tensor"], list[dict[str, Any]]]:
+    optimizer: torch.optim.Optimizer,
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Tensors, with names such as `optimizer.0.exp_avg` for the first parameter, and parameter groups."""
-    import torch
-
     # Not its own method: that of bitsandbytes hides tensors in another dict, for FSDP.
     state = torch.optim.Optimizer.state_dict(optimizer)
     tensors = {
@@ -70,13 +66,9 @@ def optimizer_state(
 
 
 def load_optimizer_state(
-    optimizer: "torch.optim.Optimizer", tensors: dict[str, "torch.Tensor"], param_groups: list[dict[str, Any]]
+    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], param_groups: list[dict[str, Any]]
 ) -> None:
     """Restore what `optimizer_state` returned. Other tensors are ignored."""
-    import torch
-
-    from stages.engine.distributed import shard_like
-
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():

@@ -18,14 +18,16 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from stages.data.examples import IGNORE_INDEX, Example
-from stages.engine.batches import NO_LIMITS, Batches, Limits, PackedBatches, PaddedBatches
+from stages.engine.batches import MAX_LOGITS, NO_LIMITS, Batches, Limits, PackedBatches, PaddedBatches
 from stages.engine.loss import forward, losses_by_example
 from stages.engine.models import autocast, check_context_length, inference, probing, uses_bf16
 from stages.engine.varlen import VarlenLayout
 from stages.runtime.errors import UserError, is_out_of_memory
+from stages.runtime.params import InferenceParams
 
 ROUNDING_FACTOR = 4  # over few tokens, rounding errors of equal kernels can differ by 2; a wrong one gives far more
 MAX_EXAMPLES = 8
+SCORED_TOKENS = 2  # per token of a micro-batch in training; no activations are kept for a backward pass
 TOLERANCE = 1e-4  # nats/token; fp32 rounding gives a hundredth of this, a different attention pattern far more
 
 
@@ -50,7 +52,7 @@ def choose_batches(
     Raises:
         UserError: an example is longer than the model's context, or no kind of batch is exact.
     """
-    limits = Limits.of(model, max_tokens)
+    limits = Limits(max_tokens, MAX_LOGITS[model.device.type] // model.config.get_text_config().vocab_size)
     probe, num_large = scan_examples(examples, limits)
     check_context_length(model, len(probe[0].input_ids), "the longest example (max_length)")
     share_prefix = not (model.training and has_dropout(model, probe[1:]))  # without the longest, which is slow
@@ -91,6 +93,14 @@ def choose_batches(
     return Choice(batches, messages, probe[0])
 
 
+def choose_scoring_batches(model: PreTrainedModel, examples: Iterable[Example], params: InferenceParams) -> Batches:
+    """The kind of batch that is exact for a model that is not trained; also prints it."""
+    max_tokens = SCORED_TOKENS * params.batch_size * params.max_length
+    choice = choose_batches(model, examples, max_tokens, params.precision)
+    print(*choice.messages, sep="\n", flush=True)
+    return choice.batches
+
+
 def scan_examples(examples: Iterable[Example], limits: Limits) -> tuple[list[Example], int]:
     """At most a micro-batch of examples for the probe, and how many examples exceed a limit by themselves.
 
@@ -105,7 +115,7 @@ def scan_examples(examples: Iterable[Example], limits: Limits) -> tuple[list[Exa
         longest = max(longest, example, key=lambda example: len(example.input_ids))
         shortest = min(shortest, example, key=lambda example: len(example.input_ids))
         long_prompt = max(long_prompt, example, key=lambda example: example.prompt_length)
-        num_large += limits.exceeded_by(example)
+        num_large += len(example.input_ids) > limits.tokens or example.num_supervised > limits.supervised
         if len(first) < MAX_EXAMPLES:
             first.append(example)
     end = long_prompt.prompt_length + 1
@@ -147,12 +157,12 @@ def find_difference(
     model: PreTrainedModel, batches: Batches, examples: Sequence[Example], expected: torch.Tensor
 ) -> str | None:
     """What is wrong with a kind of batch for this model, or None if its losses are the expected ones."""
-    found = batch_losses(model, batches, examples)
-    if isinstance(found, str):
-        return found
+    losses = batch_losses(model, batches, examples)
+    if isinstance(losses, str):
+        return losses
     # A model with NaN is broken in every kind of batch; training and evaluation report it.
-    is_equal = (found == expected) | (found.isnan() & expected.isnan())
-    difference = float((found - expected).abs().masked_fill(is_equal, 0).max())
+    is_equal = (losses == expected) | (losses.isnan() & expected.isnan())
+    difference = float((losses - expected).abs().masked_fill(is_equal, 0).max())
     return None if difference <= TOLERANCE else f"losses differ by up to {difference:.2g} nats/token"
 
 
@@ -170,10 +180,10 @@ def find_kernel_problem(
                 return problem
     with inference(model), autocast(precision, model.device, cache_enabled=False):
         plain = torch.cat([plain_losses(model, example) for example in examples])
-        found = batch_losses(model, batches, examples)
-    if isinstance(found, str):
-        return found
-    difference, allowed = ((losses - expected).abs().mean().item() for losses in (found, plain))
+        losses = batch_losses(model, batches, examples)
+    if isinstance(losses, str):
+        return losses
+    difference, allowed = ((values - expected).abs().mean().item() for values in (losses, plain))
     if difference <= ROUNDING_FACTOR * allowed + TOLERANCE:
         return None
     return f"losses differ by {difference:.2g} nats/token on average, those of the plain model by {allowed:.2g}"

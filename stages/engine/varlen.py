@@ -5,16 +5,14 @@ The kernel is FlashAttention, as `torch.nn.attention.varlen`. Each prefix and ea
 prefix are copied for each of its suffixes.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
 
-@dataclass(frozen=True)
-class VarlenLayout:
+class VarlenLayout(NamedTuple):
     """The sequences of a packed row, in the order of their queries.
 
     query_offsets, key_offsets: int32 (sequences + 1,), where the queries and the keys of each sequence begin.
@@ -44,11 +42,6 @@ class VarlenLayout:
                 start += length
         num_keys = [len(positions) for positions in keys]
         return cls(_offsets(num_queries), _offsets(num_keys), torch.cat(keys), max(num_queries), max(num_keys))
-
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "VarlenLayout":
-        """Apply a function to all tensors, such as a copy to another device."""
-        query_offsets, key_offsets = function(self.query_offsets), function(self.key_offsets)
-        return VarlenLayout(query_offsets, key_offsets, function(self.key_positions), self.max_queries, self.max_keys)
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, dropout: float

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial, reduce
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,45 +35,37 @@ class Metric:
     columns: tuple[str, ...]
 
 
+def ratio_metric(name: str, direction: int, factors: list[str], divisors: list[str]) -> Metric:
+    """The sum of a product of columns ÷ the sum of another product."""
+
+    def product(columns: list[str], rows: "pd.DataFrame") -> "pd.Series[Any]":
+        return reduce(mul, (rows[column] for column in columns))
+
+    return Metric(name, direction, partial(product, factors), partial(product, divisors), (*factors, *divisors))
+
+
 def per_example(name: str, direction: int, column: str) -> Metric:
     """The mean of a column over examples."""
     return Metric(name, direction, lambda rows: rows[column], lambda rows: rows[column] * 0 + 1, (column,))
 
 
+def column_metric(name: str, direction: int, column: str) -> Metric:
+    """The mean of a column over the examples that have a value."""
+    return Metric(name, direction, lambda rows: rows[column].fillna(0), lambda rows: rows[column].notna(), (column,))
+
+
 METRICS = (
-    Metric("loss", -1, lambda rows: rows["loss"] * rows["tokens"], lambda rows: rows["tokens"], ("loss", "tokens")),
-    Metric(
-        "token_accuracy",
-        1,
-        lambda rows: rows["correct_tokens"],
-        lambda rows: rows["tokens"],
-        ("correct_tokens", "tokens"),
-    ),
-    # With several answers this is pass@1.
-    Metric(
-        "pass_rate",
-        1,
-        lambda rows: rows["passed"],
-        lambda rows: rows["checked"] * rows["num_answers"],
-        ("passed", "checked", "num_answers"),
-    ),
+    ratio_metric("loss", -1, ["loss", "tokens"], ["tokens"]),
+    ratio_metric("token_accuracy", 1, ["correct_tokens"], ["tokens"]),
+    ratio_metric("pass_rate", 1, ["passed"], ["checked", "num_answers"]),  # with several answers this is pass@1
     per_example("exact_match", 1, "exact_match"),
     per_example("rouge_l", 1, "rouge_l"),
     # An answer can't be as long as a reference that does not fit into max_new_tokens, so those are not counted.
-    Metric(
-        "stop_rate",
-        1,
-        lambda rows: rows["stopped"] * rows["reference_fits"],
-        lambda rows: rows["reference_fits"],
-        ("stopped", "reference_fits"),
-    ),
+    ratio_metric("stop_rate", 1, ["stopped", "reference_fits"], ["reference_fits"]),
     per_example("repetition", -1, "repetition"),
     per_example("mean_response_tokens", 0, "answer_tokens"),
 )
-
-
-# Only of predictions with reasoning.
-OPEN_REASONING = per_example("open_reasoning", -1, "open_reasoning")
+OPEN_REASONING = per_example("open_reasoning", -1, "open_reasoning")  # only of predictions with reasoning
 
 
 def all_metrics(rows: "pd.DataFrame") -> list[Metric]:
@@ -84,7 +78,7 @@ def all_metrics(rows: "pd.DataFrame") -> list[Metric]:
         *METRICS,
         *([OPEN_REASONING] if has_reasoning else []),
         *map(pass_at, powers),
-        *(column_metric(column.removeprefix(PREFIX), column, 1) for column in scorers),
+        *(column_metric(column.removeprefix(PREFIX), 1, column) for column in scorers),
     ]
 
 
@@ -101,11 +95,6 @@ def pass_at(k: int) -> Metric:
         return rows["checked"] * np.array(values)
 
     return Metric(f"pass_at_{k}", 1, probability, lambda rows: rows["checked"], ("passed", "checked", "num_answers"))
-
-
-def column_metric(name: str, column: str, direction: int) -> Metric:
-    """The mean of a column over the examples that have a value."""
-    return Metric(name, direction, lambda rows: rows[column].fillna(0), lambda rows: rows[column].notna(), (column,))
 
 
 def metrics_by_slice(rows: "pd.DataFrame") -> dict[str, Any]:
