@@ -19,7 +19,7 @@ from benchmarks import training
 from benchmarks.__main__ import machine
 from benchmarks.costs import RESULTS, STAGES, report
 from benchmarks.data import long_examples, long_rows
-from benchmarks.memory import anonymous_memory, peak_memory
+from benchmarks.memory import ANONYMOUS, PEAK, process_memory
 from stages.data.files import write_json
 from stages.data.tables import ROWS_PER_SHARD
 from stages.engine.models import pick_device, uses_bf16
@@ -127,8 +127,8 @@ def run(command: Sequence[str], folder: Path) -> dict[str, Any]:
     while process.poll() is None:
         with suppress(psutil.NoSuchProcess):  # a process has ended
             members = [process, *process.children(recursive=True)]
-            peak = max(peak, sum(peak_memory(member.pid) for member in members))
-            anonymous = max(anonymous, sum(anonymous_memory(member.pid) for member in members))
+            peak = max(peak, sum(process_memory(member.pid, PEAK) for member in members))
+            anonymous = max(anonymous, sum(process_memory(member.pid, ANONYMOUS) for member in members))
         time.sleep(0.1)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: exited with {process.returncode}")
