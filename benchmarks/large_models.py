@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, PreTrainedConfig
 
-from benchmarks.scaling import prepare, run
+from benchmarks.data import write_project
+from benchmarks.scaling import run
 from stages.data.files import write_json
 from stages.data.tokenizer import load_tokenizer
 from stages.engine.models import load_on_meta
@@ -64,7 +65,7 @@ def main() -> None:
 
 def prepare_project(folder: Path, config: PreTrainedConfig) -> None:
     """Write a project whose base model is a random one with this configuration."""
-    prepare(folder, ROWS)
+    write_project(folder, ROWS)
     (folder / "models/tokenizer").unlink()
     (folder / "params.yaml").unlink()
     make_model(folder / "large", config)

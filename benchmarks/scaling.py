@@ -18,7 +18,7 @@ import psutil
 from benchmarks import training
 from benchmarks.__main__ import machine
 from benchmarks.costs import RESULTS, STAGES, report
-from benchmarks.data import long_examples, long_rows
+from benchmarks.data import long_examples, write_project
 from benchmarks.memory import ANONYMOUS, PEAK, process_memory
 from stages.data.files import write_json
 from stages.data.tables import ROWS_PER_SHARD
@@ -59,7 +59,7 @@ def curve() -> list[dict[str, Any]]:
     for num_rows in ROWS:
         with TemporaryDirectory() as name:
             folder = Path(name)
-            prepare(folder, num_rows)
+            write_project(folder, num_rows)
             point: dict[str, Any] = {"rows": num_rows}
             for stage in STAGES:
                 point[stage] = run([sys.executable, "-m", f"stages.{stage}"], folder)
@@ -77,7 +77,7 @@ def one_core() -> dict[str, list[list[float]]]:
     seconds: dict[str, list[list[float]]] = {"format": [], "split": []}
     with TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, CORES_ROWS)
+        write_project(folder, CORES_ROWS)
         run([sys.executable, "-m", "stages.download_dataset"], folder)
         for _ in range(REPEATS):
             for stage, pairs in seconds.items():
@@ -97,20 +97,6 @@ def gpt2() -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
         return training.measure(examples, params, [("this project", precision)], Path(folder))
-
-
-def prepare(folder: Path, num_rows: int) -> None:
-    """Write the inputs of the data stages."""
-    for name in ("params.yaml", "templates"):
-        (folder / name).symlink_to(Path(name).absolute())
-    (folder / "models").mkdir()
-    (folder / "models/tokenizer").symlink_to(Path("models/tokenizer").absolute())
-    (folder / "data").mkdir()
-    (folder / "data/retention.jsonl").touch()
-    with (folder / "data/instructions.jsonl").open("w", encoding="utf-8") as file:
-        for row in long_rows(num_rows):
-            question, answer = (message["content"] for message in json.loads(row["messages"]))
-            file.write(json.dumps({"instruction": question, "input": row["input"], "output": answer}) + "\n")
 
 
 def run(command: Sequence[str], folder: Path) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def with_lora(work: Work, wait: Wait) -> list[float]:
     return this_project(replace(work, params=work.params.model_copy(update={"finetuning": "lora"})), wait)
 
 
-ENGINES = {
+ENGINES: dict[str, Callable[[Work, Wait], list[float]]] = {
     "textbook": textbook,
     "TRL": trl,
     "TRL, padding-free": partial(trl, padding_free=True),

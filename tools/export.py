@@ -9,10 +9,10 @@ that have a check.
 
 import argparse
 import json
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rapidfuzz.distance import Prefix
 from rich.table import Table
 
 from stages.data.examples import SCORING_SCHEMA, Split
@@ -152,30 +152,23 @@ def compare(expected: list[list[int]], found: list[list[int]]) -> str:
     Raises:
         UserError: most answers differ within their first tokens.
     """
-    agreed = agreeing_tokens(expected, found)
-    diverged = sum(same < min(FIRST_TOKENS, len(one)) for same, one in zip(agreed, expected, strict=True))
-    if 2 * diverged > len(agreed):
+    pairs = zip(expected, found, strict=True)
+    diverged = sum(one[:FIRST_TOKENS] != other[:FIRST_TOKENS] for one, other in pairs)
+    if 2 * diverged > len(expected):
         raise UserError(
-            f"{GGUF}: {diverged} of its {len(agreed)} answers differ from those of {TUNED} within the first "
+            f"{GGUF}: {diverged} of its {len(expected)} answers differ from those of {TUNED} within the first "
             f"{FIRST_TOKENS} tokens; llama.cpp computes this model differently, so the file was not kept; "
             "use another model_name"
         )
     return agreement_in_words(expected, found)
 
 
-def agreeing_tokens(expected: list[list[int]], found: list[list[int]]) -> list[int]:
-    """For each pair of answers, the number of equal tokens before the first difference."""
-    return [
-        sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-        for one, other in zip(expected, found, strict=True)
-    ]
-
-
 def agreement_in_words(expected: list[list[int]], found: list[list[int]]) -> str:
-    equal = sum(one == other for one, other in zip(expected, found, strict=True))
-    longest = sum(max(len(one), len(other)) for one, other in zip(expected, found, strict=True))
-    agreed = sum(agreeing_tokens(expected, found))
-    return f"{equal} of {len(expected)} answers, {agreed:,} of {longest:,} tokens"
+    pairs = [*zip(expected, found, strict=True)]
+    equal = sum(one == other for one, other in pairs)
+    longest = sum(max(map(len, pair)) for pair in pairs)
+    agreed = sum(Prefix.similarity(*pair) for pair in pairs)
+    return f"{equal} of {len(pairs)} answers, {agreed:,} of {longest:,} tokens"
 
 
 def card(dtype: str, results: dict[str, str]) -> str:
