@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rapidfuzz.distance import Prefix
-from rich.table import Table
+from rich.table import Column, Table
 
 from stages.data.examples import SCORING_SCHEMA, Split
 from stages.data.files import atomic_path, write_text
@@ -127,15 +127,11 @@ def tuned_answers(
 
 
 def show(
-    prompts: list[str],
-    tokenizer: "PreTrainedTokenizerBase",
-    expected: list[list[int]],
-    found: list[list[int]],
+    prompts: list[str], tokenizer: "PreTrainedTokenizerBase", expected: list[list[int]], found: list[list[int]]
 ) -> None:
     """Print the answers side by side."""
-    table = Table(width=WIDTH, show_lines=True)
-    for name in ("prompt", str(TUNED), GGUF.name):
-        table.add_column(name, ratio=1, overflow="fold")
+    columns = [Column(name, ratio=1, overflow="fold") for name in ("prompt", str(TUNED), GGUF.name)]
+    table = Table(*columns, width=WIDTH, show_lines=True)
     for prompt, *answers in zip(prompts, expected, found, strict=True):
         texts = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
         table.add_row(*(printable(text) for text in (prompt, *texts)))
