@@ -46,10 +46,8 @@ CPU = torch.device("cpu")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=22, help="a smaller model, to try this command")
-    results = {
-        **machine(),
-        **measure({**SIZES, "num_hidden_layers": parser.parse_args().layers}, load_params(TrainParams)),
-    }
+    sizes = SIZES | {"num_hidden_layers": parser.parse_args().layers}
+    results = machine() | measure(sizes, load_params(TrainParams))
     write_json(RESULTS, results)
     print(table(results))
 

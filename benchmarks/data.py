@@ -2,14 +2,13 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+import numpy as np
 import pyarrow as pa
 
-from stages.data.examples import RAW_SCHEMA, SPLIT_SCHEMA, Example, read_split
-from stages.data.tables import parquet_writer
+from stages.data.examples import EXAMPLE_SCHEMA, RAW_SCHEMA, Example
 from stages.data.tokenizer import load_tokenizer
 from stages.format import format_batch
 from stages.runtime.params import FormatParams, load_params
@@ -17,6 +16,7 @@ from stages.templates.selection import load_template
 
 JOINED = 3, 3  # instructions and outputs per row; about 170 tokens with the template
 ALPACA = 1, 5  # about 170 tokens, of which 70% are supervised, as in the rows of Alpaca
+LINKS = ("params.yaml", "templates", "models/tokenizer")
 
 
 def long_rows(num_rows: int, joined: tuple[int, int] = JOINED) -> Iterator[dict[str, str]]:
@@ -46,19 +46,17 @@ def long_examples(num_examples: int, joined: tuple[int, int] = JOINED) -> list[E
 
 def read_examples(table: pa.Table) -> list[Example]:
     """The examples of a formatted table."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "examples.parquet"
-        with parquet_writer(path, SPLIT_SCHEMA) as writer:
-            writer.write(table.select(SPLIT_SCHEMA.names))
-        return read_split(path)[:]
+    return [
+        Example(row["example_id"], np.array(row["input_ids"], np.int32), np.array(row["labels"], np.int32))
+        for row in table.select(EXAMPLE_SCHEMA.names).to_pylist()
+    ]
 
 
-def write_project(folder: Path, num_rows: int) -> None:
-    """Write the inputs of the data stages to an empty folder: new rows, and the parameters of the workspace."""
-    for name in ("params.yaml", "templates"):
+def write_project(folder: Path, num_rows: int, links: Sequence[str] = LINKS) -> None:
+    """Write the inputs of the data stages to an empty folder: new rows, and links to files of the workspace."""
+    for name in links:
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).symlink_to(Path(name).absolute())
-    (folder / "models").mkdir()
-    (folder / "models/tokenizer").symlink_to(Path("models/tokenizer").absolute())
     (folder / "data").mkdir()
     (folder / "data/retention.jsonl").touch()
     with (folder / "data/instructions.jsonl").open("w", encoding="utf-8") as file:

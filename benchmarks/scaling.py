@@ -43,12 +43,7 @@ CORES_ROWS, REPEATS = 2 * ROWS_PER_SHARD, 2  # for the comparison of one core wi
 
 
 def main() -> None:
-    results = {
-        **machine(),
-        "curve": curve(),
-        "one_core": one_core(),
-        "training": gpt2(),
-    }
+    results = machine() | {"curve": curve(), "one_core": one_core(), "training": gpt2()}
     write_json(RESULTS, results)
     print(report(results))
 

@@ -87,8 +87,7 @@ def trl(work: Work, wait: Wait, padding_free: bool = False) -> list[float]:
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             wait()
 
-        def on_train_end(self, *_: Any, **__: Any) -> None:
-            wait()
+        on_train_end = on_step_begin
 
     params = work.params
     attention = "flash_attention_2" if padding_free and find_spec("flash_attn") else "sdpa"
