@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from benchmarks.__main__ import machine
-from benchmarks.memory import peak_memory
+from benchmarks.memory import PEAK, process_memory
+from benchmarks.report import markdown_table
 from stages.data.examples import IGNORE_INDEX, Example
 from stages.data.files import write_json
 from stages.engine.distributed import DistributedContext
@@ -45,10 +46,8 @@ CPU = torch.device("cpu")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=22, help="a smaller model, to try this command")
-    results = {
-        **machine(),
-        **measure({**SIZES, "num_hidden_layers": parser.parse_args().layers}, load_params(TrainParams)),
-    }
+    sizes = SIZES | {"num_hidden_layers": parser.parse_args().layers}
+    results = machine() | measure(sizes, load_params(TrainParams))
     write_json(RESULTS, results)
     print(table(results))
 
@@ -91,11 +90,11 @@ def train(params: TrainParams, folder: Path) -> dict[str, int]:
     ids = random.integers(3, 400, (2 * NUM_EXAMPLES, LENGTH), np.int32)
     labels = np.where(np.arange(LENGTH) < LENGTH // 2, IGNORE_INDEX, ids)
     examples = [Example(str(number), *rows) for number, rows in enumerate(zip(ids, labels, strict=True))]
-    before = peak_memory(os.getpid())
+    before = process_memory(os.getpid(), PEAK)
     engine = Engine.load(params, examples, Schedule.plan(params, len(examples)), DistributedContext(CPU), folder)
     for batch in engine.prepare([examples[:NUM_EXAMPLES], examples[NUM_EXAMPLES:]]):
         engine.train_step(batch)
-    return {"computed": computed_memory(engine), "measured": peak_memory(os.getpid()) - before}
+    return {"computed": computed_memory(engine), "measured": process_memory(os.getpid(), PEAK) - before}
 
 
 def computed_memory(engine: Engine) -> int:
@@ -116,17 +115,13 @@ def computed_memory(engine: Engine) -> int:
 def table(results: dict[str, Any]) -> str:
     """Markdown, for the terminal and `docs/memory.md`."""
     count = results["parameters"]
-    lines = [
-        f"{results['date']}, {results['device']}, {results['precision']}. {count:,} parameters, {results['tokens']} "
-        "tokens/step.",
-        "",
-        "| finetuning | optimizer | activation checkpointing | computed (bytes/parameter) | measured |",
-        "|---" * 5 + "|",
+    columns = [*(name.replace("_", " ") for name in SETTINGS), "computed (bytes/parameter)", "measured"]
+    rows = [
+        [*(one[name] for name in SETTINGS), f"{one['computed'] / count:.2f}", f"{one['measured'] / count:.2f}"]
+        for one in results["runs"]
     ]
-    for one in results["runs"]:
-        names = " | ".join(one[name] for name in SETTINGS)
-        lines.append(f"| {names} | {one['computed'] / count:.2f} | {one['measured'] / count:.2f} |")
-    return "\n".join(lines)
+    where = f"{results['date']}, {results['device']}, {results['precision']}"
+    return f"{where}. {count:,} parameters, {results['tokens']} tokens/step.\n\n{markdown_table(columns, rows)}"
 
 
 if __name__ == "__main__":

@@ -1,20 +1,17 @@
 """Measure the time of the format stage, compared with that of a bare call of the tokenizer."""
 
 import json
-import shutil
 import subprocess
 import sys
 import time
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from benchmarks.data import long_rows
-from stages.data.examples import RAW_SCHEMA, REJECTED_SCHEMA
-from stages.data.tables import ROWS_PER_GROUP, parquet_writer
+from benchmarks.data import write_project
+from stages.data.tables import ROWS_PER_GROUP
 from stages.templates.alpaca import render_alpaca
 
 ALPACA_ROWS = 52_000
@@ -23,15 +20,15 @@ REPEATS = 3
 
 def measure() -> dict[str, Any]:
     """Seconds of the stage and of the tokenizer, measured alternately, for as many rows as Alpaca has."""
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        prepare(folder, 1)
-        start_up = [run_stage(folder) for _ in range(REPEATS)]
-        prepare(folder, ALPACA_ROWS)
+    with TemporaryDirectory() as small, TemporaryDirectory() as large:
+        for folder, num_rows in ((small, 1), (large, ALPACA_ROWS)):
+            write_project(Path(folder), num_rows)
+            run_stage("download_dataset", folder)
+        start_up = [run_stage("format", small) for _ in range(REPEATS)]
         stage, tokenizer = [], []
         for _ in range(REPEATS):
-            stage.append(run_stage(folder))
-            tokenizer.append(tokenizer_seconds(folder))
+            stage.append(run_stage("format", large))
+            tokenizer.append(tokenizer_seconds(Path(large)))
             print(f"format, {ALPACA_ROWS:,} rows: {stage[-1]:.1f} s, bare tokenizer {tokenizer[-1]:.1f} s", flush=True)
     return {
         "rows": ALPACA_ROWS,
@@ -41,24 +38,10 @@ def measure() -> dict[str, Any]:
     }
 
 
-def prepare(folder: Path, num_rows: int) -> None:
-    """Write the inputs of the format stage."""
-    shutil.copy("params.yaml", folder)
-    (folder / "models").mkdir(exist_ok=True)
-    if not (folder / "models/tokenizer").exists():
-        (folder / "models/tokenizer").symlink_to(Path("models/tokenizer").absolute())
-    with parquet_writer(folder / "data/raw.parquet", RAW_SCHEMA) as writer:
-        rows = long_rows(num_rows)
-        while batch := list(islice(rows, ROWS_PER_GROUP)):
-            writer.write(batch)
-    with parquet_writer(folder / "data/unreadable.parquet", REJECTED_SCHEMA):
-        pass
-
-
-def run_stage(folder: Path) -> float:
-    """Seconds of `python -m stages.format`."""
+def run_stage(stage: str, folder: str) -> float:
+    """Seconds of a stage."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "stages.format"], cwd=folder, stdout=subprocess.DEVNULL, check=True)
+    subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=folder, stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - start
 
 

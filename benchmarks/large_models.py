@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, PreTrainedConfig
 
-from benchmarks.scaling import prepare, run
+from benchmarks.data import write_project
+from benchmarks.scaling import run
 from stages.data.files import write_json
 from stages.data.tokenizer import load_tokenizer
 from stages.engine.models import load_on_meta
@@ -64,14 +65,10 @@ def main() -> None:
 
 def prepare_project(folder: Path, config: PreTrainedConfig) -> None:
     """Write a project whose base model is a random one with this configuration."""
-    prepare(folder, ROWS)
-    (folder / "models/tokenizer").unlink()
-    (folder / "params.yaml").unlink()
+    write_project(folder, ROWS, links=("templates", "dvc.yaml", "stages"))
     make_model(folder / "large", config)
     params = parse_yaml(Path("params.yaml").read_text(encoding="utf-8"))
     write_json(folder / "params.yaml", params | CHANGES | {"model_name": "large"})
-    for name in ("dvc.yaml", "stages"):
-        (folder / name).symlink_to(Path(name).absolute())
 
 
 def make_model(folder: Path, config: PreTrainedConfig) -> None:

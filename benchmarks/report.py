@@ -28,41 +28,35 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
 
 def table(results: dict[str, Any]) -> str:
     """Markdown, for the terminal and `docs/benchmarks.md`."""
-    lines = [f"{results['date']}, {results['device']}, torch {results['torch']}", ""]
+    parts = [f"{results['date']}, {results['device']}, torch {results['torch']}"]
     for name, measured in results["training"].items():
         real, distinct, supervised = (
-            pd.Series(measured[f"{kind}_tokens"])[WARM_UP:].mean() for kind in ("real", "distinct", "supervised")
+            statistics.mean(measured[f"{kind}_tokens"][WARM_UP:]) for kind in ("real", "distinct", "supervised")
         )
-        lines += [
+        parts.append(
             f"{name[0].upper()}{name[1:]} examples: {real:,.0f} tokens/step, of which {distinct:,.0f} are distinct and "
-            f"{supervised:,.0f} supervised.",
-            "",
-            f"| {' | '.join(COLUMNS)} |",
-            "|---" * len(COLUMNS) + "|",
-        ]
+            f"{supervised:,.0f} supervised."
+        )
         seconds = pd.DataFrame({engine: run["seconds"] for engine, run in measured["engines"].items()})[WARM_UP:]
         ratios = seconds.div(seconds.iloc[:, -1], axis=0)  # this project is the last column
         shares = shares_of_peak(results, measured, seconds)
+        rows = []
         for engine, run in measured["engines"].items():
             step, ratio = seconds[engine].median(), ratios[engine]
-            lines.append(
-                f"| {engine} | {step:.3g} | {ratio.median():.1f} ({ratio.min():.1f}–{ratio.max():.1f}) "
-                f"| {supervised / step:,.0f} | {real / step:,.0f} | {shares[engine].median():.0%} "
-                f"| {run['peak_memory_bytes'] / 1e9:.1f} | {run['losses'][-1]:.4f} |"
-            )
-        lines.append("")
-    if "format" not in results:
-        return "\n".join(lines[:-1])
-    measured = results["format"]
-    stage, tokenizer, start_up = (
-        pd.Series(measured[f"{kind}_seconds"]).median() for kind in ("stage", "tokenizer", "start_up")
-    )
-    lines += [
-        f"Format, {measured['rows']:,} long rows: {stage:.1f} s, of which {start_up:.1f} s are start-up. "
-        f"The bare tokenizer takes {tokenizer:.1f} s. "
-        f"The ratio is {stage / tokenizer:.2f}, or {(stage - start_up) / tokenizer:.2f} without start-up.",
-    ]
-    return "\n".join(lines)
+            times = f"{step:.3g}", f"{ratio.median():.1f} ({ratio.min():.1f}–{ratio.max():.1f})"
+            rates = f"{supervised / step:,.0f}", f"{real / step:,.0f}", f"{shares[engine].median():.0%}"
+            rows.append([engine, *times, *rates, f"{run['peak_memory_bytes'] / 1e9:.1f}", f"{run['losses'][-1]:.4f}"])
+        parts.append(markdown_table(COLUMNS, rows))
+    if measured := results.get("format"):
+        stage, tokenizer, start_up = (
+            statistics.median(measured[f"{kind}_seconds"]) for kind in ("stage", "tokenizer", "start_up")
+        )
+        parts.append(
+            f"Format, {measured['rows']:,} long rows: {stage:.1f} s, of which {start_up:.1f} s are start-up. "
+            f"The bare tokenizer takes {tokenizer:.1f} s. "
+            f"The ratio is {stage / tokenizer:.2f}, or {(stage - start_up) / tokenizer:.2f} without start-up."
+        )
+    return "\n\n".join(parts)
 
 
 def shares_of_peak(results: dict[str, Any], measured: dict[str, Any], seconds: pd.DataFrame) -> pd.DataFrame:

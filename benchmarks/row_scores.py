@@ -115,14 +115,12 @@ def validate(data: Path, models: Path, num_rows: int) -> dict[str, Any]:
     choose = random.Random(0)
     results: dict[str, Any] = {"rows": len(rows), "kinds": {}}
     for kind, replace in KINDS.items():
-        replaced: list[tuple[int, dict[str, Any]]] = []
+        replaced: dict[int, dict[str, Any]] = {}
         for at in choose.sample(range(len(rows)), len(rows)):
             answer = replace(pairs, at, choose)
             if answer.strip() and answer != pairs[at][1] and len(replaced) < BAD * len(rows):
-                replaced.append((at, with_answer(rows[at], answer)))
-        numbers = [at for at, _ in replaced]
-        bad = score([row for _, row in replaced])
-        others = good.drop(index=numbers)
+                replaced[at] = with_answer(rows[at], answer)
+        bad, others = score([*replaced.values()]), good.drop(index=[*replaced])
         results["kinds"][kind] = {"bad": len(bad)} | {
             name: measure(function(bad).dropna().to_numpy(), function(others).dropna().to_numpy())
             for name, function in SCORES.items()

@@ -18,8 +18,8 @@ import psutil
 from benchmarks import training
 from benchmarks.__main__ import machine
 from benchmarks.costs import RESULTS, STAGES, report
-from benchmarks.data import long_examples, long_rows
-from benchmarks.memory import anonymous_memory, peak_memory
+from benchmarks.data import long_examples, write_project
+from benchmarks.memory import ANONYMOUS, PEAK, process_memory
 from stages.data.files import write_json
 from stages.data.tables import ROWS_PER_SHARD
 from stages.engine.models import pick_device, uses_bf16
@@ -43,12 +43,7 @@ CORES_ROWS, REPEATS = 2 * ROWS_PER_SHARD, 2  # for the comparison of one core wi
 
 
 def main() -> None:
-    results = {
-        **machine(),
-        "curve": curve(),
-        "one_core": one_core(),
-        "training": gpt2(),
-    }
+    results = machine() | {"curve": curve(), "one_core": one_core(), "training": gpt2()}
     write_json(RESULTS, results)
     print(report(results))
 
@@ -59,7 +54,7 @@ def curve() -> list[dict[str, Any]]:
     for num_rows in ROWS:
         with TemporaryDirectory() as name:
             folder = Path(name)
-            prepare(folder, num_rows)
+            write_project(folder, num_rows)
             point: dict[str, Any] = {"rows": num_rows}
             for stage in STAGES:
                 point[stage] = run([sys.executable, "-m", f"stages.{stage}"], folder)
@@ -77,7 +72,7 @@ def one_core() -> dict[str, list[list[float]]]:
     seconds: dict[str, list[list[float]]] = {"format": [], "split": []}
     with TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, CORES_ROWS)
+        write_project(folder, CORES_ROWS)
         run([sys.executable, "-m", "stages.download_dataset"], folder)
         for _ in range(REPEATS):
             for stage, pairs in seconds.items():
@@ -99,20 +94,6 @@ def gpt2() -> dict[str, Any]:
         return training.measure(examples, params, [("this project", precision)], Path(folder))
 
 
-def prepare(folder: Path, num_rows: int) -> None:
-    """Write the inputs of the data stages."""
-    for name in ("params.yaml", "templates"):
-        (folder / name).symlink_to(Path(name).absolute())
-    (folder / "models").mkdir()
-    (folder / "models/tokenizer").symlink_to(Path("models/tokenizer").absolute())
-    (folder / "data").mkdir()
-    (folder / "data/retention.jsonl").touch()
-    with (folder / "data/instructions.jsonl").open("w", encoding="utf-8") as file:
-        for row in long_rows(num_rows):
-            question, answer = (message["content"] for message in json.loads(row["messages"]))
-            file.write(json.dumps({"instruction": question, "input": row["input"], "output": answer}) + "\n")
-
-
 def run(command: Sequence[str], folder: Path) -> dict[str, Any]:
     """Run a command; returns its seconds, and its peak memory in bytes.
 
@@ -127,8 +108,8 @@ def run(command: Sequence[str], folder: Path) -> dict[str, Any]:
     while process.poll() is None:
         with suppress(psutil.NoSuchProcess):  # a process has ended
             members = [process, *process.children(recursive=True)]
-            peak = max(peak, sum(peak_memory(member.pid) for member in members))
-            anonymous = max(anonymous, sum(anonymous_memory(member.pid) for member in members))
+            peak = max(peak, sum(process_memory(member.pid, PEAK) for member in members))
+            anonymous = max(anonymous, sum(process_memory(member.pid, ANONYMOUS) for member in members))
         time.sleep(0.1)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: exited with {process.returncode}")

@@ -88,25 +88,22 @@ def dropped(swapped: set[int]) -> dict[str, int]:
     scores, train = (
         Revision(SELECTED).read_table(f"data/{name}.parquet", ["source_row"]) for name in ("train_scores", "train")
     )
-    assert scores is not None
-    assert train is not None
+    assert scores is not None and train is not None
     rows = set(scores["source_row"]) - set(train["source_row"])
     return {"rows": len(rows), "swapped": len(rows & swapped)}
 
 
 def compare(runs: dict[str, dict[int, pd.DataFrame]], before: str, after: str) -> dict[str, Any]:
     """The verdict of a review on the test loss."""
-    sides = [RevisionRuns(tables=runs[name]) for name in (before, after)]
-    result = compare_runs(sides[0], sides[1], (before, after), {LOSS.name: MARGIN}).metric(LOSS.name)
-    assert result is not None
-    assert result.difference is not None
-    difference = result.difference
+    runs_before, runs_after = (RevisionRuns(tables=runs[name]) for name in (before, after))
+    result = compare_runs(runs_before, runs_after, (before, after), {LOSS.name: MARGIN}).metric(LOSS.name)
+    assert result is not None and result.difference is not None
     return {
         "before": result.before,
         "after": result.after,
-        "difference": difference.value,
-        "low": difference.low,
-        "high": difference.high,
+        "difference": result.difference.value,
+        "low": result.difference.low,
+        "high": result.difference.high,
         "verdict": result.verdict,
     }
 

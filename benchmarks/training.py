@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, chdir, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.memory import peak_memory
+from benchmarks.memory import PEAK, process_memory
 from stages.data.examples import IGNORE_INDEX, Example
 from stages.engine.batches import NO_LIMITS, PackedBatches, shuffled_batches
 from stages.engine.models import pick_device
@@ -86,8 +87,7 @@ def trl(work: Work, wait: Wait, padding_free: bool = False) -> list[float]:
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             wait()
 
-        def on_train_end(self, *_: Any, **__: Any) -> None:
-            wait()
+        on_train_end = on_step_begin
 
     params = work.params
     attention = "flash_attention_2" if padding_free and find_spec("flash_attn") else "sdpa"
@@ -132,10 +132,6 @@ def trl(work: Work, wait: Wait, padding_free: bool = False) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def trl_padding_free(work: Work, wait: Wait) -> list[float]:
-    return trl(work, wait, padding_free=True)
-
-
 def this_project(work: Work, wait: Wait) -> list[float]:
     """`fit` of `stages/train.py`, in a temporary folder."""
     from stages.engine.checkpoints import Checkpoints
@@ -170,10 +166,10 @@ def with_lora(work: Work, wait: Wait) -> list[float]:
     return this_project(replace(work, params=work.params.model_copy(update={"finetuning": "lora"})), wait)
 
 
-ENGINES = {
+ENGINES: dict[str, Callable[[Work, Wait], list[float]]] = {
     "textbook": textbook,
     "TRL": trl,
-    "TRL, padding-free": trl_padding_free,
+    "TRL, padding-free": partial(trl, padding_free=True),
     LORA: with_lora,
     "this project": this_project,
 }
@@ -188,20 +184,20 @@ def run_engine(engine: str, work: Work, connection: Connection) -> None:
 
     losses = ENGINES[engine](work, wait)
     on_gpu = pick_device().type == "cuda"
-    connection.send((losses, torch.cuda.max_memory_allocated() if on_gpu else peak_memory(os.getpid())))
+    connection.send((losses, torch.cuda.max_memory_allocated() if on_gpu else process_memory(os.getpid(), PEAK)))
 
 
 @contextmanager
 def start_engine(engine: str, work: Work) -> Iterator[Connection]:
     """Start an engine in a new process; yields the connection to it when the engine waits for its first step."""
     context = multiprocessing.get_context("spawn")
-    own_end, engine_end = context.Pipe()
+    connection, engine_end = context.Pipe()
     process = context.Process(target=run_engine, args=(engine, work, engine_end), daemon=True)
     process.start()
     engine_end.close()  # so that the connection closes when the process ends
     try:
-        own_end.recv()
-        yield own_end
+        connection.recv()
+        yield connection
         process.join()
     except (EOFError, OSError):
         process.join(timeout=1)
@@ -225,40 +221,29 @@ def measure(
     steps = math.ceil(len(examples) / effective_batch_size(params))
     common = {"num_epochs": 1, "max_steps": None, "lr_scheduler": "constant", "warmup_steps": 0}
     common |= {"eval_steps": steps, "save_steps": steps, "early_stopping_patience": None}
-    works = [
-        Work(examples, params.model_copy(update={**common, "precision": precision}), base) for _, precision in runs
-    ]
-    seconds: list[list[float]] = [[] for _ in runs]
-    peaks: list[float] = []
+    results: dict[str, Any] = {"real_tokens": [], "distinct_tokens": [], "supervised_tokens": [], "matmul_flops": []}
+    results["engines"] = {f"{engine}, {precision}": {"seconds": []} for engine, precision in runs}
+    connections = {}
     with ExitStack() as stack:
-        engines = [
-            stack.enter_context(start_engine(engine, work)) for (engine, _), work in zip(runs, works, strict=True)
-        ]
-        for step in range(steps):
-            peaks.append(matmul_rate(pick_device(), runs[-1][1]))
-            for engine, own in zip(engines, seconds, strict=True):
+        for name, (engine, precision) in zip(results["engines"], runs, strict=True):
+            work = Work(examples, params.model_copy(update={**common, "precision": precision}), base)
+            connections[name] = stack.enter_context(start_engine(engine, work))
+        for step, batch in enumerate(work.batches, 1):
+            micro_batches = PackedBatches(NO_LIMITS).micro_batches(batch)  # without padding and repeated prefixes
+            results["real_tokens"].append(sum(len(example.input_ids) for example in batch))
+            results["distinct_tokens"].append(sum(part.inputs["input_ids"].numel() for part in micro_batches))
+            results["supervised_tokens"].append(sum(example.num_supervised for example in batch))
+            results["matmul_flops"].append(matmul_rate(pick_device(), runs[-1][1]))
+            for name, connection in connections.items():
                 start = time.perf_counter()
-                engine.send("go")
-                engine.recv()
-                own.append(time.perf_counter() - start)
-            print(f"step {step + 1} of {steps}: " + ", ".join(f"{own[-1]:.3g} s" for own in seconds), flush=True)
-        for engine in engines:
-            engine.send("go")
-        ends = [engine.recv() for engine in engines]
-    batches = works[0].batches
-    return {
-        "real_tokens": [sum(len(example.input_ids) for example in batch) for batch in batches],
-        # Without padding and repeated prefixes.
-        "distinct_tokens": [
-            sum(
-                micro_batch.inputs["input_ids"].numel() for micro_batch in PackedBatches(NO_LIMITS).micro_batches(batch)
-            )
-            for batch in batches
-        ],
-        "supervised_tokens": [sum(example.num_supervised for example in batch) for batch in batches],
-        "matmul_flops": peaks,
-        "engines": {
-            f"{engine}, {precision}": {"seconds": own, "losses": losses, "peak_memory_bytes": memory}
-            for (engine, precision), own, (losses, memory) in zip(runs, seconds, ends, strict=True)
-        },
-    }
+                connection.send("go")
+                connection.recv()
+                results["engines"][name]["seconds"].append(time.perf_counter() - start)
+            times = ", ".join(f"{result['seconds'][-1]:.3g} s" for result in results["engines"].values())
+            print(f"step {step} of {steps}: {times}", flush=True)
+        for connection in connections.values():
+            connection.send("go")
+        for name, connection in connections.items():
+            losses, memory = connection.recv()
+            results["engines"][name] |= {"losses": losses, "peak_memory_bytes": memory}
+    return results

@@ -142,18 +142,17 @@ def compare_pairs(tables: dict[int, pd.DataFrame]) -> dict[str, Any]:
     pairs = list(combinations(tables, 2))
     for first, second in pairs:
         others = [seed for seed in tables if seed not in (first, second)]
-        sides = {
+        seeds = {
             "two models": ([first], [second]),
             "with replicates": ([first, *others[:2]], [second, *others[2:4]]),
         }
-        for name, (before, after) in sides.items():
+        for name, (before, after) in seeds.items():
             runs = [RevisionRuns(tables={seed: tables[seed] for seed in side}) for side in (before, after)]
             results = compare_runs(runs[0], runs[1], ("before", "after"), {})
             # Of the loss without Holm's correction, which would hide whether the interval is right.
-            p_values = {
-                result.metric.name: result.difference.p_value for result in results.metrics if result.difference
-            }
-            different[name]["loss"] += p_values["loss"] < SIGNIFICANCE
+            loss_result = results.metric(LOSS.name)
+            assert loss_result is not None and loss_result.difference is not None
+            different[name]["loss"] += loss_result.difference.p_value < SIGNIFICANCE
             different[name]["any metric"] += any(result.is_significant for result in results.metrics)
     return {"number": len(pairs), "different": different}
 

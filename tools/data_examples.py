@@ -5,8 +5,6 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from stages.data.examples import IGNORE_INDEX
 from tools.data_tables import LOCATION, MARKS, Tables
 
@@ -21,14 +19,11 @@ CUT_TEXT = 300  # characters on both sides of the place at which an answer is cu
 
 def choose_examples(tables: Tables) -> dict[int, list[str]]:
     """The positions of examples of different kinds, with the kinds of each; examples of the training split first."""
-    rows = tables.rows
+    rows = tables.rows.merge(tables.raw.drop_duplicates(LOCATION)[[*LOCATION, *MARKS]], "left", LOCATION)
     # Sorted by a hash, so that the first one of a kind is a random one.
     order = rows.assign(is_other=rows["split"] != "train").sort_values(["is_other", "example_id"])
     lengths = order["prompt_tokens"] + order["answer_tokens"]
-    kinds: dict[str, pd.Series] = {}
-    for kind in MARKS:
-        marked = tables.raw.loc[tables.raw[kind], LOCATION].merge(order[LOCATION].reset_index(), on=LOCATION)
-        kinds[kind] = order.index.to_series().isin(marked["index"])
+    kinds = {kind: order[kind].eq(True) for kind in MARKS}  # not known if the row is not in an outdated raw table
     kinds["several questions"] = order["num_questions"] > 1
     kinds["truncated"] = order["truncated"]
     kinds["shortest answer"] = order["answer_tokens"] == order["answer_tokens"].min()

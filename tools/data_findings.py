@@ -82,8 +82,10 @@ def near_duplicates(tables: Tables) -> dict[str, Finding]:
         if is_first[group].any():
             rows = sorted({*owners[group].tolist()})
             trained = [row for row in rows if splits[row] == "train"]
-            groups_of_kind["across"] += [rows] * (len({splits[row] for row in rows}) > 1)
-            groups_of_kind["within"] += [trained] * (len(trained) > 1)
+            if len({splits[row] for row in rows}) > 1:
+                groups_of_kind["across"].append(rows)
+            if len(trained) > 1:
+                groups_of_kind["within"].append(trained)
     return {
         kind: Finding(
             len(groups),
@@ -168,13 +170,11 @@ def failing_checks(count: int) -> Finding:
     groups: list[Group] = []
     start = num_checked = 0
     for batch in read_batches(FORMATTED, ["check", "response"]) if count else ():
-        for row, (check, response) in enumerate(
-            zip(batch["check"].to_pylist(), batch["response"].to_pylist(), strict=True)
-        ):
-            if check is not None:
-                num_checked += 1
-                if not is_right(check, response):
-                    groups.append(Group(f"check: {check:.300}", [start + row]))
+        checked = batch["check"].to_pandas().dropna()
+        for row, check in checked.items():
+            if not is_right(check, batch["response"][row].as_py()):
+                groups.append(Group(f"check: {check:.300}", [start + row]))
+        num_checked += len(checked)
         start += len(batch)
         if len(groups) >= min(count, MAX_GROUPS) or num_checked >= MAX_CHECKED:
             break

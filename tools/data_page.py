@@ -101,15 +101,11 @@ def overview(tables: Tables, context: dict[str, Any]) -> list[dict[str, Any]]:
     """The main results: the section, a name, a text, and whether there is something to look at."""
     taken = len(tables.rows.drop_duplicates(LOCATION))
     rejected, truncated, found = len(tables.rejected), context["num_truncated"], context["found"]
-    entries: list[tuple[str, str, str, bool]] = [
+    lengths = f"{truncated:,} of {taken:,} rows ({truncated / taken:.1%}) at max_length = {context['max_length']:,}"
+    lengths += f"; {context['kept']['99%']:,} keeps 99% whole"
+    entries = [
         ("rows", "rows", f"{taken + rejected:,} read, {taken:,} taken, {rejected:,} rejected", bool(rejected)),
-        (
-            "lengths",
-            "truncated",
-            f"{truncated:,} of {taken:,} rows ({truncated / taken:.1%}) at max_length = {context['max_length']:,}; "
-            f"{context['kept']['99%']:,} keeps 99% whole",
-            bool(truncated),
-        ),
+        ("lengths", "truncated", lengths, bool(truncated)),
     ]
     nouns = {
         "contradictions": ("contradictions", "prompts with different answers"),
@@ -122,9 +118,9 @@ def overview(tables: Tables, context: dict[str, Any]) -> list[dict[str, Any]]:
         "early end": ("scores, ends", "rows whose answer ends early"),
     }
     for kind, (name, noun) in nouns.items():
-        if kind in found:
-            in_rows = f", in {found[kind].num_rows:,} rows" if found[kind].num_rows != found[kind].count else ""
-            entries.append((kind, name, f"{noun}: {found[kind].count:,}{in_rows}", bool(found[kind].count)))
+        if finding := found.get(kind):
+            in_rows = f", in {finding.num_rows:,} rows" if finding.num_rows != finding.count else ""
+            entries.append((kind, name, f"{noun}: {finding.count:,}{in_rows}", bool(finding.count)))
     return [dict(zip(("section", "name", "text", "is_notable"), entry, strict=True)) for entry in entries]
 
 
@@ -196,8 +192,8 @@ def compare(base: str) -> dict[str, Any]:
     counts = {}
     for name, side in (("before", before), ("after", after)):
         tables = {split: side.read_table(path, ["source"]) for split, path in SPLITS.items()}
-        found = [table.assign(split=split) for split, table in tables.items() if table is not None]
-        counts[name] = pd.concat(found).groupby(["split", "source"]).size() if found else pd.Series(dtype=int)
+        rows = [table.assign(split=split) for split, table in tables.items() if table is not None]
+        counts[name] = pd.concat(rows).groupby(["split", "source"]).size() if rows else pd.Series(dtype=int)
     return {
         "base": base,
         "is_known": data.is_known,

@@ -147,7 +147,6 @@ def take_raw(locations: set[tuple[str, int]]) -> dict[tuple[str, int], str]:
     """The messages of some raw rows, as JSON text, by location."""
     messages: dict[tuple[str, int], str] = {}
     for batch in read_batches(RAW, [*LOCATION, "messages"]) if locations else ():
-        keys = zip(*(batch[name].to_pylist() for name in LOCATION), strict=True)
-        rows = {key: at for at, key in enumerate(keys) if key in locations}
-        messages |= {key: batch["messages"][at].as_py() for key, at in rows.items()}
+        rows = batch.to_pandas().set_index(LOCATION)["messages"]
+        messages |= rows[rows.index.isin(locations)].to_dict()
     return messages

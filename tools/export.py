@@ -9,11 +9,11 @@ that have a check.
 
 import argparse
 import json
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from rapidfuzz.distance import Prefix
+from rich.table import Column, Table
 
 from stages.data.examples import SCORING_SCHEMA, Split
 from stages.data.files import atomic_path, write_text
@@ -127,15 +127,11 @@ def tuned_answers(
 
 
 def show(
-    prompts: list[str],
-    tokenizer: "PreTrainedTokenizerBase",
-    expected: list[list[int]],
-    found: list[list[int]],
+    prompts: list[str], tokenizer: "PreTrainedTokenizerBase", expected: list[list[int]], found: list[list[int]]
 ) -> None:
     """Print the answers side by side."""
-    table = Table(width=WIDTH, show_lines=True)
-    for name in ("prompt", str(TUNED), GGUF.name):
-        table.add_column(name, ratio=1, overflow="fold")
+    columns = [Column(name, ratio=1, overflow="fold") for name in ("prompt", str(TUNED), GGUF.name)]
+    table = Table(*columns, width=WIDTH, show_lines=True)
     for prompt, *answers in zip(prompts, expected, found, strict=True):
         texts = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
         table.add_row(*(printable(text) for text in (prompt, *texts)))
@@ -152,30 +148,23 @@ def compare(expected: list[list[int]], found: list[list[int]]) -> str:
     Raises:
         UserError: most answers differ within their first tokens.
     """
-    agreed = agreeing_tokens(expected, found)
-    diverged = sum(same < min(FIRST_TOKENS, len(one)) for same, one in zip(agreed, expected, strict=True))
-    if 2 * diverged > len(agreed):
+    pairs = zip(expected, found, strict=True)
+    diverged = sum(one[:FIRST_TOKENS] != other[:FIRST_TOKENS] for one, other in pairs)
+    if 2 * diverged > len(expected):
         raise UserError(
-            f"{GGUF}: {diverged} of its {len(agreed)} answers differ from those of {TUNED} within the first "
+            f"{GGUF}: {diverged} of its {len(expected)} answers differ from those of {TUNED} within the first "
             f"{FIRST_TOKENS} tokens; llama.cpp computes this model differently, so the file was not kept; "
             "use another model_name"
         )
     return agreement_in_words(expected, found)
 
 
-def agreeing_tokens(expected: list[list[int]], found: list[list[int]]) -> list[int]:
-    """For each pair of answers, the number of equal tokens before the first difference."""
-    return [
-        sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-        for one, other in zip(expected, found, strict=True)
-    ]
-
-
 def agreement_in_words(expected: list[list[int]], found: list[list[int]]) -> str:
-    equal = sum(one == other for one, other in zip(expected, found, strict=True))
-    longest = sum(max(len(one), len(other)) for one, other in zip(expected, found, strict=True))
-    agreed = sum(agreeing_tokens(expected, found))
-    return f"{equal} of {len(expected)} answers, {agreed:,} of {longest:,} tokens"
+    pairs = [*zip(expected, found, strict=True)]
+    equal = sum(one == other for one, other in pairs)
+    longest = sum(max(map(len, pair)) for pair in pairs)
+    agreed = sum(Prefix.similarity(*pair) for pair in pairs)
+    return f"{equal} of {len(pairs)} answers, {agreed:,} of {longest:,} tokens"
 
 
 def card(dtype: str, results: dict[str, str]) -> str:

@@ -39,19 +39,19 @@ def main() -> None:
     if options.limit and not options.limit.isdecimal():
         raise UserError(f"LIMIT: found {options.limit!r}; must be a number of examples")
     limit = int(options.limit) if options.limit else None
-    models = output_hashes(Revision(WORKSPACE).read_yaml("dvc.lock"))
+    hashes = output_hashes(Revision(WORKSPACE).read_yaml("dvc.lock"))
 
     manager = open_tasks(tasks, options.include)
-    sides, wrote = [], []
+    settings = {"lm_eval": metadata.version("lm_eval"), "tasks": tasks, "limit": limit, "template": params.template}
+    samples, wrote = {}, []
     for name in ("base", "tuned"):
         results = run_tasks(Path("models") / name, tasks, manager, params, limit)
-        sides.append(read_results(results, models.get(f"models/{name}", "")))
+        samples[name] = read_results(results, hashes.get(f"models/{name}", ""))
         wrote.append(Path(SAMPLES.format(model=name)))
-        settings = {"lm_eval": metadata.version("lm_eval"), "tasks": tasks, "limit": limit, "template": params.template}
-        write_text(wrote[-1], write_samples(sides[-1], settings))
-    results = compare_samples(sides[0], sides[1], ("base", "tuned"))
-    show(results)
-    summary({"examples": f"{len(sides[1].table):,}"}, wrote=wrote, then="git add metrics; make review BASE=main")
+        write_text(wrote[-1], write_samples(samples[name], settings))
+    show(compare_samples(samples["base"], samples["tuned"], ("base", "tuned")))
+    num_examples = len(samples["tuned"].table)
+    summary({"examples": f"{num_examples:,}"}, wrote=wrote, then="git add metrics; make review BASE=main")
 
 
 def open_tasks(tasks: list[str], include: str) -> Any:
@@ -126,9 +126,7 @@ def read_results(results: Any, model: str) -> Samples:
 
 def show(results: Results) -> None:
     """Print the comparison of the base model with the tuned one."""
-    table = Table()
-    for name in ("task and metric", "base", "tuned", *RESULT_HEADER[2:]):
-        table.add_column(name)
+    table = Table("task and metric", "base", "tuned", *RESULT_HEADER[2:])
     for result in results.metrics:
         table.add_row(result.metric.name, *(printable(cell).replace("\\", "") for cell in result_cells(result)))
     console().print(table)

@@ -7,7 +7,6 @@ import argparse
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from review.revisions import WORKSPACE, Revision
@@ -30,17 +29,16 @@ class Ballot:
     def __init__(self, pairs: Sequence[Pair], path: Path, voter: str, voter_id: str, names: tuple[str, str]):
         self.pairs = {pair.example_id: pair for pair in pairs}
         self.path, self.identity, self.names = path, (voter, voter_id), names
-        self.lock = Lock()  # the server has a thread per request
         self.is_revealed = False
         # Prompts that were voted on or skipped, the last one at the end; and those that are left, the next one first.
-        self.done = [vote.example_id for vote in self.own_votes(self.votes())]
+        self.done = [vote.example_id for vote in self.of_voter(self.votes())]
         left = self.pairs.keys() - {*self.done}
         self.left = sorted(left, key=lambda example_id: content_hash(voter, voter_id, example_id))
 
     def votes(self) -> list[Vote]:
         return read_votes(self.path, [*self.pairs.values()])
 
-    def own_votes(self, votes: list[Vote]) -> list[Vote]:
+    def of_voter(self, votes: list[Vote]) -> list[Vote]:
         return [vote for vote in votes if vote.identity == self.identity]
 
     def in_order(self, pair: Pair) -> tuple[Choice, Choice]:
@@ -51,58 +49,54 @@ class Ballot:
 
     def vote(self, example_id: str, answer: str) -> None:
         """Record the answer to the prompt that is shown; one to another prompt, such as a second click, is ignored."""
-        with self.lock:
-            if self.is_revealed or not self.left or self.left[0] != example_id:
-                return
-            if answer == "skip":
-                self.left.append(example_id)
-            else:
-                pair = self.pairs[example_id]
-                choice: Choice = "equal" if answer == "0" else self.in_order(pair)[int(answer) - 1]
-                vote = Vote(*self.identity, example_id, choice, *pair.hashes())
-                update_votes(self.path, lambda votes: [*votes, vote])
-            self.left.pop(0)
-            self.done.append(example_id)
+        if self.is_revealed or not self.left or self.left[0] != example_id:
+            return
+        if answer == "skip":
+            self.left.append(example_id)
+        else:
+            pair = self.pairs[example_id]
+            choice: Choice = "equal" if answer == "0" else self.in_order(pair)[int(answer) - 1]
+            vote = Vote(*self.identity, example_id, choice, *pair.hashes())
+            update_votes(self.path, lambda votes: [*votes, vote])
+        self.left.pop(0)
+        self.done.append(example_id)
 
     def undo(self) -> None:
         """Go back to the last prompt, and delete the vote on it."""
-        with self.lock:
-            if self.is_revealed or not self.done:
-                return
-            example_id = self.done[-1]
-            key = (*self.identity, example_id, *self.pairs[example_id].hashes())
+        if self.is_revealed or not self.done:
+            return
+        example_id = self.done[-1]
+        key = (*self.identity, example_id, *self.pairs[example_id].hashes())
 
-            def without_it(votes: list[Vote]) -> list[Vote]:
-                return [vote for vote in votes if (*vote.identity, vote.example_id, vote.before, vote.after) != key]
+        def without_it(votes: list[Vote]) -> list[Vote]:
+            return [vote for vote in votes if (*vote.identity, vote.example_id, vote.before, vote.after) != key]
 
-            update_votes(self.path, without_it)
-            self.done.pop()
-            self.left = [example_id, *(other for other in self.left if other != example_id)]
+        update_votes(self.path, without_it)
+        self.done.pop()
+        self.left = [example_id, *(other for other in self.left if other != example_id)]
 
     def reveal(self) -> None:
-        with self.lock:
-            self.is_revealed = True
+        self.is_revealed = True
 
     def state(self) -> dict[str, Any]:
         """What the page shows."""
-        with self.lock:
-            votes = self.votes()
-            own_votes = self.own_votes(votes)
-            state: dict[str, Any] = {
-                "voted": len(own_votes),
-                "total": len(self.pairs),
-                "canUndo": bool(self.done) and not self.is_revealed,
-                "isEnough": overall(votes).verdict != "undecided",
-                "pair": None,
-                "result": None,
-            }
-            if self.is_revealed:
-                state["result"] = result_in_words(count(own_votes), self.names)
-            elif self.left:
-                pair = self.pairs[self.left[0]]
-                answers = [getattr(pair, side) for side in self.in_order(pair)]
-                state["pair"] = {"id": pair.example_id, "prompt": pair.prompt, "answers": answers}
-            return state
+        votes = self.votes()
+        votes_of_voter = self.of_voter(votes)
+        state: dict[str, Any] = {
+            "voted": len(votes_of_voter),
+            "total": len(self.pairs),
+            "canUndo": bool(self.done) and not self.is_revealed,
+            "isEnough": overall(votes).verdict != "undecided",
+            "pair": None,
+            "result": None,
+        }
+        if self.is_revealed:
+            state["result"] = result_in_words(count(votes_of_voter), self.names)
+        elif self.left:
+            pair = self.pairs[self.left[0]]
+            answers = [getattr(pair, side) for side in self.in_order(pair)]
+            state["pair"] = {"id": pair.example_id, "prompt": pair.prompt, "answers": answers}
+        return state
 
 
 def result_in_words(tally: Tally, names: tuple[str, str]) -> str:
@@ -128,17 +122,16 @@ def main() -> None:
             raise UserError(f"{name}: found {value!r}; must have printable characters only")
 
     before, after = Revision(options.base), Revision(options.revision)
-    found = find_pairs(before, after)
-    if found is None:
+    pairs_and_path = find_pairs(before, after)
+    if pairs_and_path is None:
         missing = [
             f"{path} of {side.name} ({reason})" for side in (before, after) for path, reason in side.missing.items()
         ]
-        found_none = ", ".join(missing) or "no predictions"
-        raise UserError(f"no answers to vote on: {found_none}; `dvc repro` in a checkout of the revision writes them")
-    pairs, path = found
+        reasons = ", ".join(missing) or "no predictions"
+        raise UserError(f"no answers to vote on: {reasons}; `dvc repro` in a checkout of the revision writes them")
+    pairs, path = pairs_and_path
     if not pairs:
         raise UserError(f"no answers to vote on: {before.name} and {after.name} answer every test prompt equally")
-    names = before.name, after.name
     for note in find_notes(path, pairs):
         print(note)
     if options.judge:
@@ -150,7 +143,7 @@ def main() -> None:
         if not voter:
             raise UserError("your name is not known; set it: make vote VOTER=..., or git config user.name")
         identity = voter, content_hash(git_config("user.email"))[:8]
-        ballot = Ballot(pairs, path, *identity, names)
+        ballot = Ballot(pairs, path, *identity, (before.name, after.name))
         lock = Path(f".scratch/vote-{content_hash(str(path), *identity)[:12]}.lock")
         with file_lock(lock, f"serves the page of the voter {voter!r}"):
             serve(ballot, parse_port(options.port))

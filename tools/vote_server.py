@@ -8,11 +8,15 @@ from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Protocol
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 from stages.runtime.errors import UserError
 from stages.runtime.run import describe_error
 from stages.text import printable
+
+if TYPE_CHECKING:
+    from tools.vote import Ballot
 
 HOST = "127.0.0.1"
 PAGE = Path(__file__).with_name("vote.html")
@@ -20,16 +24,7 @@ MAX_REQUEST = 10_000  # bytes
 ANSWERS = ("1", "2", "0", "skip")  # the first answer is better, the second, equal
 
 
-class Ballot(Protocol):
-    """What the page shows and changes; see `tools.vote.Ballot`."""
-
-    def state(self) -> dict[str, Any]: ...
-    def vote(self, example_id: str, answer: str) -> None: ...
-    def undo(self) -> None: ...
-    def reveal(self) -> None: ...
-
-
-def serve(ballot: Ballot, port: int) -> None:
+def serve(ballot: "Ballot", port: int) -> None:
     """Serve the page until Ctrl-C.
 
     Raises:
@@ -45,8 +40,8 @@ def serve(ballot: Ballot, port: int) -> None:
 class VoteServer(ThreadingHTTPServer):
     """A server that does not run yet; port 0 is any free port."""
 
-    def __init__(self, ballot: Ballot, port: int):
-        self.ballot = ballot
+    def __init__(self, ballot: "Ballot", port: int):
+        self.ballot, self.lock = ballot, Lock()  # each request has a thread
         self.page = PAGE.read_text(encoding="utf-8")
         try:
             super().__init__((HOST, port), Handler)
@@ -109,8 +104,10 @@ class Handler(BaseHTTPRequestHandler):
     def send_state(self, change: Callable[[], None] = lambda: None) -> None:
         """Make a change and send what the page shows then, or why that is not possible."""
         try:
-            change()
-            reply = 200, "application/json", json.dumps(self.server.ballot.state())
+            with self.server.lock:
+                change()
+                state = self.server.ballot.state()
+            reply = 200, "application/json", json.dumps(state)
         except (UserError, OSError) as error:  # such as a full disk, or a vote file that was edited meanwhile
             reply = 409, "text/plain; charset=utf-8", printable(describe_error(error) or str(error))
         self.send(*reply)
