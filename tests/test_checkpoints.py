@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stages.engine import checkpoints as checkpoints_module
-from stages.engine.checkpoints import Checkpoints, describe_run, fingerprint, load
+from stages.engine.checkpoints import Checkpoints, load
 from stages.runtime.locks import file_lock
 
 DVC_YAML = "stages:\n  train:\n    deps: [data/train.parquet, models/base]\n"
@@ -25,18 +25,6 @@ def inputs(project: Path) -> Path:
     (project / "models/base").mkdir(parents=True)
     (project / "models/base/weights").write_bytes(b"weights")
     return project
-
-
-def test_the_fingerprint_depends_on_parameters_inputs_and_versions(inputs: Path) -> None:
-    def found(seed: int, torch_version: str) -> str:
-        return fingerprint(describe_run("train", {"seed": seed}, {"torch": torch_version}))
-
-    first = found(1, "2")
-    assert found(1, "2") == first
-    assert found(2, "2") != first
-    assert found(1, "3") != first
-    (inputs / "models/base/weights").write_bytes(b"other weights")
-    assert found(1, "2") != first
 
 
 def open_run(params: dict[str, object] | None = None, **versions: str) -> AbstractContextManager[Checkpoints]:

@@ -26,7 +26,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.params import TrainParams, load_params
 from tests.clone import edit
 from tests.test_loss import CONFIGS
-from tests.test_train import curve, interruption, outcome, take_outcome
+from tests.test_train import assert_resumes_to_the_same_bytes, curve
 from tests.textbook import textbook_steps
 from tests.tiny_models import random_model, tiny_model
 
@@ -145,15 +145,8 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     finetuning: str, dropout: str, precision: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit_lora(finetuning, lora_dropout=dropout, precision=precision)
-    train.main()
-    expected = take_outcome()
-    with interruption(14):
-        train.main()
-    capsys.readouterr()
-    train.main()
-    assert "Resuming from the checkpoint at step 10" in capsys.readouterr().out
-    assert outcome() == expected
-    assert "models/tuned/adapter/adapter_config.json" in expected
+    assert_resumes_to_the_same_bytes(capsys, 14, 10)
+    assert (TUNED / "adapter/adapter_config.json").exists()
 
 
 @pytest.mark.parametrize("name", ["c_attn", "lm_head", "norm", "proj"])

@@ -12,7 +12,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from stages import train
 from stages.engine.distributed import DistributedContext
 from stages.engine.loading import load_for_training
 from stages.engine.lora import add_adapters, count_names, merge, save_adapter, without_gradient
@@ -20,7 +19,7 @@ from stages.engine.models import load_model
 from stages.engine.optimizer import trainable_parameters
 from stages.runtime.errors import UserError
 from tests.test_lora import BASE, TUNED, edit_lora
-from tests.test_train import curve, interruption, outcome, take_outcome
+from tests.test_train import assert_resumes_to_the_same_bytes, curve
 from tests.tiny_models import NOT_BUILT, tiny_config, tiny_model
 
 pytestmark = pytest.mark.usefixtures("training_inputs")
@@ -162,21 +161,14 @@ def test_qlora_of_a_mixture_is_an_error_before_the_model_is_loaded() -> None:
 def test_a_mixture_is_trained_and_resumes_to_the_same_bytes(precision: str, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_model("deepseek_v3").save_pretrained(BASE)
     edit_lora(precision=precision)
-    train.main()
-    output = capsys.readouterr().out
-    assert "experts.gate_up_proj (1)" in output
-    assert "unchanged by training" not in output
+    log = assert_resumes_to_the_same_bytes(capsys, 14, 10)
+    assert "experts.gate_up_proj (1)" in log
+    assert "unchanged by training" not in log
     losses = [loss for _, loss in curve("loss")]
     assert losses[-1] < losses[0] - 0.3
     tuned = AutoModelForCausalLM.from_pretrained(TUNED)
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), str(TUNED / "adapter"))
     torch.testing.assert_close(tuned(IDS).logits, loaded(IDS).logits, rtol=0, atol=1e-4)
-    expected = take_outcome()
-    with interruption(14):
-        train.main()
-    train.main()
-    assert "Resuming from the checkpoint at step 10" in capsys.readouterr().out
-    assert outcome() == expected
 
 
 def test_frozen_matrices_in_bf16_that_peft_adds_adapters_to_are_widened(tmp_path: Path) -> None:

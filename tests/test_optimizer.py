@@ -15,7 +15,7 @@ from stages.engine.optimizer import create_optimizer, optimizer_state, state_byt
 from stages.engine.schedule import Schedule
 from stages.runtime.params import TrainParams, load_params
 from tests.clone import edit
-from tests.test_train import curve, interruption, outcome, take_outcome
+from tests.test_train import assert_resumes_to_the_same_bytes, curve
 
 
 @pytest.mark.parametrize(
@@ -109,14 +109,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     training_inputs: Path, capsys: pytest.CaptureFixture[str], optimizer: str, finetuning: str, precision: str
 ) -> None:
     edit(training_inputs, optimizer=optimizer, finetuning=finetuning, lora_rank="64", precision=precision)
-    train.main()
+    assert_resumes_to_the_same_bytes(capsys, 14, 10)
     (checkpoint,) = Path(".scratch/train").glob("*/step-00000020/tensors.safetensors")
     dtypes = {tensor.dtype for name, tensor in load_file(checkpoint).items() if name.endswith(".state1")}
     assert dtypes == {torch.uint8, torch.float32}  # of large and of small tensors
-    expected = take_outcome()
-    with interruption(14):
-        train.main()
-    capsys.readouterr()
-    train.main()
-    assert "Resuming from the checkpoint at step 10\n" in capsys.readouterr().out
-    assert outcome() == expected

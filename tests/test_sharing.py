@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -123,13 +122,6 @@ def test_every_block_of_the_page_is_run() -> None:
     first_lines = {text.splitlines()[0] for text in blocks("console")}
     assert {line for line in first_lines if f'"{line}"' not in here and f"'{line}'" not in here} == set()
     assert len(blocks("console")) == len(first_lines)
-
-
-def test_packages_that_the_page_needs_are_installed_and_pinned() -> None:
-    assert "dvc-s3" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
-    assert {"dvc-s3", "gto"} <= pinned
-    assert "INSTALLED := .venv/installed\n" in (ROOT / "Makefile").read_text()
 
 
 def test_a_colleague_pulls_and_every_stage_is_skipped(team: Team, tmp_path: Path) -> None:
