@@ -80,7 +80,7 @@ def test_page_has_no_scripts_and_no_external_resources() -> None:
     assert "<script" not in page
     assert "<title>a &lt;/title&gt;&lt;script&gt;</title>" in page
     assert re.findall('(?:src|href)="(.{10})', page) == ["data:image"]
-    assert "default-src 'none'; img-src data:" in page
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
 
 
 def test_curves_are_resampled_at_equal_fractions_of_the_run() -> None:
@@ -202,7 +202,6 @@ def test_page_has_a_figure_after_the_table_of_its_section_and_no_script() -> Non
         "<table>",
     ]
     assert "<title>a → &lt;b&gt;</title>" in page
-    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
     assert "color-scheme: light dark" in page
 
 

@@ -28,7 +28,7 @@ _INTEGERS: dict[int, str] = {
     "moe_shared_expert_intermediate_size shared_experts_intermediate_size dense_intermediate_size "
     "intermediate_size_mlp prefix_dense_intermediate_size mlp_dim",
     32: "hidden_size n_embd d_model emb_dim embed_dim embedding_size embedding_dim word_embed_proj_dim "
-    "attention_hidden_size backbone_hidden_size lru_width out_hidden_size input_embedding_size "
+    "attention_hidden_size lru_width out_hidden_size input_embedding_size "
     "output_embedding_size shared_intermediate_size router_hidden_size hidden_size_global vision_output_dim "
     "adapter_in_dim adapter_out_dim adapter_input_size",
     8: "head_dim attention_head_dim attention_head_size dim_head d_head kv_channels swa_head_dim v_head_dim "
@@ -42,7 +42,7 @@ _INTEGERS: dict[int, str] = {
     "mamba_num_heads qk_rope_head_dim rotary_dim",
     2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers "
     "num_decoder_layers num_blocks depth num_key_value_heads kv_n_heads num_kv_heads swa_num_key_value_heads "
-    "num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k top_k_experts cross_attn_k "
+    "num_experts_per_tok moe_topk moe_k moe_top_k top_k_experts cross_attn_k "
     "no_rope_layer_interval attn_layer_period expert_layer_period interleave_moe_layer_step eos_token_id "
     "sep_token_id decoder_start_token_id forced_eos_token_id",
     # Many heads, because a sparse attention's score is a sum of rectified values, and zeros would be ties.
