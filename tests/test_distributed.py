@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -22,14 +21,13 @@ from safetensors.torch import load_file, save_file
 from stages import train
 from stages.data.examples import read_split
 from stages.engine.batches import Limits, PackedBatches, PaddedBatches, partition_by_cost, shuffled_batches
-from stages.engine.checkpoints import Checkpoints
 from stages.engine.distributed import DistributedContext
 from stages.engine.models import load_model
 from tests.clone import copy_clone, edit, environment, run_pipeline
 from tests.clone import run as run_in
 from tests.conftest import example
 from tests.fork_server import PYTHON
-from tests.test_train import curve
+from tests.test_train import curve, interruption, outcome, take_outcome
 
 pytestmark = [pytest.mark.subprocess, pytest.mark.usefixtures("fast_stages")]
 
@@ -71,16 +69,6 @@ def kill_after_a_checkpoint(launcher: str, **env: str) -> None:
             child.kill()
 
 
-def interrupt_after(save: Callable[..., None]) -> Callable[..., None]:
-    """Save a checkpoint, then interrupt the run."""
-
-    def save_and_interrupt(*args: object) -> None:
-        save(*args)
-        raise KeyboardInterrupt
-
-    return save_and_interrupt
-
-
 def workers() -> list[psutil.Process]:
     """The processes in this folder; a launcher starts each in its own session."""
     processes = psutil.process_iter(["cwd"])
@@ -107,7 +95,7 @@ def curve_of(*columns: str) -> dict[str, list[float]]:
     ],
 )
 def test_two_processes_train_like_one_also_after_a_kill(
-    launcher: str, env: dict[str, str], finetuning: str, killed: str, processes: str, monkeypatch: pytest.MonkeyPatch
+    launcher: str, env: dict[str, str], finetuning: str, killed: str, processes: str
 ) -> None:
     # Batches of 7 examples, of which the last of an epoch has one: the second process has none. Micro-batches of 140
     # tokens: the processes differ in their number.
@@ -118,12 +106,10 @@ def test_two_processes_train_like_one_also_after_a_kill(
     columns = ("loss", "validation_loss", "gradient_norm")
     expected, weights = curve_of(*columns), load_file("models/tuned/model.safetensors")
     assert expected["loss"][-1] < expected["loss"][0] - 0.2
-    for folder in (".scratch", "models/tuned", "metrics"):
-        shutil.rmtree(folder)
+    take_outcome()
 
     if killed == "one process":  # any number of processes can read a checkpoint
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Checkpoints, "save", interrupt_after(Checkpoints.save))
+        with interruption(14):
             train.main()
     elif killed:
         kill_after_a_checkpoint(launcher, **env)
@@ -145,17 +131,14 @@ def test_two_processes_train_like_one_also_after_a_kill(
 def test_moments_in_8_bits_are_equal_in_all_processes_so_a_resumed_run_gives_the_same_bytes() -> None:
     # A resumed run gives both processes the state of the first one. So if theirs differed, the bytes would, too.
     edit(Path.cwd(), optimizer="adamw_8bit", precision="bf16", launcher=TORCHRUN)
-    names = ("models/tuned/model.safetensors", "metrics/curve.csv")
     status, log = finish(TORCHRUN)
     assert status == 0, log
-    expected = [Path(name).read_bytes() for name in names]
-    for folder in (".scratch", "models/tuned", "metrics"):
-        shutil.rmtree(folder)
+    expected = take_outcome()
     kill_after_a_checkpoint(TORCHRUN)
     status, log = finish(TORCHRUN)
     assert status == 0, log
     assert log.count("Resuming from the checkpoint at step ") == 1
-    assert [Path(name).read_bytes() for name in names] == expected
+    assert outcome() == expected
 
 
 def test_a_sharded_model_has_the_losses_and_answers_of_one_process(

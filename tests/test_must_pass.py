@@ -5,11 +5,9 @@ from typing import Any
 
 import pytest
 
-from review.conditions import MUST_PASS, parse
 from review.gates import check_must_pass
 from review.must_pass import MustPass, compare_must_pass, prompt_ids
 from review.report import must_pass_table
-from stages.runtime.errors import UserError
 from stages.templates.conversations import Conversation, content_ids
 from tests.conftest import predictions, revision
 
@@ -94,23 +92,3 @@ def test_rows_with_the_same_prompt_count_once_and_need_one_check() -> None:
     found = compared(side([False] * 4, **columns), side([True] * 4, **columns), "same", "id0")
     assert found
     assert [(example.state, example.prompt) for example in found] == [("fixed", "Say 0.")]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (
-            "id: 3",
-            "must_pass.yaml:\n  content: found {'id': 3}: Input should be a valid list\n  as text",
-        ),
-        (
-            "- 3",
-            "must_pass.yaml:\n  0: found 3: Input should be a valid string\n  as text",
-        ),
-        ("- [", "must_pass.yaml: not valid YAML: "),
-    ],
-)
-def test_an_invalid_file_is_reported(content: str, message: str) -> None:
-    with pytest.raises(UserError) as error:
-        parse(content.encode(), str(MUST_PASS), list[str], "as text")
-    assert str(error.value).startswith(message)

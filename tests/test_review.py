@@ -1,4 +1,4 @@
-"""`make review` in a repository of seven commits with known differences."""
+"""`make review` in a repository of six commits with known differences."""
 
 import contextlib
 import io
@@ -122,7 +122,6 @@ def repository(tmp_path_factory: pytest.TempPathFactory, fast_stages: None) -> P
     revisions: dict[str, dict[str, Any]] = {
         "before": {"losses": LOSSES, "learning_rate": "1e-4", "answer": "Red and green."},
         "better": {"losses": LOSSES - 0.2 + ALTERNATING, "learning_rate": "2e-4", "answer": "Red and @octocat."},
-        "noise": {"losses": LOSSES - 0.03 + ALTERNATING, "learning_rate": "3e-4", "answer": "Red and green."},
         "worse": {
             "losses": LOSSES + 0.2,
             "learning_rate": "4e-4",
@@ -172,30 +171,12 @@ def review(folder: Path, *revisions: str, exit_code: int = 0) -> str:
     return printed.getvalue() + error
 
 
-def review_with_plots(folder: Path, *revisions: str, exit_code: int = 0) -> None:
-    """Run it as `make` does. There must be no traceback."""
-    result = run(folder, "python", "-m", "review", *revisions, check=False, PYTHONPATH=str(ROOT))
-    assert "Traceback" not in result.stderr
-    assert result.returncode == exit_code, result.stdout + result.stderr
-
-
 def at(folder: Path, name: str, **files: str) -> None:
     """Put the workspace into the state of a revision, and write other conditions."""
     run(folder, "git", "checkout", "-q", "--force", name)
     run(folder, "dvc", "checkout", "--force", "--quiet")
     for stem, content in files.items():
         Path(f"{stem}.yaml").write_text(content)
-
-
-def test_significantly_better_model_is_better(folder: Path) -> None:
-    result = compared("before", "better").test.metrics[0]
-    assert result.verdict == "better"
-    assert result.difference
-    assert result.difference.by_seed == pytest.approx({42: -0.2, 1: -0.2, 2: -0.2})
-    assert result.difference.value == pytest.approx(-0.2)
-    # 1.98 standard errors of 100 differences with a standard deviation of 0.5.
-    assert result.difference.low == pytest.approx(-0.299, abs=0.01)
-    assert result.difference.high == pytest.approx(-0.101, abs=0.01)
 
 
 def test_significantly_worse_model_is_worse_and_fails_the_gates(folder: Path) -> None:
@@ -360,11 +341,12 @@ def test_workspace_is_compared_by_default(folder: Path) -> None:
     ]
 
 
-def test_repeated_review_gives_the_same_bytes(folder: Path) -> None:
-    review_with_plots(folder, "before", "better")
-    first = [Path(name).read_bytes() for name in ("review.md", "review.html")]
-    review_with_plots(folder, "before", "better")
-    assert first == [Path(name).read_bytes() for name in ("review.md", "review.html")]
+def test_repeated_reviews_with_plots_give_the_same_bytes(folder: Path) -> None:
+    written = []
+    for _ in range(2):
+        run(folder, "python", "-m", "review", "before", "better", PYTHONPATH=str(ROOT))
+        written.append([Path(name).read_bytes() for name in ("review.md", "review.html")])
+    assert written[0] == written[1]
 
 
 def test_without_predictions_everything_but_the_intervals_is_reported(folder: Path) -> None:
@@ -607,31 +589,20 @@ def test_damaged_and_unreachable_predictions_give_a_report_with_the_reason(
     assert f"| `{PREDICTIONS}` | `HEAD` | Unable to locate credentials |" in section_of("Not available")
 
 
-def test_a_damaged_curve_is_a_line_in_the_report(folder: Path) -> None:
-    path = Path("metrics/curve.csv")
-    path.write_text(f"<<<<<<< HEAD\n{path.read_text()}")
-    review_with_plots(folder, "seed", exit_code=1)  # the file does not belong to dvc.lock
-    line = "The curves can't be drawn: metrics/curve.csv of workspace: can't be read: could not convert string to float"
-    assert line in Path("review.md").read_text()
-    assert "metrics/curve.csv of workspace: can't be plotted: " in Path("review.html").read_text()
-
-
 def test_the_page_shows_verdict_gates_and_metrics_then_the_figure_of_the_metrics(folder: Path) -> None:
     slices = ["a", "b"] * (NUM // 2)
     write_revision(folder, LOSSES - 0.2 + ALTERNATING, "9e-4", "Red.", slice=slices)
     review(folder, "before")
     page = Path("review.html").read_text()
-    parts = [
+    shown = "Test loss: ✓ better|<h2>(?:Gates|Metrics on the test|Slices of the test)|<figcaption>[^:(]*"
+    assert re.findall(shown, page) == [
         "Test loss: ✓ better",
-        "<h2>Gates</h2>",
-        "<h2>Metrics on the test split</h2>",
-        "<table>",
-        "<figcaption>Metrics:",
+        "<h2>Gates",
+        "<h2>Metrics on the test",
+        "<figcaption>Metrics",
+        "<h2>Slices of the test",
+        "<figcaption>Loss ",
     ]
-    parts += ["<h2>Slices of the test split</h2>", "<table>", "<figcaption>Loss (nats/token) by slice"]
-    position = 0
-    for part in parts:
-        position = page.index(part, position)
 
 
 @pytest.mark.parametrize("name", ["main", "origin/main"])

@@ -281,30 +281,22 @@ def test_after_the_models_are_revealed_nothing_can_be_voted_or_undone() -> None:
 VOTE = {"id": "id0", "answer": "1"}
 
 
-def with_changes(**changes: str) -> Callable[[str], dict[str, str]]:
-    def headers(url: str) -> dict[str, str]:
-        return {"Origin": url, "Content-Type": "application/json"} | {
-            name.replace("_", "-"): value for name, value in changes.items()
-        }
-
-    return headers
-
-
 @pytest.mark.parametrize(
-    ("headers", "content", "status"),
+    ("changes", "content", "status"),
     [
-        (with_changes(Origin="http://example.com"), VOTE, 403),
-        (with_changes(Origin="null"), VOTE, 403),
-        (with_changes(Content_Type="text/plain"), VOTE, 403),  # a browser sends this type from any site without asking
-        (with_changes(Host="example.com"), VOTE, 403),  # a name that resolves to this machine
-        (with_changes(), {"id": "id0", "answer": "3"}, 400),
-        (with_changes(), [1], 400),
-        (with_changes(), VOTE, 200),
+        ({"Origin": "http://example.com"}, VOTE, 403),
+        ({"Origin": "null"}, VOTE, 403),
+        ({"Content-Type": "text/plain"}, VOTE, 403),  # a browser sends this type from any site without asking
+        ({"Host": "example.com"}, VOTE, 403),  # a name that resolves to this machine
+        ({}, {"id": "id0", "answer": "3"}, 400),
+        ({}, [1], 400),
+        ({}, VOTE, 200),
     ],
 )
-def test_only_the_page_itself_can_send_votes(headers: Any, content: Any, status: int) -> None:
+def test_only_the_page_itself_can_send_votes(changes: dict[str, str], content: Any, status: int) -> None:
     with running(VoteServer(ballot(), 0)) as url:
-        response = httpx2.post(f"{url}/vote", json=None, content=json.dumps(content), headers=headers(url))
+        headers = {"Origin": url, "Content-Type": "application/json"} | changes
+        response = httpx2.post(f"{url}/vote", content=json.dumps(content), headers=headers)
         assert response.status_code == status
         page = httpx2.get(url)
         assert httpx2.get(url, headers={"Host": "example.com"}).status_code == 403

@@ -186,22 +186,6 @@ def test_changed_code_and_metrics_need_both_remedies(clone: Path) -> None:
     assert advice in run_step(CHECK, clone).stderr
 
 
-def test_conflict_in_the_lock_is_resolved_by_the_advice(clone: Path) -> None:
-    for side, rate in (("one", "1e-4"), ("two", "2e-4")):
-        run(clone, "git", "checkout", "-q", "-b", side, "origin/main")
-        edit(clone, learning_rate=rate)
-        apply(f"sed -i 's/learning_rate: 0.001/learning_rate: {rate}/' dvc.lock", clone)
-        commit(clone, side)
-    assert run(clone, "git", "merge", "one", check=False).returncode == 1
-    run(clone, "git", "checkout", "--ours", "params.yaml")
-    result = run_step(CHECK, clone)
-    assert result.stderr.startswith(
-        "error: dvc.lock: has conflict markers; run `git checkout HEAD -- dvc.lock metrics`, "
-    )
-    run(clone, "git", "checkout", "HEAD", "--", "dvc.lock", "metrics")
-    assert run_step(CHECK, clone).stdout == UP_TO_DATE
-
-
 def test_line_ends_that_git_converted_in_an_older_clone_are_restored_by_the_advice(
     project: Path, tmp_path: Path
 ) -> None:
@@ -229,6 +213,7 @@ def test_line_ends_that_git_converted_in_an_older_clone_are_restored_by_the_advi
             "echo [ >> dvc.lock",
             "dvc.lock: can't be checked: unable to read: 'dvc.lock', YAML file structure is corrupt",
         ),
+        ("sed -i '2i <<<<<<< HEAD' dvc.lock", "dvc.lock: has conflict markers; run `git checkout HEAD -- dvc.lock me"),
         ("rm dvc.yaml", "dvc.lock: can't be checked: dvc.yaml is missing or has no stages; restore it with git"),
         ("echo 'unknown: 1' >> dvc.yaml", "dvc.lock: can't be checked: './dvc.yaml' validation failed"),
         ("rm params.yaml", "params.yaml: not found; run in the project's folder"),
