@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from stages.data.examples import SCORING_SCHEMA, SPLIT_SCHEMA, Example
 from stages.data.files import write_json
 from stages.data.tables import parquet_writer
 from stages.data.tokenizer import load_tokenizer
-from stages.templates.alpaca import AlpacaTemplate
+from stages.templates.alpaca import AlpacaTemplate, render_alpaca
 from stages.templates.conversations import Conversation
 from tests import HUB_PORT
 from tests.clone import (
@@ -98,16 +99,19 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """A project in which every stage up to split has run, for tests to copy."""
-    folder = tmp_path_factory.mktemp("prepared")
-    copy_tree(USER_FILES, folder)
-    copy_tree(ROOT / "stages", folder / "stages")
-    shutil.copy(ROOT / "dvc.yaml", folder)
-    for name, num_rows in (("instructions", 60), ("retention", 5)):
-        file = folder / f"data/{name}.jsonl"
-        file.write_text("".join(file.read_text(encoding="utf-8").splitlines(True)[:num_rows]), encoding="utf-8")
-    edit(folder, model_name=str(tiny_model), max_length="512")
-    run_pipeline(folder, "download_dataset", "download_model", "format", "score_rows", "split")
-    return folder
+
+    def build(folder: Path) -> None:
+        copy_tree(USER_FILES, folder)
+        copy_tree(ROOT / "stages", folder / "stages")
+        shutil.copy(ROOT / "dvc.yaml", folder)
+        for name, num_rows in (("instructions", 60), ("retention", 5)):
+            file = folder / f"data/{name}.jsonl"
+            lines = file.read_text(encoding="utf-8").splitlines(True)
+            file.write_text("".join(lines[:num_rows]), encoding="utf-8")
+        edit(folder, model_name=str(tiny_model), max_length="512")
+        run_pipeline(folder, "download_dataset", "download_model", "format", "score_rows", "split")
+
+    return shared(tmp_path_factory, "prepared", build)
 
 
 @pytest.fixture
@@ -229,3 +233,15 @@ def predictions(losses: Any, **columns: Any) -> pd.DataFrame:
         "repetition": 0.0,
     }
     return pd.DataFrame(values | columns).astype({"passed": int})
+
+
+def revision(rows: pd.DataFrame | None, is_measured: bool = True) -> Any:
+    """A revision with these predictions, if any, of the prompts Say 0., Say 1., ..., and with metrics if measured."""
+
+    def read_table(path: str, columns: list[str] | None = None) -> pd.DataFrame | None:
+        if rows is None:
+            return None
+        table = rows.assign(prompt=[render_alpaca(f"Say {n}.") for n in range(len(rows))])
+        return table.reindex(columns=columns) if columns else table
+
+    return SimpleNamespace(name="new", read_table=read_table, read_json=lambda _: {"loss": 1.0} if is_measured else {})

@@ -8,23 +8,6 @@ from stages.engine import attention
 from stages.engine.attention import PackedLayout, packed_attention
 
 
-def test_layout_positions_of_packed_examples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "EXAMPLES_PER_BLOCK", 2)
-    layout = PackedLayout.build([(2, [3, 1, 2]), (0, [1])])
-    prefix, short, long, other = layout.blocks
-    assert prefix.rows.tolist() == [[0, 1]]
-    assert prefix.mask.exp().int().tolist() == [[1, 0], [1, 1]]
-    assert short.prefix == slice(0, 2)
-    assert short.rows.tolist() == [[5, 0], [6, 7]]
-    assert short.mask.exp().int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    assert long.rows.tolist() == [[2, 3, 4]]
-    assert long.mask.exp().int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-    assert other.prefix == slice(8, 8)
-    assert other.rows.tolist() == [[8]]
-    # Packed tokens 2, 3, 4 are in the third block, after the two positions of the first and the four of the second.
-    assert layout.unpad_indices.tolist() == [0, 1, 6, 7, 8, 2, 4, 5, 9]
-
-
 @pytest.mark.parametrize("examples_per_block", [1, 2, 8])
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 @pytest.mark.parametrize("key_heads", [4, 2])

@@ -18,25 +18,10 @@ def test_packed_batch_has_the_shared_prefix_once() -> None:
     assert batch.labels.tolist() == [[8, 2, 1, 3, 2]]
 
 
-def test_packed_batch_without_sharing_concatenates_the_examples() -> None:
-    batch = PackedBatches(Limits(100, 1000), share_prefix=False).collate([[FIRST, SECOND]])
-    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 5, 6, 9, 1, 3]]
-    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4]]
-    assert batch.columns.tolist() == [2, 3, 6, 7, 8]
-
-
 def test_last_prompt_token_is_not_shared_because_it_predicts_the_response() -> None:
     batch = PackedBatches(Limits(100, 1000)).collate([[example([5, 6], [8, 2]), example([5, 6], [9, 2])]])
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 8, 6, 9]]
     assert batch.columns.tolist() == [1, 2, 3, 4]
-
-
-def test_packed_batch_concatenates_groups() -> None:
-    batch = PackedBatches(Limits(100, 1000)).collate([[FIRST, SECOND], [example([9, 9], [4])]])
-    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 3, 9, 9]]
-    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1]]
-    assert batch.columns.tolist() == [2, 3, 4, 5, 6, 8]
-    assert batch.labels.tolist() == [[8, 2, 1, 3, 2, 4]]
 
 
 def test_padded_batch_targets_only_supervised_tokens() -> None:

@@ -14,6 +14,7 @@ import torch
 from stages.engine import checkpoints as checkpoints_module
 from stages.engine.checkpoints import Checkpoints, load
 from stages.runtime.locks import file_lock
+from tests.clone import run_pipeline
 
 DVC_YAML = "stages:\n  train:\n    deps: [data/train.parquet, models/base]\n"
 
@@ -149,15 +150,6 @@ def test_a_finished_run_that_another_process_has_locked_is_not_deleted(inputs: P
     assert names(folder) == ["best.safetensors", "finished", "run.json", "step-00000001"]
 
 
-def test_checkpoints_are_in_the_folder_that_dvc_root_names(
-    inputs: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = tmp_path_factory.mktemp("root")
-    monkeypatch.setenv("DVC_ROOT", str(root))
-    with Checkpoints.open_run("train", {}, {}) as checkpoints:
-        assert checkpoints.folder.parent == root / ".scratch/train"
-
-
 HOLD_THE_LOCK = (
     "import sys; from stages.engine.checkpoints import Checkpoints\n"
     "with Checkpoints.open_run('train', {}, {}): print('locked', flush=True); sys.stdin.read()"
@@ -189,28 +181,22 @@ def test_a_second_process_waits_for_the_first_and_can_be_interrupted(inputs: Pat
             second.communicate("")
 
 
-@pytest.mark.subprocess
-def test_two_queue_workers_with_the_same_training_write_the_same_model(training_inputs: Path, tmp_path: Path) -> None:
-    copies = [Path(shutil.copytree(training_inputs, tmp_path / name)) for name in ("temp1", "temp2")]
-    env = {"PYTHONPATH": str(Path(__file__).parent.parent), "DVC_ROOT": str(training_inputs), "OMP_NUM_THREADS": "1"}
-
-    def start(folder: Path) -> subprocess.Popen[str]:
-        command = [sys.executable, "-u", "-m", "stages.train"]
-        return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
-
-    with start(copies[0]) as first:
-        assert first.stdout is not None
-        assert first.stdout.readline().startswith("22 examples, 24 steps")  # it holds the lock
-        first.send_signal(signal.SIGSTOP)
-        with start(copies[1]) as second:
-            assert second.stdout is not None
-            assert second.stdout.readline().endswith("which runs the same training; waiting for it\n")
-            first.send_signal(signal.SIGCONT)
-            first.communicate()
-            assert "Resuming from the checkpoint at step 20\n" in second.communicate()[0]
-    assert (first.returncode, second.returncode) == (0, 0)
+def test_the_same_training_in_another_folder_resumes_if_dvc_root_is_the_same_and_writes_the_same_model(
+    training_inputs: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = tmp_path_factory.mktemp("root")
+    monkeypatch.setenv("DVC_ROOT", str(root))  # DVC runs the experiments of its queue in temporary folders
+    copy = Path(shutil.copytree(training_inputs, root / "copy"))
+    run_pipeline(training_inputs, "train")
+    assert "Resuming" not in capsys.readouterr().out
+    assert len(list(root.glob(".scratch/train/*/step-00000020"))) == 1
+    run_pipeline(copy, "train")
+    assert "Resuming from the checkpoint at step 20\n" in capsys.readouterr().out
     for name in ("models/tuned/model.safetensors", "metrics/train.json", "metrics/curve.csv"):
-        assert (copies[0] / name).read_bytes() == (copies[1] / name).read_bytes()
+        assert (copy / name).read_bytes() == (training_inputs / name).read_bytes()
 
 
 def test_a_process_never_waits_for_itself(inputs: Path) -> None:

@@ -134,14 +134,6 @@ def test_answer_ends_when_the_context_is_full(name: str, method: Method) -> None
     assert found == [textbook_answer(model, prompt, None, len(ids)) for prompt, ids in zip(prompts, found, strict=True)]
 
 
-def test_batch_gives_the_same_answers_as_single_prompts(model: Any, tokenizer: Any) -> None:
-    settings = generation_settings([0], 8)
-    parser = AnswerParser(tokenizer)
-    together = generate_answers(model, parser, PROMPTS, settings, 1000, PACKED)
-    assert together == [generate_answers(model, parser, [prompt], settings, 1000, PACKED)[0] for prompt in PROMPTS]
-    assert all(answer.num_tokens == 8 or answer.stopped for answer in together)
-
-
 def test_samples_depend_on_the_seed(model: Any, tokenizer: Any) -> None:
     def sample(seed: int) -> list[str]:
         torch.manual_seed(seed)

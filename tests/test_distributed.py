@@ -1,6 +1,5 @@
 """Training with several processes equals training with one. The tests use two CPU processes (gloo)."""
 
-import csv
 import json
 import os
 import re
@@ -8,10 +7,11 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
+import pandas as pd
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 from stages import train
 from stages.data.examples import read_split
 from stages.engine.batches import Limits, PackedBatches, PaddedBatches, partition_by_cost, shuffled_batches
-from stages.engine.checkpoints import Checkpoints
 from stages.engine.distributed import DistributedContext
 from stages.engine.models import load_model
 from tests.clone import copy_clone, edit, environment, run_pipeline
 from tests.clone import run as run_in
 from tests.conftest import example
 from tests.fork_server import PYTHON
+from tests.test_train import curve, interruption, outcome, take_outcome
 
 pytestmark = [pytest.mark.subprocess, pytest.mark.usefixtures("fast_stages")]
 
@@ -66,34 +66,17 @@ def kill_after_a_checkpoint(launcher: str, **env: str) -> None:
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
         for child in workers():
-            os.kill(child, signal.SIGKILL)
+            child.kill()
 
 
-def interrupt_after(save: Callable[..., None]) -> Callable[..., None]:
-    """Save a checkpoint, then interrupt the run."""
-
-    def save_and_interrupt(*args: object) -> None:
-        save(*args)
-        raise KeyboardInterrupt
-
-    return save_and_interrupt
-
-
-def workers() -> list[int]:
+def workers() -> list[psutil.Process]:
     """The processes in this folder; a launcher starts each in its own session."""
-    here, found = Path.cwd(), []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if (entry / "cwd").readlink() == here and int(entry.name) != os.getpid():
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
+    processes = psutil.process_iter(["cwd"])
+    return [process for process in processes if process.info["cwd"] == str(Path.cwd()) and process.pid != os.getpid()]
 
 
-def curve(column: str) -> list[float]:
-    with Path("metrics/curve.csv").open(newline="") as file:
-        return [float(row[column]) for row in csv.DictReader(file) if row[column]]
+def curve_of(*columns: str) -> dict[str, list[float]]:
+    return {column: [value for _, value in curve(column)] for column in columns}
 
 
 @pytest.mark.usefixtures("training_inputs")
@@ -112,7 +95,7 @@ def curve(column: str) -> list[float]:
     ],
 )
 def test_two_processes_train_like_one_also_after_a_kill(
-    launcher: str, env: dict[str, str], finetuning: str, killed: str, processes: str, monkeypatch: pytest.MonkeyPatch
+    launcher: str, env: dict[str, str], finetuning: str, killed: str, processes: str
 ) -> None:
     # Batches of 7 examples, of which the last of an epoch has one: the second process has none. Micro-batches of 140
     # tokens: the processes differ in their number.
@@ -121,14 +104,12 @@ def test_two_processes_train_like_one_also_after_a_kill(
     load_model(Path("models/base")).save_pretrained("models/base")  # in fp32, so that the results are not rounded
     train.main()
     columns = ("loss", "validation_loss", "gradient_norm")
-    expected, weights = {name: curve(name) for name in columns}, load_file("models/tuned/model.safetensors")
+    expected, weights = curve_of(*columns), load_file("models/tuned/model.safetensors")
     assert expected["loss"][-1] < expected["loss"][0] - 0.2
-    for folder in (".scratch", "models/tuned", "metrics"):
-        shutil.rmtree(folder)
+    take_outcome()
 
     if killed == "one process":  # any number of processes can read a checkpoint
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Checkpoints, "save", interrupt_after(Checkpoints.save))
+        with interruption(14):
             train.main()
     elif killed:
         kill_after_a_checkpoint(launcher, **env)
@@ -136,8 +117,8 @@ def test_two_processes_train_like_one_also_after_a_kill(
     assert status == 0, log
     assert f"Launcher: {launcher}: {processes}\n" in log
     assert log.count("Resuming from the checkpoint at step ") == bool(killed)  # only the main process prints
-    for name in columns:
-        assert curve(name) == pytest.approx(expected[name], rel=1e-5), name
+    for name, values in curve_of(*columns).items():
+        assert values == pytest.approx(expected[name], rel=1e-5), name
     found = load_file("models/tuned/model.safetensors")
     assert found.keys() == weights.keys()
     for name, weight in weights.items():
@@ -151,17 +132,14 @@ def test_two_processes_train_like_one_also_after_a_kill(
 def test_state_and_weights_are_equal_in_all_processes_so_a_resumed_run_gives_the_same_bytes(optimizer: str) -> None:
     # A resumed run gives both processes the state of the first one. So if theirs differed, the bytes would, too.
     edit(Path.cwd(), optimizer=optimizer, precision="bf16", launcher=TORCHRUN)
-    names = ("models/tuned/model.safetensors", "metrics/curve.csv")
     status, log = finish(TORCHRUN)
     assert status == 0, log
-    expected = [Path(name).read_bytes() for name in names]
-    for folder in (".scratch", "models/tuned", "metrics"):
-        shutil.rmtree(folder)
+    expected = take_outcome()
     kill_after_a_checkpoint(TORCHRUN)
     status, log = finish(TORCHRUN)
     assert status == 0, log
     assert log.count("Resuming from the checkpoint at step ") == 1
-    assert [Path(name).read_bytes() for name in names] == expected
+    assert outcome() == expected
 
 
 def test_a_sharded_model_has_the_losses_and_answers_of_one_process(
@@ -182,25 +160,19 @@ def test_a_sharded_model_has_the_losses_and_answers_of_one_process(
         assert other == one | {"loss": pytest.approx(one["loss"], rel=1e-5)}
 
 
-@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize(("is_on", "env"), [("true", SHARDED), ("true", {}), ("false", {})])
 def test_training_rows_are_scored_by_several_processes_as_by_one(
-    sharded: bool, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_on: str, env: dict[str, str], prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(shutil.copytree(prepared, tmp_path / "project"))
-    edit(Path.cwd(), precision="fp32", launcher=TORCHRUN)
-    for is_on in ("true", "false"):
-        edit(Path.cwd(), score_rows=is_on)
-        run_pipeline(Path.cwd(), "score_rows")
-        expected = pq.read_table("data/train_scores.parquet").to_pylist()
-        assert bool(expected) == (is_on == "true")
-        Path("data/train_scores.parquet").unlink()
-        status, log = finish(TORCHRUN, "stages.score_rows", **(SHARDED if sharded else {}))
-        assert status == 0, log
-        for one, other in zip(expected, pq.read_table("data/train_scores.parquet").to_pylist(), strict=True):
-            assert other == {
-                key: pytest.approx(value, rel=1e-4, abs=1e-4) if isinstance(value, float) else value
-                for key, value in one.items()
-            }
+    edit(Path.cwd(), precision="fp32", launcher=TORCHRUN, score_rows=is_on)
+    run_pipeline(Path.cwd(), "score_rows")
+    expected = pd.read_parquet("data/train_scores.parquet")
+    assert expected.empty == (is_on == "false")
+    Path("data/train_scores.parquet").unlink()
+    status, log = finish(TORCHRUN, "stages.score_rows", **env)
+    assert status == 0, log
+    pd.testing.assert_frame_equal(pd.read_parquet("data/train_scores.parquet"), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("training_inputs")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -64,7 +65,7 @@ print("added", peak[0] - before)
 def test_a_large_model_takes_at_most_its_size_and_one_layer_in_fp32(project: Path, tiny_model: Path) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    heads: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 24}
+    heads: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 12}
     config = LlamaConfig(vocab_size=400, hidden_size=1024, intermediate_size=2048, **heads, dtype="bfloat16")
     model = LlamaForCausalLM._from_config(config)
     num_parameters, layer = model.num_parameters(), sum(p.numel() for p in model.model.layers[0].parameters())
@@ -104,17 +105,11 @@ def test_a_folder_with_pickles_is_rejected(project: Path) -> None:
     )
 
 
-def copy_without_eos_token(tiny_model: Path, folder: Path) -> None:
-    folder.mkdir()
-    for path in tiny_model.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    del config["eos_token"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-
 def test_a_tokenizer_without_an_eos_token_is_rejected(project: Path, tiny_model: Path) -> None:
-    copy_without_eos_token(tiny_model, Path("endless"))
+    shutil.copytree(tiny_model, "endless")
+    config = json.loads(Path("endless/tokenizer_config.json").read_text())
+    del config["eos_token"]
+    Path("endless/tokenizer_config.json").write_text(json.dumps(config))
     assert failure(project, "endless") == (
         "model_name: 'endless': found EOS token ''; the tokenizer must encode it as one token, or answers would never "
         "stop: use another model"
@@ -122,9 +117,7 @@ def test_a_tokenizer_without_an_eos_token_is_rejected(project: Path, tiny_model:
 
 
 def test_a_model_with_code_is_rejected(project: Path, tiny_model: Path) -> None:
-    Path("coded").mkdir()
-    for path in tiny_model.iterdir():
-        Path("coded", path.name).write_bytes(path.read_bytes())
+    shutil.copytree(tiny_model, "coded")
     config = json.loads(Path("coded/config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
     Path("coded/config.json").write_text(json.dumps(config))

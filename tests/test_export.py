@@ -156,15 +156,12 @@ def test_quantized_file_is_compared_with_the_unquantized_one(folder: Path, capsy
     assert "| pass rate | 0.667 (float32), 0.667 (Q8_0), over 3" in Path("models/export/README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["Q4_K_M", "Q8_0", "IQ2_XXS", "BF16", "F32", "Q4_K"])
-def test_ways_to_quantize_are_known(name: str) -> None:
-    gguf.check_quantization(name)
-
-
-@pytest.mark.parametrize("name", ["Q4", "GUESSED", "q4_k_m"])
-def test_another_way_to_quantize_is_refused_before_the_model_is_converted(name: str) -> None:
-    with pytest.raises(UserError, match=f"^QUANT: found '{name}'; must be one of F32, F16, Q4_0, "):
+def test_only_ways_to_quantize_that_llama_cpp_knows_are_accepted() -> None:
+    for name in ("Q4_K_M", "Q8_0", "IQ2_XXS", "BF16", "F32", "Q4_K"):
         gguf.check_quantization(name)
+    for name in ("Q4", "GUESSED", "q4_k_m"):
+        with pytest.raises(UserError, match=f"^QUANT: found '{name}'; must be one of F32, F16, Q4_0, "):
+            gguf.check_quantization(name)
 
 
 def test_missing_quantizer_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,17 +278,18 @@ def test_answers_that_differ_within_the_first_tokens_are_refused() -> None:
     )
 
 
-def test_exported_chat_template_renders_prompts_as_in_training() -> None:
-    messages = [{"role": "user", "content": "Hello"}, {"role": "user", "content": ' Name "{{ a }}"\n'}]
-    rendered = Environment(autoescape=False).from_string(alpaca_as_jinja(False)).render(messages=messages)
-    assert rendered == render_alpaca(' Name "{{ a }}"\n')
-
-
 def test_chat_template_has_system_messages_and_the_beginning_of_the_answer() -> None:
     template = Environment(autoescape=False).from_string(alpaca_as_jinja(begins_with_bos=True))
-    messages = [("system", "Be brief."), ("user", "Old?"), ("assistant", "Yes."), ("user", "New?"), ("assistant", "It")]
+    question = ' Name "{{ a }}"\n'
+    messages = [
+        ("system", "Be brief."),
+        ("user", "Old?"),
+        ("assistant", "Yes."),
+        ("user", question),
+        ("assistant", "I"),
+    ]
     rendered = template.render(bos_token="<s>", messages=[{"role": role, "content": text} for role, text in messages])
-    assert rendered == "<s>" + render_alpaca("Be brief.\n\nNew?") + "It"
+    assert rendered == "<s>" + render_alpaca(f"Be brief.\n\n{question}") + "I"
 
 
 def test_page_shows_the_prompt_as_in_training() -> None:

@@ -39,15 +39,3 @@ def test_license_is_that_of_the_metadata(name: str) -> None:
         assert name in BENCH
         pytest.skip("not installed; only its row was checked")
     assert dict(ROWS)[name] == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("hypothesis", "MPL-2.0"),  # an SPDX expression
-        ("ruamel.yaml", "MIT"),  # a short text, which takes precedence over a classifier
-        ("safetensors", "Apache Software License"),  # a classifier alone
-    ],
-)
-def test_expression_takes_precedence_over_text_and_text_over_classifier(name: str, expected: str) -> None:
-    assert license_of(name) == expected

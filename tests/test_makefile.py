@@ -90,7 +90,6 @@ def test_data_is_compared_only_if_base_is_given(folder: Path) -> None:
 
 @pytest.mark.subprocess
 def test_default_values_of_variables(folder: Path) -> None:
-    assert '"$BASE" "$REV"' in run(folder, "make", "--dry-run", "review").stdout
     assert run(folder, "make", "--silent", "--eval=print:;@echo $$BASE $$REV $$PORT", "print").stdout == (
         "main workspace 8765\n"
     )

@@ -48,12 +48,6 @@ class Device:
 PADDED = PaddedBatches(Limits(45, 100))  # four of the longest example
 
 
-def test_the_largest_micro_batch_is_kept_if_it_fits() -> None:
-    device = Device(40)
-    assert device.fit(PADDED, [False, True]) == (Limits(45, 100), False, 7_000)
-    assert device.trials == [(40, False)]
-
-
 def test_activation_checkpointing_comes_before_smaller_micro_batches() -> None:
     device = Device(20)
     assert device.fit(PADDED, [False, True]) == (Limits(45, 100), True, 7_000)

@@ -1,47 +1,30 @@
 """Must-pass examples: which are fixed, broken and still failing, and entries that name no test row with a check."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
 import pytest
 
-from review.conditions import MUST_PASS, parse
 from review.gates import check_must_pass
 from review.must_pass import MustPass, compare_must_pass, prompt_ids
 from review.report import must_pass_table
-from stages.runtime.errors import UserError
-from stages.templates.alpaca import render_alpaca
 from stages.templates.conversations import Conversation, content_ids
-from tests.conftest import predictions
+from tests.conftest import predictions, revision
+
+NOT_AVAILABLE = revision(None)
 
 
-@dataclass
-class Side:
-    """A revision with a test split and predictions, for four prompts."""
-
-    passed: list[bool] | None
-    name: str = "new"
-    columns: dict[str, Any] = field(default_factory=dict)
-    is_measured: bool = True
-
-    def read_json(self, path: str) -> dict[str, Any]:
-        return {"loss": 1.0} if self.is_measured else {}
-
-    def read_table(self, path: str, columns: list[str] | None = None) -> pd.DataFrame | None:
-        if self.passed is None:
-            return None
-        rows = predictions([1.0] * 4, passed=self.passed, **self.columns)
-        rows = rows.assign(prompt=[render_alpaca(f"Say {n}.") for n in range(4)])
-        return rows.reindex(columns=columns) if columns else rows
+def side(passed: Sequence[int], **columns: Any) -> Any:
+    """A revision in which the answers to four prompts pass or not."""
+    return revision(predictions([1.0] * 4, passed=passed, **columns))
 
 
-def compared(before: Side, after: Side, *entries: str) -> list[MustPass] | None:
-    return compare_must_pass(entries or ("id0", "id1", "id2", "id3"), before, after)  # type: ignore[arg-type]
+def compared(before: Any, after: Any, *entries: str) -> list[MustPass] | None:
+    return compare_must_pass(entries or ("id0", "id1", "id2", "id3"), before, after)
 
 
 def test_examples_are_broken_still_failing_fixed_or_passing() -> None:
-    found = compared(Side([False, True, False, True]), Side([True, False, False, True]))
+    found = compared(side([False, True, False, True]), side([True, False, False, True]))
     assert found
     states = [(example.state, example.prompt) for example in found]
     assert states == [("broken", "Say 1."), ("still failing", "Say 2."), ("fixed", "Say 0."), ("passing", "Say 3.")]
@@ -55,8 +38,8 @@ def test_examples_are_broken_still_failing_fixed_or_passing() -> None:
 
 
 def test_an_example_that_before_has_no_answer_to_is_passing_or_still_failing() -> None:
-    for before in (Side(None, is_measured=False), Side([True] * 4, columns={"checked": False})):
-        found = compared(before, Side([True, False, True, True]))
+    for before in (revision(None, is_measured=False), side([True] * 4, checked=False)):
+        found = compared(before, side([True, False, True, True]))
         assert found
         assert [example.state for example in found] == ["still failing", "passing", "passing", "passing"]
         assert check_must_pass(found).passed
@@ -64,19 +47,19 @@ def test_an_example_that_before_has_no_answer_to_is_passing_or_still_failing() -
 
 @pytest.mark.parametrize("checked", [None, float("nan")])
 def test_older_predictions_without_a_value_do_not_count_as_passed(checked: float | None) -> None:
-    found = compared(Side([True] * 4, columns={"checked": checked}), Side([False] * 4), "id0")
+    found = compared(side([True] * 4, checked=checked), side([False] * 4), "id0")
     assert found
     assert [example.state for example in found] == ["still failing"]
 
 
 def test_all_answers_to_a_prompt_must_pass() -> None:
-    found = compared(Side([True] * 4), Side([2, 3, 3, 3], columns={"num_answers": 3}), "id0", "id1")  # type: ignore[list-item]
+    found = compared(side([True] * 4), side([2, 3, 3, 3], num_answers=3), "id0", "id1")
     assert found
     assert [example.state for example in found] == ["broken", "passing"]
 
 
 def test_the_gate_fails_if_the_predictions_are_not_available() -> None:
-    for before, after in ((Side([True] * 4), Side(None)), (Side(None), Side([True] * 4))):
+    for before, after in ((side([True] * 4), NOT_AVAILABLE), (NOT_AVAILABLE, side([True] * 4))):
         gate = check_must_pass(compared(before, after))
         found = "undecided, because the predictions are not available"
         assert (gate.passed, gate.found) == (False, found)
@@ -97,7 +80,7 @@ def test_a_prompt_may_be_followed_by_its_input(question: str, given: str) -> Non
     [("Name a river.", True, "not in the test split"), ("id1", False, "without a check")],
 )
 def test_an_entry_that_is_not_a_test_row_with_a_check_fails_the_gate(entry: str, checked: bool, state: str) -> None:
-    found = compared(Side([True] * 4), Side([True] * 4, columns={"checked": checked}), entry)
+    found = compared(side([True] * 4), side([True] * 4, checked=checked), entry)
     assert found == [MustPass(state, entry)]
     gate = check_must_pass(found)
     assert (gate.passed, gate.found) == (False, f"1 {state} ({state}: {entry}); correct must_pass.yaml")
@@ -106,27 +89,6 @@ def test_an_entry_that_is_not_a_test_row_with_a_check_fails_the_gate(entry: str,
 
 def test_rows_with_the_same_prompt_count_once_and_need_one_check() -> None:
     columns = {"prompt_id": ["same", "same", "p2", "p3"], "checked": [True, False, True, True]}
-    sides = Side([False] * 4, columns=columns), Side([True] * 4, columns=columns)
-    found = compared(*sides, "same", "id0")
+    found = compared(side([False] * 4, **columns), side([True] * 4, **columns), "same", "id0")
     assert found
     assert [(example.state, example.prompt) for example in found] == [("fixed", "Say 0.")]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (
-            "id: 3",
-            "must_pass.yaml:\n  content: found {'id': 3}: Input should be a valid list\n  as text",
-        ),
-        (
-            "- 3",
-            "must_pass.yaml:\n  0: found 3: Input should be a valid string\n  as text",
-        ),
-        ("- [", "must_pass.yaml: not valid YAML: "),
-    ],
-)
-def test_an_invalid_file_is_reported(content: str, message: str) -> None:
-    with pytest.raises(UserError) as error:
-        parse(content.encode(), str(MUST_PASS), list[str], "as text")
-    assert str(error.value).startswith(message)

@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 
 from stages.data.examples import FORMATTED_SCHEMA
-from stages.evaluate import PREDICTIONS_SCHEMA
 from tests.clone import ROOT, run
 
 pytestmark = pytest.mark.subprocess
 PAGE = (ROOT / "docs/notebook.md").read_text(encoding="utf-8")
-PREDICTIONS = [name for name in PREDICTIONS_SCHEMA.names if name != "example_id"]
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +53,6 @@ def test_table_of_experiments_has_parameters_and_metrics(names: dict[str, Any], 
 
 def test_predictions_of_two_revisions_are_joined_by_example(names: dict[str, Any]) -> None:
     both, most = names["both"], names["most"]
-    assert list(both.columns) == [
-        "example_id",
-        *(f"{name}_{when}" for when in ("before", "after") for name in PREDICTIONS),
-        "change",
-    ]
     assert (len(both), both["example_id"].nunique(), len(most)) == (8, 8, 5)
     # The slow experiment learned almost nothing, so each example got worse.
     assert (both["change"] > 0.1).all()
@@ -69,12 +62,6 @@ def test_predictions_of_two_revisions_are_joined_by_example(names: dict[str, Any
 
 def test_predictions_of_base_and_tuned_are_joined_with_prompts_and_references(names: dict[str, Any]) -> None:
     models = names["models"]
-    assert list(models.columns) == [
-        "example_id",
-        *(f"{name}_{model}" for model in ("base", "tuned") for name in PREDICTIONS),
-        "prompt",
-        "response",
-    ]
     assert len(models) == 8
     assert models.notna().sum().isin([0, 8]).all()  # no answer has reasoning or calls
     assert models["prompt"].str.endswith("### Response:\n").all()

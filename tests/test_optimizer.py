@@ -100,7 +100,6 @@ def test_matrices_and_their_gradients_are_in_bf16(training_inputs: Path) -> None
     ("optimizer", "finetuning", "precision"),
     [
         ("adamw_8bit", "full", "fp32"),
-        ("adamw_8bit", "full", "bf16"),
         ("adamw_8bit", "qlora", "bf16"),
         ("adamw_bf16", "full", "bf16"),
     ],

@@ -1,25 +1,23 @@
 """Replicates: training with another seed gives the answers that train and predict would give."""
 
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from stages import predict, replicate, train
+from stages import replicate
 from stages.predict import ANSWERS_SCHEMA
-from tests.clone import edit
+from tests.clone import edit, run_pipeline
 from tests.test_train import interruption
 
 ANSWERS = Path("data/answers/replicates/7.parquet")
 
 
 @pytest.fixture
-def replicated(training_inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def replicated(training_inputs: Path) -> Path:
     """A project in which `stages.replicate 7` has run."""
     edit(training_inputs, max_new_tokens="4")
-    monkeypatch.setattr(sys, "argv", ["replicate", "7"])
-    replicate.main()
+    run_pipeline(training_inputs, "replicate@7")
     return training_inputs
 
 
@@ -31,24 +29,17 @@ def test_a_replicate_writes_its_answers_and_nothing_else(replicated: Path) -> No
     assert not Path("metrics").exists()
 
 
-def test_a_replicate_has_the_answers_of_train_and_predict_with_its_seed(
-    replicated: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["predict", "tuned"])
+def test_a_replicate_has_the_answers_of_train_and_predict_with_its_seed(replicated: Path) -> None:
     for seed, is_equal in (("7", True), ("8", False)):
         edit(replicated, seed=seed)
-        train.main()
-        predict.main()
+        run_pipeline(replicated, "train", "predict@tuned")
         assert pq.read_table("data/answers/tuned.parquet").equals(pq.read_table(ANSWERS)) == is_equal
 
 
-def test_an_interrupted_replicate_resumes(
-    training_inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["replicate", "7"])
+def test_an_interrupted_replicate_resumes(training_inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with interruption(14):
-        replicate.main()
-    replicate.main()
+        run_pipeline(training_inputs, "replicate@7")
+    run_pipeline(training_inputs, "replicate@7")
     assert "Resuming from the checkpoint at step 10\n" in capsys.readouterr().out
     assert ANSWERS.exists()
 
@@ -60,8 +51,7 @@ def test_the_weights_of_a_replicate_are_deleted_also_if_they_cannot_be_scored(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(replicate, "predict", fail)
-    monkeypatch.setattr(sys, "argv", ["replicate", "7"])
     with pytest.raises(KeyboardInterrupt):
-        replicate.main()
+        run_pipeline(training_inputs, "replicate@7")
     assert list(training_inputs.rglob("*.partial")) == []
     assert not ANSWERS.exists()

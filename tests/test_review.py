@@ -1,4 +1,4 @@
-"""`make review` in a repository of eight commits with known differences."""
+"""`make review` in a repository of six commits with known differences."""
 
 import contextlib
 import io
@@ -122,7 +122,6 @@ def repository(tmp_path_factory: pytest.TempPathFactory, fast_stages: None) -> P
     revisions: dict[str, dict[str, Any]] = {
         "before": {"losses": LOSSES, "learning_rate": "1e-4", "answer": "Red and green."},
         "better": {"losses": LOSSES - 0.2 + ALTERNATING, "learning_rate": "2e-4", "answer": "Red and @octocat."},
-        "noise": {"losses": LOSSES - 0.03 + ALTERNATING, "learning_rate": "3e-4", "answer": "Red and green."},
         "worse": {
             "losses": LOSSES + 0.2,
             "learning_rate": "4e-4",
@@ -132,11 +131,10 @@ def repository(tmp_path_factory: pytest.TempPathFactory, fast_stages: None) -> P
         },
         "broken": {
             "losses": LOSSES,
-            "learning_rate": "5e-4",
+            "learning_rate": "1e-4",
             "answer": "Red.",
             "passed": [n != 1 for n in range(NUM)],
         },
-        "fewer": {"losses": LOSSES[:60] + 0.2, "learning_rate": "1e-4", "answer": "Red."},
         "single": {"losses": LOSSES - 0.2 + ALTERNATING, "learning_rate": "1e-4", "answer": "Red.", "seeds": ()},
         "seed": {"losses": LOSSES + 0.03, "learning_rate": "1e-4", "answer": "Red.", "seeds": ()},
     }
@@ -173,30 +171,12 @@ def review(folder: Path, *revisions: str, exit_code: int = 0) -> str:
     return printed.getvalue() + error
 
 
-def review_with_plots(folder: Path, *revisions: str, exit_code: int = 0) -> None:
-    """Run it as `make` does. There must be no traceback."""
-    result = run(folder, "python", "-m", "review", *revisions, check=False, PYTHONPATH=str(ROOT))
-    assert "Traceback" not in result.stderr
-    assert result.returncode == exit_code, result.stdout + result.stderr
-
-
 def at(folder: Path, name: str, **files: str) -> None:
     """Put the workspace into the state of a revision, and write other conditions."""
     run(folder, "git", "checkout", "-q", "--force", name)
     run(folder, "dvc", "checkout", "--force", "--quiet")
     for stem, content in files.items():
         Path(f"{stem}.yaml").write_text(content)
-
-
-def test_significantly_better_model_is_better(folder: Path) -> None:
-    result = compared("before", "better").test.metrics[0]
-    assert result.verdict == "better"
-    assert result.difference
-    assert result.difference.by_seed == pytest.approx({42: -0.2, 1: -0.2, 2: -0.2})
-    assert result.difference.value == pytest.approx(-0.2)
-    # 1.98 standard errors of 100 differences with a standard deviation of 0.5.
-    assert result.difference.low == pytest.approx(-0.299, abs=0.01)
-    assert result.difference.high == pytest.approx(-0.101, abs=0.01)
 
 
 def test_significantly_worse_model_is_worse_and_fails_the_gates(folder: Path) -> None:
@@ -292,7 +272,7 @@ def test_replicate_of_another_configuration_is_not_used(folder: Path) -> None:
     run(folder, "git", "checkout", "-q", "single")
     run(folder, "dvc", "checkout", "--force")
     Path("params.yaml").write_text("learning_rate: 1e-4\nseed: 42\nreplicate_seeds: [1, 3, 42]\n")
-    lock = Path("dvc.lock").read_text()  # it still has the replicates of `fewer`, with the same parameters
+    lock = Path("dvc.lock").read_text()  # it still has the replicates of `broken`, with the same parameters
     start = lock.index("replicate@1")
     Path("dvc.lock").write_text(lock[:start] + lock[start:].replace("learning_rate: 0.0001", "learning_rate: 0.1", 1))
     comparison = compared("seed", "workspace")
@@ -303,14 +283,6 @@ def test_replicate_of_another_configuration_is_not_used(folder: Path) -> None:
         "workspace: seed 42 occurs twice in seed and replicate_seeds; it counts once.",
     ]
     assert comparison.test.metrics[0].verdict == "unknown"
-
-
-def test_only_common_examples_of_different_test_sets_are_compared(folder: Path) -> None:
-    result = compared("before", "fewer").test.metrics[0]
-    # The mean of the 60 common examples, which have low losses; over all examples of `before` it is 2.
-    assert result.before == pytest.approx(1.59596, abs=1e-5)
-    assert result.difference
-    assert result.difference.value == pytest.approx(0.2)
 
 
 def test_changed_parameters_stages_samples_and_metrics_are_listed(folder: Path) -> None:
@@ -369,11 +341,12 @@ def test_workspace_is_compared_by_default(folder: Path) -> None:
     ]
 
 
-def test_repeated_review_gives_the_same_bytes(folder: Path) -> None:
-    review_with_plots(folder, "before", "better")
-    first = [Path(name).read_bytes() for name in ("review.md", "review.html")]
-    review_with_plots(folder, "before", "better")
-    assert first == [Path(name).read_bytes() for name in ("review.md", "review.html")]
+def test_repeated_reviews_with_plots_give_the_same_bytes(folder: Path) -> None:
+    written = []
+    for _ in range(2):
+        run(folder, "python", "-m", "review", "before", "better", PYTHONPATH=str(ROOT))
+        written.append([Path(name).read_bytes() for name in ("review.md", "review.html")])
+    assert written[0] == written[1]
 
 
 def test_without_predictions_everything_but_the_intervals_is_reported(folder: Path) -> None:
@@ -425,14 +398,15 @@ def test_conflict_markers_are_reported_with_file_and_revision(folder: Path, name
     assert ("conflict" if is_committed else "workspace") in error
 
 
-def test_empty_base_is_reported(folder: Path) -> None:
-    output = review(folder, "", "workspace", exit_code=1)
-    assert "error: BASE or REV is empty; must be a commit, branch, tag or experiment, or workspace" in output
-
-
-def test_unknown_revision_is_reported(folder: Path) -> None:
-    output = review(folder, "nonsense", exit_code=1)
-    assert "error: nonsense: unknown Git revision 'nonsense'; must be a commit, branch or tag" in output
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "BASE or REV is empty; must be a commit, branch, tag or experiment, or workspace"),
+        ("nonsense", "nonsense: unknown Git revision 'nonsense'; must be a commit, branch or tag"),
+    ],
+)
+def test_an_empty_or_unknown_revision_is_reported(folder: Path, name: str, message: str) -> None:
+    assert f"error: {message}" in review(folder, name, exit_code=1)
 
 
 def test_revision_without_results_is_reported(folder: Path) -> None:
@@ -461,13 +435,8 @@ def test_outdated_results_are_named_first_and_no_gate_is_decided(folder: Path, i
         first, *_ = Path("review.md").read_text().split("**Test loss: the same")
         assert f"The results of `{revision}` are outdated, so no gate is decided:**" in first
         assert problem.replace("@", "@\N{WORD JOINER}").replace("_", "\\_") in first
-
-
-def test_an_outdated_review_fails_also_without_gates(folder: Path) -> None:
-    at(folder, "single", gates="", scorers="")
-    Path("scorers.py").write_text("# changed\n")
-    output = review(folder, "single", exit_code=1)
-    assert "error: no gate is decided, because workspace is outdated" in output
+    Path("gates.yaml").write_text("")
+    assert "error: no gate is decided, because workspace is outdated" in review(folder, "single", exit_code=1)
 
 
 def test_a_project_in_a_subfolder_gives_the_report_of_one_at_the_root(folder: Path, tmp_path: Path) -> None:
@@ -488,7 +457,7 @@ def test_a_project_in_a_subfolder_gives_the_report_of_one_at_the_root(folder: Pa
     assert (outer / "team/sft/review.md").read_text() == at_root
 
 
-def test_changed_gates_and_must_pass_entries_are_listed_with_what_they_were(folder: Path) -> None:
+def test_changed_and_deleted_gates_and_must_pass_entries_are_listed_with_what_they_were(folder: Path) -> None:
     at(folder, "single", gates="loss: {not_worse_by: 5}\n", must_pass="- id0\n- id1\n")
     commit(folder, "old")
     at(folder, "HEAD", gates="loss: {not_worse_by: 9, max: 7}\n", must_pass="- id1\n")
@@ -501,23 +470,15 @@ def test_changed_gates_and_must_pass_entries_are_listed_with_what_they_were(fold
     ]
     first, *_ = Path("review.md").read_text().split("**Test loss")
     assert "**Changed conditions:** gates.yaml (2), must\\_pass.yaml (1)." in first
+    Path("gates.yaml").unlink()
+    review(folder, "HEAD")
+    assert section_of("Changed conditions")[0] == "| `gates.yaml: loss: not_worse_by` | `5` |  |"
 
 
 def section_of(title: str) -> list[str]:
     """The rows of the first table in a section of the report."""
     lines = Path("review.md").read_text().split(f"## {title}\n\n")[1].split("\n\n")[0].splitlines()
     return lines[2:]
-
-
-def test_deleted_gates_are_listed(folder: Path) -> None:
-    at(folder, "single")
-    Path("gates.yaml").unlink()
-    review(folder, "single")
-    assert section_of("Changed conditions") == [
-        "| `gates.yaml: loss: not_worse_by` | `0.05` |  |",
-        "| `gates.yaml: token_accuracy: not_worse_by` | `0.02` |  |",
-        "| `gates.yaml: stop_rate: min` | `0.95` |  |",
-    ]
 
 
 def test_invalid_conditions_give_a_report_and_those_of_the_reviewed_revision_fail(folder: Path) -> None:
@@ -628,31 +589,20 @@ def test_damaged_and_unreachable_predictions_give_a_report_with_the_reason(
     assert f"| `{PREDICTIONS}` | `HEAD` | Unable to locate credentials |" in section_of("Not available")
 
 
-def test_a_damaged_curve_is_a_line_in_the_report(folder: Path) -> None:
-    path = Path("metrics/curve.csv")
-    path.write_text(f"<<<<<<< HEAD\n{path.read_text()}")
-    review_with_plots(folder, "seed", exit_code=1)  # the file does not belong to dvc.lock
-    line = "The curves can't be drawn: metrics/curve.csv of workspace: can't be read: could not convert string to float"
-    assert line in Path("review.md").read_text()
-    assert "metrics/curve.csv of workspace: can't be plotted: " in Path("review.html").read_text()
-
-
 def test_the_page_shows_verdict_gates_and_metrics_then_the_figure_of_the_metrics(folder: Path) -> None:
     slices = ["a", "b"] * (NUM // 2)
     write_revision(folder, LOSSES - 0.2 + ALTERNATING, "9e-4", "Red.", slice=slices)
     review(folder, "before")
     page = Path("review.html").read_text()
-    parts = [
+    shown = "Test loss: ✓ better|<h2>(?:Gates|Metrics on the test|Slices of the test)|<figcaption>[^:(]*"
+    assert re.findall(shown, page) == [
         "Test loss: ✓ better",
-        "<h2>Gates</h2>",
-        "<h2>Metrics on the test split</h2>",
-        "<table>",
-        "<figcaption>Metrics:",
+        "<h2>Gates",
+        "<h2>Metrics on the test",
+        "<figcaption>Metrics",
+        "<h2>Slices of the test",
+        "<figcaption>Loss ",
     ]
-    parts += ["<h2>Slices of the test split</h2>", "<table>", "<figcaption>Loss (nats/token) by slice"]
-    position = 0
-    for part in parts:
-        position = page.index(part, position)
 
 
 @pytest.mark.parametrize("name", ["main", "origin/main"])

@@ -266,7 +266,6 @@ def assert_resumes_to_the_same_bytes(capsys: pytest.CaptureFixture[str], interru
 @pytest.mark.parametrize(
     ("interrupted_at", "resumed_from", "dropout", "params"),
     [
-        (14, 10, 0.0, {"save_steps": "5"}),
         (14, 10, 0.0, {"save_steps": "5", "logging_steps": "3"}),
         (24, 21, 0.2, {"save_steps": "7", "logging_steps": "4"}),
         (2, 1, 0.2, {"save_steps": "1", "logging_steps": "24"}),

@@ -47,15 +47,24 @@ def side(pair: Pair, text: str) -> str:
     return "before" if text == pair.before else "after"
 
 
-@pytest.mark.subprocess
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome")
-def test_the_page_in_a_browser() -> None:
-    from playwright.sync_api import expect, sync_playwright
+@pytest.fixture
+def page() -> Iterator[Any]:
+    """A page in a browser, of the size of a phone."""
+    if BROWSER is None:
+        pytest.skip("no Chromium or Chrome")
+    from playwright.sync_api import sync_playwright
 
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with running(VoteServer(ballot(), 0)) as url, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=arguments)
-        page = browser.new_page(viewport={"width": 375, "height": 667})  # a phone
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
+        yield browser.new_page(viewport={"width": 375, "height": 667})
+        browser.close()
+
+
+@pytest.mark.subprocess
+def test_the_page_in_a_browser(page: Any) -> None:
+    from playwright.sync_api import expect
+
+    with running(VoteServer(ballot(), 0)) as url:
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
@@ -111,7 +120,6 @@ def test_the_page_in_a_browser() -> None:
         assert choices() == expected
         assert errors == []
         assert page.title() == "Vote"
-        browser.close()
 
 
 @contextmanager
@@ -131,14 +139,12 @@ NOT_SAVED = (
 
 
 @pytest.mark.subprocess
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome")
-def test_a_vote_that_can_not_be_saved_stays_on_the_page_with_the_reason_and_can_be_given_again() -> None:
-    from playwright.sync_api import expect, sync_playwright
+def test_a_vote_that_can_not_be_saved_stays_on_the_page_with_the_reason_and_can_be_given_again(page: Any) -> None:
+    from playwright.sync_api import expect
 
     server = VoteServer(ballot(), 0)
-    with running(server) as url, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 375, "height": 300})
+    page.set_viewport_size({"width": 375, "height": 300})
+    with running(server) as url:
         page.goto(url)
         prompt, message, count = page.locator("#prompt pre"), page.locator("#message"), page.locator("#count")
         expect(count).to_have_text("0 of 4")
@@ -166,7 +172,6 @@ def test_a_vote_that_can_not_be_saved_stays_on_the_page_with_the_reason_and_can_
             "No reply from the server. Start `make vote` again, then repeat the last answer"
         )
         assert prompt.inner_text() == first
-        browser.close()
 
 
 def test_any_error_of_the_disk_is_a_message_and_neither_a_vote_nor_an_undo_is_lost(
@@ -176,9 +181,9 @@ def test_any_error_of_the_disk_is_a_message_and_neither_a_vote_nor_an_undo_is_lo
         response = httpx2.post(f"{url}/{path}", json=content, headers={"Origin": url})
         return response.status_code, response.text
 
-    own = ballot()
-    example_id = own.left[0]
-    with running(VoteServer(own, 0)) as url:
+    voting = ballot()
+    example_id = voting.left[0]
+    with running(VoteServer(voting, 0)) as url:
         with disk_full():
             assert send("vote", id=example_id, answer="1") == (409, NOT_SAVED)
         shutil.rmtree(".scratch")
@@ -227,21 +232,21 @@ def test_a_voter_who_comes_back_goes_on_with_the_same_prompts_and_can_undo_earli
 
 def test_the_order_of_prompts_and_answers_differs_between_voters() -> None:
     def orders(voter: str) -> list[Any]:
-        own = ballot(voter)
-        return [(pair, own.in_order(PAIRS[int(pair[2:])])) for pair in own.left]
+        voting = ballot(voter)
+        return [(pair, voting.in_order(PAIRS[int(pair[2:])])) for pair in voting.left]
 
     found = [orders(f"voter {n}") for n in range(40)]
-    firsts = [order[0] for own in found for _, order in own]
+    firsts = [order[0] for voting in found for _, order in voting]
     assert 0.3 < firsts.count("before") / len(firsts) < 0.7
-    assert len({own[0][0] for own in found}) == 4
+    assert len({voting[0][0] for voting in found}) == 4
 
 
 def test_several_voters_share_a_file_and_two_of_the_same_name_are_two() -> None:
     people = [("Ann", "1"), ("$(x) $HOME", "1"), ("Ann", "2")]
     for name, voter_id in people:
-        own = ballot(name, voter_id)
-        assert (own.state()["voted"], own.state()["canUndo"]) == (0, False)
-        own.vote(own.left[0], "0")
+        voting = ballot(name, voter_id)
+        assert (voting.state()["voted"], voting.state()["canUndo"]) == (0, False)
+        voting.vote(voting.left[0], "0")
     assert [vote.identity for vote in read_votes(FILE, PAIRS)] == people
     again = ballot("Ann", "1")
     assert again.state()["voted"] == 1
@@ -251,8 +256,8 @@ def test_several_voters_share_a_file_and_two_of_the_same_name_are_two() -> None:
 
 
 def test_an_undo_deletes_all_votes_of_the_person_on_these_answers_to_the_prompt() -> None:
-    own = ballot()
-    own.vote(own.left[0], "0")
+    voting = ballot()
+    voting.vote(voting.left[0], "0")
     line = FILE.read_text()
     other = line.replace('"before": "', '"before": "0')
     FILE.write_text(line + other + line)  # merged from two clones
@@ -261,14 +266,14 @@ def test_an_undo_deletes_all_votes_of_the_person_on_these_answers_to_the_prompt(
 
 
 def test_after_the_models_are_revealed_nothing_can_be_voted_or_undone() -> None:
-    own = ballot()
-    own.vote(own.left[0], "0")
-    own.reveal()
-    own.vote(own.left[0], "0")
-    own.undo()
+    voting = ballot()
+    voting.vote(voting.left[0], "0")
+    voting.reveal()
+    voting.vote(voting.left[0], "0")
+    voting.undo()
     assert len(choices()) == 1
-    assert own.state()["pair"] is None
-    assert own.state()["result"] == (
+    assert voting.state()["pair"] is None
+    assert voting.state()["result"] == (
         "Your votes: slow 0, main 0, equal 1. Share of slow among the decided: 0% to 100% (95% confidence sequence)."
     )
 
@@ -276,30 +281,22 @@ def test_after_the_models_are_revealed_nothing_can_be_voted_or_undone() -> None:
 VOTE = {"id": "id0", "answer": "1"}
 
 
-def with_changes(**changes: str) -> Callable[[str], dict[str, str]]:
-    def headers(url: str) -> dict[str, str]:
-        return {"Origin": url, "Content-Type": "application/json"} | {
-            name.replace("_", "-"): value for name, value in changes.items()
-        }
-
-    return headers
-
-
 @pytest.mark.parametrize(
-    ("headers", "content", "status"),
+    ("changes", "content", "status"),
     [
-        (with_changes(Origin="http://example.com"), VOTE, 403),
-        (with_changes(Origin="null"), VOTE, 403),
-        (with_changes(Content_Type="text/plain"), VOTE, 403),  # a browser sends this type from any site without asking
-        (with_changes(Host="example.com"), VOTE, 403),  # a name that resolves to this machine
-        (with_changes(), {"id": "id0", "answer": "3"}, 400),
-        (with_changes(), [1], 400),
-        (with_changes(), VOTE, 200),
+        ({"Origin": "http://example.com"}, VOTE, 403),
+        ({"Origin": "null"}, VOTE, 403),
+        ({"Content-Type": "text/plain"}, VOTE, 403),  # a browser sends this type from any site without asking
+        ({"Host": "example.com"}, VOTE, 403),  # a name that resolves to this machine
+        ({}, {"id": "id0", "answer": "3"}, 400),
+        ({}, [1], 400),
+        ({}, VOTE, 200),
     ],
 )
-def test_only_the_page_itself_can_send_votes(headers: Any, content: Any, status: int) -> None:
+def test_only_the_page_itself_can_send_votes(changes: dict[str, str], content: Any, status: int) -> None:
     with running(VoteServer(ballot(), 0)) as url:
-        response = httpx2.post(f"{url}/vote", json=None, content=json.dumps(content), headers=headers(url))
+        headers = {"Origin": url, "Content-Type": "application/json"} | changes
+        response = httpx2.post(f"{url}/vote", content=json.dumps(content), headers=headers)
         assert response.status_code == status
         page = httpx2.get(url)
         assert httpx2.get(url, headers={"Host": "example.com"}).status_code == 403
@@ -311,15 +308,15 @@ def test_only_the_page_itself_can_send_votes(headers: Any, content: Any, status:
 
 
 def test_a_vote_file_that_was_damaged_meanwhile_is_reported_on_the_page() -> None:
-    own = ballot()
-    own.vote(own.left[0], "0")
-    with running(VoteServer(own, 0)) as url:
+    voting = ballot()
+    voting.vote(voting.left[0], "0")
+    with running(VoteServer(voting, 0)) as url:
         FILE.write_text("{")
         response = httpx2.get(f"{url}/state")
     with pytest.raises(UserError):
-        own.vote(own.left[0], "0")
+        voting.vote(voting.left[0], "0")
     FILE.write_text("")
-    assert (own.state()["voted"], len(own.left)) == (0, 3)  # the prompt of the vote that failed is shown again
+    assert (voting.state()["voted"], len(voting.left)) == (0, 3)  # the prompt of the vote that failed is shown again
     assert response.status_code == 409
     assert response.text.startswith("votes/a..b.jsonl:1: not a vote: ")
 
@@ -477,23 +474,23 @@ def test_a_prompt_without_a_vote_does_not_block_the_others_and_the_message_has_t
         (200, '{"choices": []}', "HTTP 200: {'choices': []}"),
     ],
 )
-def test_the_own_message_of_a_server_that_refuses_a_prompt_is_shown(status: int, body: str, message: str) -> None:
+def test_the_message_of_a_server_that_refuses_a_prompt_is_shown(status: int, body: str, message: str) -> None:
     with endpoint(lambda _: (status, {}, body)) as (url, _):
         assert judge_error(url).startswith(
             f"JUDGE: 4 of 4 prompts have no vote. The most frequent reasons: {message} (4). Run again"
         )
 
 
-@pytest.mark.parametrize("status", [301, 401, 402, 403, 404])
-def test_a_server_that_refuses_all_prompts_is_asked_once(status: int) -> None:
-    with endpoint(lambda _: (status, {}, '{"error": {"message": "No."}}')) as (url, requests):
-        assert judge_error(url).startswith(f"JUDGE: {url}: HTTP {status}: No.; must be an OpenAI-compatible API")
-    assert len(requests) == 1
-
-
-def test_a_page_instead_of_an_api_is_reported() -> None:
-    with endpoint(lambda _: (200, {"Content-Type": "text/html"}, "<html>")) as (url, requests):
-        assert judge_error(url).startswith(f"JUDGE: {url}: the reply is not a chat completion; must be an OpenAI-comp")
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        *[(status, '{"error": {"message": "No."}}', f"HTTP {status}: No.") for status in (301, 401, 402, 403, 404)],
+        (200, "<html>", "the reply is not a chat completion"),
+    ],
+)
+def test_a_server_that_refuses_all_prompts_or_is_no_api_is_asked_once(status: int, body: str, message: str) -> None:
+    with endpoint(lambda _: (status, {}, body)) as (url, requests):
+        assert judge_error(url).startswith(f"JUDGE: {url}: {message}; must be an OpenAI-compatible API")
     assert len(requests) == 1
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,9 +26,8 @@ from review.votes import (
     update_votes,
 )
 from stages.runtime.errors import UserError
-from stages.templates.alpaca import render_alpaca
 from tests.clone import ROOT, commit, run
-from tests.conftest import predictions
+from tests.conftest import predictions, revision
 
 PAIRS = [Pair(f"id{n}", f"Say {n}.", f"old {n}", f"new {n}") for n in range(8)]
 FILE = Path("votes/a..b.jsonl")
@@ -48,36 +46,28 @@ def vote(number: int, choice: Choice, voter: str = "Ann", voter_id: str = "1") -
     return Vote(voter, voter_id, f"id{number}", choice, *PAIRS[number].hashes())
 
 
-class Side:
+def side(*answers: str) -> Any:
     """A revision with these answers to the prompts id0, id1, ..."""
-
-    def __init__(self, *answers: str):
-        self.answers = answers
-
-    def read_table(self, path: str, columns: list[str] | None = None) -> pd.DataFrame | None:
-        if not self.answers:
-            return None
-        rows = predictions([1.0] * len(self.answers), answer=self.answers)
-        rows = rows.assign(prompt=[render_alpaca(f"Say {n}.") for n in range(len(rows))])
-        return rows.reindex(columns=columns) if columns else rows
+    return revision(predictions([1.0] * len(answers), answer=answers))
 
 
-def sides() -> tuple[Side, Side]:
-    """Revisions with the answers of `PAIRS`."""
-    return Side(*(pair.before for pair in PAIRS)), Side(*(pair.after for pair in PAIRS))
+BEFORE, AFTER = side(*(pair.before for pair in PAIRS)), side(*(pair.after for pair in PAIRS))
 
 
-def pairs_of(before: Side, after: Side) -> Any:
-    return find_pairs(before, after)  # type: ignore[arg-type]
+@pytest.fixture
+def path() -> Path:
+    """The file for votes on `PAIRS`."""
+    _, path = find_pairs(BEFORE, AFTER)
+    return path
 
 
 def test_only_prompts_with_different_answers_are_voted_on() -> None:
-    pairs, path = pairs_of(Side("a", "b", "c"), Side("a", "B", "C", "d"))
+    pairs, path = find_pairs(side("a", "b", "c"), side("a", "B", "C", "d"))
     assert pairs == [Pair("id1", "Say 1.", "b", "B"), Pair("id2", "Say 2.", "c", "C")]
     # The name of the file depends on the answers alone, so a vote before a commit is found after it.
-    assert path == pairs_of(Side("a", "b", "c"), Side("a", "B", "C", "d"))[1]
-    assert path != pairs_of(Side("a", "b", "c"), Side("a", "B", "C", "e"))[1]
-    assert pairs_of(Side("a"), Side()) is None
+    assert find_pairs(side("a", "b", "c"), side("a", "B", "C", "d")) == (pairs, path)
+    assert path != find_pairs(side("a", "b", "c"), side("a", "B", "C", "e"))[1]
+    assert find_pairs(side("a"), revision(None)) is None
 
 
 def test_a_prompt_counts_once_by_its_first_vote_of_a_person() -> None:
@@ -179,10 +169,8 @@ def test_votes_on_other_answers_and_second_votes_are_kept_in_the_file_but_do_not
 
 @pytest.mark.subprocess
 def test_two_people_of_one_name_stay_two_after_a_merge_and_a_second_vote_of_a_person_does_not_count(
-    tmp_path: Path,
+    tmp_path: Path, path: Path
 ) -> None:
-    old, new = sides()
-    path = pairs_of(old, new)[1]
     Path(".gitattributes").write_bytes((ROOT / ".gitattributes").read_bytes())
     run(tmp_path, "git", "init", "-q", "-b", "main")
     write_votes(path, [vote(0, "after")])
@@ -194,7 +182,7 @@ def test_two_people_of_one_name_stay_two_after_a_merge_and_a_second_vote_of_a_pe
     write_votes(path, [vote(1, "after"), vote(2, "after")])
     commit(tmp_path, "more votes of Ann")
     run(tmp_path, "git", "merge", "-q", "other")
-    results = count_votes(old, new)  # type: ignore[arg-type]
+    results = count_votes(BEFORE, AFTER)
     assert results is not None
     assert results.by_voter == {("Ann", "1"): Tally(3, 0, 0), ("Ann", "2"): Tally(0, 1, 0)}
     assert results.overall == Tally(3, 0, 0)
@@ -205,17 +193,15 @@ def test_two_people_of_one_name_stay_two_after_a_merge_and_a_second_vote_of_a_pe
     assert "Ann (1) and Ann (2) agree on 0 of 1 prompts.\n\nSecond votes of a voter on a prompt in" in report
 
 
-def test_a_review_without_votes_on_its_answers_notes_other_votes_and_votes_that_can_not_be_read() -> None:
-    old, new = sides()
-    path = pairs_of(old, new)[1]
-    assert count_votes(old, new) is None  # type: ignore[arg-type]
+def test_a_review_without_votes_on_its_answers_notes_other_votes_and_votes_that_can_not_be_read(path: Path) -> None:
+    assert count_votes(BEFORE, AFTER) is None
     write_votes(FILE, [vote(0, "after"), vote(1, "equal")])
     FILE.write_text(FILE.read_text() + "\n\n")
-    assert votes_table(count_votes(old, new)) == (  # type: ignore[arg-type]
+    assert votes_table(count_votes(BEFORE, AFTER)) == (
         "Votes in votes/ on other answers than those of these revisions, which do not count: 2."
     )
     path.write_text("{\n")
-    assert votes_table(count_votes(old, new)).startswith(  # type: ignore[arg-type]
+    assert votes_table(count_votes(BEFORE, AFTER)).startswith(
         f"No vote counts, because the votes can't be read: {path}:1: not a vote: "
     )
 
@@ -229,11 +215,9 @@ def test_no_vote_is_lost_if_several_voters_vote_at_the_same_time() -> None:
     assert {one.voter for one in read_votes(FILE, PAIRS)} == {str(n) for n in range(8)}
 
 
-def test_the_review_shows_all_voters_and_their_agreement() -> None:
-    old, new = sides()
-    path = pairs_of(old, new)[1]
+def test_the_review_shows_all_voters_and_their_agreement(path: Path) -> None:
     write_votes(path, [vote(n, "after") for n in range(7)] + [vote(0, "equal", "B|b"), vote(1, "after", "B|b")])
-    results = count_votes(old, new)  # type: ignore[arg-type]
+    results = count_votes(BEFORE, AFTER)
     ann, bob = ("Ann", "1"), ("B|b", "1")
     assert results == VoteResults(
         path, 8, Tally(7, 0, 0), {ann: Tally(7, 0, 0), bob: Tally(1, 0, 1)}, {(ann, bob): (2, 1)}, []

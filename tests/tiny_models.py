@@ -20,35 +20,33 @@ NOISE = 0.15
 
 # The small values, each with the names of the fields that take it.
 _INTEGERS: dict[int, str] = {
-    VOCAB_SIZE: "vocab_size decoder_vocab_size unpadded_vocab_size vocab_size_per_layer_input",
+    VOCAB_SIZE: "vocab_size unpadded_vocab_size vocab_size_per_layer_input",
     512: "max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions "
     "original_max_position_embeddings",
     64: "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim n_inner d_inner dff dim_ff ffn_hidden_size "
     "feed_forward_size moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size "
     "moe_shared_expert_intermediate_size shared_experts_intermediate_size dense_intermediate_size "
     "intermediate_size_mlp prefix_dense_intermediate_size mlp_dim",
-    32: "hidden_size n_embd d_model emb_dim embed_dim embedding_size embedding_dim word_embed_proj_dim "
-    "attention_hidden_size backbone_hidden_size lru_width out_hidden_size input_embedding_size "
+    32: "hidden_size n_embd d_model emb_dim embed_dim embedding_size out_hidden_size input_embedding_size "
     "output_embedding_size shared_intermediate_size router_hidden_size hidden_size_global vision_output_dim "
     "adapter_in_dim adapter_out_dim adapter_input_size",
-    8: "head_dim attention_head_dim attention_head_size dim_head d_head kv_channels swa_head_dim v_head_dim "
-    "qk_nope_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim index_head_dim sliding_window "
-    "sliding_window_size attention_window_size window_size q_lora_rank kv_lora_rank mamba_d_state state_size "
-    "ssm_state_size mamba_chunk_size chunk_size index_topk hidden_size_per_layer_input attention_chunk_size "
+    8: "head_dim attention_head_size dim_head kv_channels swa_head_dim v_head_dim qk_nope_head_dim linear_head_dim "
+    "linear_key_head_dim linear_value_head_dim index_head_dim sliding_window sliding_window_size "
+    "attention_window_size window_size q_lora_rank kv_lora_rank mamba_d_state state_size ssm_state_size "
+    "mamba_chunk_size chunk_size index_topk hidden_size_per_layer_input attention_chunk_size "
     "query_pre_attn_scalar rel_extent log_scaling_n_floor floor_scale keep_window_size",
-    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
-    "num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads num_experts num_local_experts "
-    "n_routed_experts moe_num_experts linear_num_heads linear_num_key_heads linear_num_value_heads mamba_n_heads "
-    "mamba_num_heads qk_rope_head_dim rotary_dim",
-    2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers "
-    "num_decoder_layers num_blocks depth num_key_value_heads kv_n_heads num_kv_heads swa_num_key_value_heads "
-    "num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k top_k_experts cross_attn_k "
-    "no_rope_layer_interval attn_layer_period expert_layer_period interleave_moe_layer_step eos_token_id "
-    "sep_token_id decoder_start_token_id forced_eos_token_id",
+    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
+    "attention_heads num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads "
+    "num_experts num_local_experts n_routed_experts moe_num_experts linear_num_heads linear_num_key_heads "
+    "linear_num_value_heads mamba_n_heads mamba_num_heads qk_rope_head_dim rotary_dim",
+    2: "encoder_layers decoder_layers num_encoder_layers num_decoder_layers num_blocks depth num_key_value_heads "
+    "num_kv_heads swa_num_key_value_heads num_experts_per_tok moe_topk moe_k moe_top_k top_k_experts "
+    "no_rope_layer_interval attn_layer_period interleave_moe_layer_step eos_token_id sep_token_id "
+    "decoder_start_token_id forced_eos_token_id",
     # Many heads, because a sparse attention's score is a sum of rectified values, and zeros would be ties.
     16: "index_n_heads",
-    1: "n_group topk_group n_groups mamba_n_groups mamba_ngroups num_dense_layers first_k_dense_replace "
-    "n_shared_experts attn_layer_offset expert_layer_offset bos_token_id",
+    1: "n_group topk_group n_groups num_dense_layers first_k_dense_replace n_shared_experts attn_layer_offset "
+    "bos_token_id",
     0: "pad_token_id",
 }
 _SMALL: dict[str, Any] = {
@@ -88,7 +86,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "swa_qk_nope_head_dim": 8,
         "swa_v_head_dim": 8,
     },
-    "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 16},
+    "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
