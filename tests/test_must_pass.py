@@ -10,6 +10,7 @@ from review.conditions import MUST_PASS, parse
 from review.gates import check_must_pass
 from review.must_pass import MustPass, compare_must_pass, prompt_ids
 from review.report import must_pass_table
+from review.rescoring import Rescoring
 from stages.runtime.errors import UserError
 from stages.templates.alpaca import render_alpaca
 from stages.templates.conversations import Conversation, content_ids
@@ -37,7 +38,8 @@ class Side:
 
 
 def compared(before: Side, after: Side, *entries: str) -> list[MustPass] | None:
-    return compare_must_pass(entries or ("id0", "id1", "id2", "id3"), before, after)  # type: ignore[arg-type]
+    entries = entries or ("id0", "id1", "id2", "id3")
+    return compare_must_pass(entries, before, after, Rescoring())  # type: ignore[arg-type]
 
 
 def test_examples_are_broken_still_failing_fixed_or_passing() -> None:
