@@ -16,6 +16,7 @@ import pandas as pd
 import vl_convert
 
 from benchmarks.report import markdown_table
+from review.rescoring import Rescoring
 from review.revisions import Revision
 from review.runs import RevisionRuns, find_runs, read_runs
 from review.statistics import SIGNIFICANCE, Runs, compare
@@ -67,7 +68,7 @@ def run_experiment(name: str, changes: list[str]) -> dict[int, pd.DataFrame]:
         subprocess.run(["dvc", "exp", "run", "--temp", "--name", name, *options], check=True)
     revision = Revision(name)
     runs = find_runs(revision)
-    read_runs(revision, runs)
+    read_runs(revision, runs, Rescoring())
     return runs.of_split("test").tables
 
 

@@ -35,27 +35,6 @@ class StageRun:
     changed_outputs: list[str]
 
 
-@dataclass(frozen=True)
-class ExampleChange:
-    """A test example in both revisions; prompts are shown without the lines of the template.
-
-    nearest_new_prompt: of the training rows that only `after` has; None if none is similar.
-    """
-
-    prompt: str
-    reference: str
-    loss_before: float
-    loss_after: float
-    answer_before: str
-    answer_after: str
-    nearest_new_prompt: str | None
-
-    @property
-    def change(self) -> float:
-        """In nats/token; negative if the model improved."""
-        return self.loss_after - self.loss_before
-
-
 def values_by_name(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Both values of each name, in the order of `after`, then the names that only `before` has."""
     return {name: (before.get(name), after.get(name)) for name in {**after, **before}}
@@ -140,33 +119,26 @@ def _samples(revision: Revision) -> dict[str, str]:
     return samples
 
 
-def most_changed_examples(joined: pd.DataFrame, after: Revision, data: DataChanges) -> list[ExampleChange]:
+def most_changed_examples(joined: pd.DataFrame, after: Revision, data: DataChanges) -> pd.DataFrame:
     """The test examples whose loss fell most, then those whose loss rose most, up to `NUM_EXAMPLES` each.
 
     Args:
         joined: from `compare_predictions`.
         data: to find the new training row that is nearest to each example.
+
+    Returns:
+        The columns of `joined`, the change of the loss (nats/token), the prompt, the response, and the nearest new
+        training prompt, which is empty if none is similar. Prompts are without the lines of the template.
     """
-    test = after.read_table(TEST, ["example_id", "prompt", "response"])
-    if test is None:
-        test = pd.DataFrame(columns=["example_id", "prompt", "response"])
-    test = test.drop_duplicates("example_id")
+    columns = ["example_id", "prompt", "response"]
+    test = after.read_table(TEST, columns)
+    test = pd.DataFrame(columns=columns) if test is None else test.drop_duplicates("example_id")
     rows = joined.assign(change=joined["loss_after"] - joined["loss_before"]).merge(test, on="example_id", how="left")
-    improved = rows[rows["change"] < 0].sort_values("change", kind="stable").head(NUM_EXAMPLES)
-    worse = rows[rows["change"] > 0].sort_values("change", kind="stable", ascending=False).head(NUM_EXAMPLES)
-    chosen = pd.concat([improved, worse]).fillna(
-        {"prompt": "", "response": "", "answer_before": "", "answer_after": ""}
-    )
-    nearest = data.nearest_new_prompts(chosen["prompt"].tolist())
-    return [
-        ExampleChange(
-            without_template(row.prompt) or f"(example {row.example_id})",
-            row.response,
-            row.loss_before,
-            row.loss_after,
-            row.answer_before,
-            row.answer_after,
-            near and without_template(near),
-        )
-        for row, near in zip(chosen.itertuples(), nearest, strict=True)
-    ]
+    improved = rows[rows["change"] < 0].nsmallest(NUM_EXAMPLES, "change")
+    worse = rows[rows["change"] > 0].nlargest(NUM_EXAMPLES, "change")
+    chosen = pd.concat([improved, worse])
+    chosen = chosen.fillna(dict.fromkeys(("prompt", "response", "answer_before", "answer_after"), ""))
+    nearest = [without_template(prompt or "") for prompt in data.nearest_new_prompts(chosen["prompt"].tolist())]
+    prompts = chosen["prompt"].map(without_template)
+    prompts = prompts.where(prompts != "", "(example " + chosen["example_id"] + ")")
+    return chosen.assign(prompt=prompts, nearest=nearest)

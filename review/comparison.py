@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+import pandas as pd
+
 from review.changes import (
     Change,
-    ExampleChange,
     StageRun,
     changed_metrics,
     changed_samples,
@@ -42,6 +43,7 @@ class Comparison:
     votes: the votes on the answers of these revisions; None if there are none.
     harness: the results of lm-evaluation-harness; None if a revision has none.
     other_metrics: changes in metrics that have no verdict.
+    examples: the most changed test examples, with columns of `most_changed_examples`.
     """
 
     before: Revision
@@ -59,7 +61,7 @@ class Comparison:
     stages: list[StageRun]
     samples: list[Change]
     data: DataChanges
-    examples: list[ExampleChange]
+    examples: pd.DataFrame
 
     @property
     def test(self) -> Results:
@@ -95,7 +97,7 @@ def compare_revisions(before: Revision, after: Revision) -> Comparison:
     results = compare_predictions(before, after, margins, rescoring)
     joined = results["test"].joined
     data = changed_data(before, after, [output_hashes(lock) for lock in locks])
-    prompts = {key[1]: without_template(row["prompt"]) for key, row in (rescoring.rows if rescoring else {}).items()}
+    prompts = {key[1]: without_template(row["prompt"]) for key, row in rescoring.rows.items()}
     checks = changed_checks(read_checks(before), read_checks(after), prompts) if prompts else []
     return Comparison(
         before,
@@ -113,5 +115,5 @@ def compare_revisions(before: Revision, after: Revision) -> Comparison:
         stages=stages_that_ran(*locks),
         samples=changed_samples(before, after),
         data=data,
-        examples=[] if joined is None else most_changed_examples(joined, after, data),
+        examples=pd.DataFrame(columns=["change"]) if joined is None else most_changed_examples(joined, after, data),
     )

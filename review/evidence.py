@@ -45,10 +45,8 @@ def missing_table(comparison: Comparison) -> str:
         for side in (comparison.before, comparison.after)
         for path, reason in sorted(side.missing.items())
     ]
-    if not rows:
-        return ""
     help_ = (
         f"{code('dvc repro')} in a checkout of that revision writes them again. If they were written on another "
         f"machine and both can use the same DVC remote, {code('dvc push')} there makes them available here."
     )
-    return f"{table(['file', 'revision', 'reason'], rows)}\n\n{help_}"
+    return f"{table(['file', 'revision', 'reason'], rows)}\n\n{help_}" if rows else ""

@@ -1,5 +1,6 @@
 """Check the conditions that a change must meet to be merged, from `gates.yaml` and `must_pass.yaml`."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 from review.comparison import Comparison
 from review.conditions import MUST_PASS, Gate
 from review.must_pass import BAD, MustPass, counted
+from review.revisions import Revision
 from review.runs import METRICS_FILE, metrics_of_split
-from review.verdicts import PREFIXES, describe_difference, metrics_of_files
+from review.verdicts import PREFIXES, describe_difference
 
 NOTHING_TO_COMPARE = "nothing to compare with"
 
@@ -45,46 +47,41 @@ def check_gates(comparison: Comparison) -> list[GateResult]:
     ]
 
 
-def value_of(metrics: Mapping[str, Any], name: str) -> tuple[bool, Any]:
-    """Whether a metrics file has a metric, such as `loss` or `retention.loss`, and its value."""
-    split, _, metric = name.rpartition(".")
-    of_split = metrics_of_split(metrics, split or "test")
-    return metric in of_split, of_split.get(metric)
+def values_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a metrics file by the names that gates use, such as `loss` and `retention.loss`."""
+    return {
+        prefix + name: value
+        for split, prefix in PREFIXES.items()
+        for name, value in metrics_of_split(metrics, split).items()
+    }
+
+
+def without_metric(name: str, revision: Revision, values: Mapping[str, Any]) -> str:
+    """A metric that a revision does not have, and those that it has and can be compared."""
+    with_error = [known for known in values if f"{known}_se" in values]
+    comparable = [known for known in with_error if known.rpartition(".")[2] != "perplexity"]
+    return f"{revision.name} has no {name}; it has {', '.join(comparable)}"
 
 
 def check_gate(name: str, gate: Gate, comparison: Comparison) -> Iterator[GateResult]:
     """Check the conditions on one metric; a bound fails if the metric was not measured."""
-    metrics = comparison.after.read_json(METRICS_FILE)
-    is_known, value = value_of(metrics, name)
-    number = value if isinstance(value, int | float) else None
-    applies_to_none = is_known and value is None  # such as stop_rate if no reference fits into max_new_tokens
-    if number is not None:
-        found = f"{number:.4g}"
+    values = values_of(comparison.after.read_json(METRICS_FILE))
+    value, number = values.get(name), math.nan
+    applies_to_none = name in values and value is None  # such as stop_rate if no reference fits into max_new_tokens
+    if isinstance(value, int | float):
+        number, found = value, f"{value:.4g}"
     elif applies_to_none:
         found = "applies to no test example"
-    elif metrics:
-        found = f"{METRICS_FILE} of {comparison.after.name} has no {name}; it has {', '.join(names_of(metrics))}"
+    elif values:
+        found = f"{METRICS_FILE} of {without_metric(name, comparison.after, values)}"
     else:
         found = f"{comparison.after.name} has no {METRICS_FILE}; `dvc repro` writes it"
     if gate.min is not None:
-        yield GateResult(
-            f"{name} at least {gate.min:g}", applies_to_none or (number is not None and number >= gate.min), found
-        )
+        yield GateResult(f"{name} at least {gate.min:g}", applies_to_none or number >= gate.min, found)
     if gate.max is not None:
-        yield GateResult(
-            f"{name} at most {gate.max:g}", applies_to_none or (number is not None and number <= gate.max), found
-        )
+        yield GateResult(f"{name} at most {gate.max:g}", applies_to_none or number <= gate.max, found)
     if gate.not_worse_by is not None:
         yield check_not_worse_by(name, gate.not_worse_by, comparison)
-
-
-def names_of(metrics: Mapping[str, Any]) -> list[str]:
-    """The metrics in a metrics file that have a standard error, by which they can be compared."""
-    names = []
-    for split, prefix in PREFIXES.items():
-        of_split = metrics_of_split(metrics, split)
-        names += [prefix + metric.name for metric in metrics_of_files(of_split) if metric.name in of_split]
-    return names
 
 
 def check_not_worse_by(name: str, margin: float, comparison: Comparison) -> GateResult:
@@ -106,16 +103,13 @@ def check_not_worse_by(name: str, margin: float, comparison: Comparison) -> Gate
             return GateResult(rule, False, f"undecided, because too few examples are common: {found}")
         worst = min(bound * result.metric.direction for bound in (difference.low, difference.high))
         return GateResult(rule, worst >= -margin, found)
-    old, new = (side.read_json(METRICS_FILE) for side in (before, after))
+    old, new = (values_of(side.read_json(METRICS_FILE)) for side in (before, after))
     if METRICS_FILE in before.missing:
         return GateResult(rule, False, f"undecided, because {METRICS_FILE} of {before.name} can't be read")
-    if not value_of(new, name)[0]:
-        return GateResult(
-            rule, False, f"undecided, because {after.name} has no {name}; it has {', '.join(names_of(new))}"
-        )
-    if not value_of(old, name)[0]:
-        missing = f"has no {name}" if old else f"has no {METRICS_FILE}"
-        return GateResult(rule, True, f"{NOTHING_TO_COMPARE}: {before.name} {missing}")
+    if name not in new:
+        return GateResult(rule, False, f"undecided, because {without_metric(name, after, new)}")
+    if name not in old:
+        return GateResult(rule, True, f"{NOTHING_TO_COMPARE}: {before.name} has no {name if old else METRICS_FILE}")
     verdict = result.verdict if result else "can't be compared"
     return GateResult(rule, False, f"undecided, because the verdict is {verdict!r}")
 

@@ -1,7 +1,7 @@
 """Tables, marked changes and pages from untrusted text, which can't become markup, mentions or links."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from html import escape
 
@@ -12,7 +12,6 @@ from stages.text import heading
 MAX_CELL_LENGTH = 240  # characters of an example's text in a table
 # Text that begins a mention, a reference or a link on GitHub. An invisible word joiner after it prevents that.
 LINKS = re.compile(r"@(?=\w)|#(?=\d)|\bGH-(?=\d)|www(?=\.)|:(?=//)", re.IGNORECASE)
-
 
 STYLE = """
 :root { color-scheme: light dark; --line: light-dark(#d1d9e0, #3d444d); --shade: light-dark(#f6f8fa, #151b23) }
@@ -30,8 +29,9 @@ h1, h2 { border-bottom: 1px solid var(--line); padding-bottom: .3rem }
 """
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; empty without rows."""
+    lines = [header, ["---"] * len(header), *rows] if rows else []
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

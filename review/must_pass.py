@@ -29,7 +29,7 @@ class MustPass:
 
 
 def compare_must_pass(
-    entries: Sequence[str], before: Revision, after: Revision, rescoring: Rescoring | None = None
+    entries: Sequence[str], before: Revision, after: Revision, rescoring: Rescoring
 ) -> list[MustPass] | None:
     """The must-pass examples, those that need attention first; None if the predictions of a side are not available."""
     test = after.read_table(TEST, ["example_id", "prompt_id", "prompt"])

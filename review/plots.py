@@ -39,40 +39,27 @@ MAX_SECONDS = 120  # to read the plots, and to draw one
 PAGE = Path(".venv/plots.html")  # `make` sets it as DVC's plots.html_template, in .dvc/config.local
 
 
-class PlotError(Exception):
-    """A plot can't be drawn. The text is the reason."""
-
-
 def draw(before: Revision, after: Revision) -> str:
     """Markdown with an image of each plot in `dvc.yaml`, with the curves of both revisions, or why there is none."""
     try:
-        parts, errors = read_plots(before.name, after.name)
-    except PlotError as error:
+        with TemporaryDirectory() as folder:  # DVC writes image files there
+            plots = json.loads(run_module("dvc", "plots", "diff", "--json", "--out", folder, before.name, after.name))
+    except UserError as error:
         return text(f"The plots can't be drawn: `dvc plots diff` failed: {error}")
-    images = []
-    for name, part in parts:
-        try:
-            images.append(as_image(title_of(part) or name, png_of(part)))
-        except PlotError as error:
-            errors.append(f"{title_of(part) or name}: this plot can't be drawn: {error}")
-    return "\n\n".join([" ".join(images), *map(text, errors)]).strip()
-
-
-def read_plots(*names: str) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
-    """The plots of two revisions with their names in `dvc.yaml`, and a sentence for each file that DVC can't read.
-
-    Raises:
-        PlotError: DVC can't read any plot, for example because of an unknown template.
-    """
-    with TemporaryDirectory() as folder:  # DVC writes image files there
-        command = ["dvc", "plots", "diff", "--json", "--out", folder, *names]
-        found = json.loads(run_module(*command))
     errors = []
-    for error in found.get("errors", []):
-        where = error.get("source") or error.get("name") or "dvc.yaml"
-        errors.append(f"{where} of {error['rev']}: can't be plotted: {reason(error['msg'] or error['type'])}")
-    parts = [(name, part) for name, parts in found.get("data", {}).items() for part in parts]
-    return parts, list(dict.fromkeys(errors))  # several plots may need the same file
+    for failure in plots.get("errors", []):
+        where = failure.get("source") or failure.get("name") or "dvc.yaml"
+        errors.append(f"{where} of {failure['rev']}: can't be plotted: {reason(failure['msg'] or failure['type'])}")
+    errors = list(dict.fromkeys(errors))  # several plots may need the same file
+    images = []
+    for name, parts in plots.get("data", {}).items():
+        for part in parts:
+            title = title_of(part) or name
+            try:
+                images.append(as_image(title, png_of(part)))
+            except UserError as error:
+                errors.append(f"{title}: this plot can't be drawn: {error}")
+    return "\n\n".join([" ".join(images), *map(text, errors)]).strip()
 
 
 def title_of(plot: dict[str, Any]) -> str:
@@ -86,10 +73,10 @@ def png_of(plot: dict[str, Any]) -> bytes:
     """The plot as an image.
 
     Raises:
-        PlotError: it is an image file, or Vega-Lite refuses it.
+        UserError: it is an image file, or Vega-Lite refuses it.
     """
     if plot["type"] != "vega":
-        raise PlotError("it is an image file")
+        raise UserError("it is an image file")
     return run_module("review.draw", stdin=json.dumps(plot["content"]).encode())
 
 
@@ -97,7 +84,7 @@ def run_module(*command: str, stdin: bytes = b"") -> bytes:
     """The standard output of a Python program.
 
     Raises:
-        PlotError: it failed or took too long.
+        UserError: it failed or took too long.
     """
     try:
         result = subprocess.run(  # noqa: S603 (a list; git or DVC knows the revisions)
@@ -108,15 +95,12 @@ def run_module(*command: str, stdin: bytes = b"") -> bytes:
             env={**os.environ, "PYTHONIOENCODING": "utf-8"},
         )
     except subprocess.TimeoutExpired:
-        raise PlotError(f"not finished after {MAX_SECONDS} s") from None
+        raise UserError(f"not finished after {MAX_SECONDS} s") from None
     if result.returncode:
-        message = re.search(
-            r"^\w*error: (?:unexpected error - )?(.+)",
-            result.stderr.decode(errors="replace"),
-            re.IGNORECASE | re.MULTILINE,
-        )
+        stderr = result.stderr.decode(errors="replace")
+        message = re.search(r"^\w*error: (?:unexpected error - )?(.+)", stderr, re.IGNORECASE | re.MULTILINE)
         too_large = f"the program ended with exit code {result.returncode}; the plot may be too large"
-        raise PlotError(reason(message[1]) if message else too_large)
+        raise UserError(reason(message[1]) if message else too_large)
     return result.stdout
 
 
@@ -145,43 +129,36 @@ def forest(results: Sequence[MetricResult], caption: str) -> str:
                 rows += [{"name": name, "seed": value} for value in difference.by_seed.values()]
     if not rows:
         return ""
-    ink = {
-        "labelColor": "currentColor",
-        "labelFontSize": 12,
-        "labelLimit": 0,
-    }  # where Vega cuts text, it cuts emoji in half and fails
-    names = {"field": "name", "sort": list(dict.fromkeys(row["name"] for row in rows)), "title": None}
+    # The whole names, because Vega cuts emoji in half and fails.
+    ink = {"labelColor": "currentColor", "labelFontSize": 12, "labelLimit": 0}
+    axis = {**ink, "domainColor": "currentColor", "tickColor": "currentColor", "tickCount": 5, "grid": False}
+    header = {"labelAngle": 0, "labelAlign": "left"}
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    interval = {"x": value_of("low"), "x2": {"field": "high"}, "color": COLOR}
     spec = {
-        "config": {
-            "background": None,
-            "view": {"stroke": None},
-            "header": ink,
-            "axis": {**ink, "domainColor": "currentColor", "tickColor": "currentColor", "tickCount": 5, "grid": False},
-        },
+        "config": {"background": None, "view": {"stroke": None}, "header": ink, "axis": axis},
         "data": {"values": rows},
-        "facet": {"row": {**names, "header": {"labelAngle": 0, "labelAlign": "left"}}},
+        "facet": {"row": {"field": "name", "sort": names, "title": None, "header": header}},
         "resolve": {"scale": {"x": "shared" if results[0].slice else "independent"}},
         "spec": {
             "width": 380,
             "height": 24,
             "layer": [
-                layer({"type": "rule", "strokeDash": [3, 3]}, {"x": {"datum": 0}}),
-                layer(
-                    {"type": "rule", "size": 3}, {"x": value_of("low"), "x2": {"field": "high"}, "color": COLOR}, "low"
-                ),
-                layer({"type": "point", "filled": True, "size": 90}, {"x": value_of("value"), "color": COLOR}, "value"),
-                layer({"type": "point", "size": 22}, {"x": value_of("seed")}, "seed"),
+                {
+                    "mark": {"type": "rule", "strokeDash": [3, 3], "color": "currentColor"},
+                    "encoding": {"x": {"datum": 0}},
+                },
+                {"mark": {"type": "rule", "size": 3}, "encoding": interval},
+                {
+                    "mark": {"type": "point", "filled": True, "size": 90},
+                    "encoding": {"x": value_of("value"), "color": COLOR},
+                },
+                {"mark": {"type": "point", "size": 22, "color": "currentColor"}, "encoding": {"x": value_of("seed")}},
             ],
         },
     }
     svg = vl_convert.vegalite_to_svg(json.dumps(spec))
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>\n"
-
-
-def layer(mark: dict[str, Any], encoding: dict[str, Any], field: str | None = None) -> dict[str, Any]:
-    """A layer of a Vega-Lite plot, of the rows that have a value in `field`."""
-    transform = [{"filter": {"field": field, "valid": True}}] if field else []
-    return {"mark": {"color": "currentColor", **mark}, "encoding": encoding, "transform": transform}
 
 
 def value_of(field: str) -> dict[str, Any]:

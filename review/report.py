@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
-from review.changes import Change, ExampleChange
+import pandas as pd
+
+from review.changes import Change, StageRun
 from review.comparison import Comparison
 from review.data_changes import CHANGES, DataChanges, without_template
 from review.evidence import evidence_in_words, missing_table
 from review.gates import GateResult
 from review.markup import highlight_diff, table, text, truncate
 from review.must_pass import BAD, MustPass, counted
-from review.verdicts import MEASURE_NOISE, RUN_NOISE_UNKNOWN, MetricResult, describe_difference, signed
+from review.verdicts import MEASURE_NOISE, RUN_NOISE_UNKNOWN, MetricResult, Results, describe_difference, signed
 from review.votes import Tally, VoteResults
 from stages.scoring.scorers import SCORERS
 from stages.text import block, code
@@ -30,46 +32,37 @@ ABOUT_RETENTION = "General questions that are never trained on; a lower pass rat
 def markdown(comparison: Comparison, gates: Sequence[GateResult], curves: str) -> str:
     """The report. `curves` is Markdown: Mermaid text for GitHub, images for the page."""
     before, after = (code(side.name) for side in (comparison.before, comparison.after))
-    parts = [
-        f"# Review: {before} → {after}",
-        *evidence_in_words(comparison, gates),
-        *summary_in_words(comparison, gates),
-    ]
-    if gates:
-        rows = [[text(gate.rule), "✓ passed" if gate.passed else "✗ failed", text(gate.found)] for gate in gates]
-        parts += ["## Gates", table(["gate", "", "found"], rows)]
-    parts += ["## Metrics on the test split", metrics_table(comparison.test.metrics), ABOUT_METRICS]
-    parts += map(text, comparison.test.notes)
-    if retention := comparison.results.get("retention"):
-        parts += ["## Metrics on the retention set", ABOUT_RETENTION, metrics_table(retention.metrics)]
-        parts += map(text, retention.notes)
-    if comparison.harness:
-        content = [metrics_table(comparison.harness.metrics)] if comparison.harness.metrics else []
-        parts += ["## Tasks of lm-evaluation-harness", *content, *map(text, comparison.harness.notes)]
-    parts += section("## Must-pass examples", must_pass_table(comparison.must_pass or []))
-    parts += section("## Votes", votes_table(comparison.votes))
-    parts += section("## Changed conditions", changed_table(comparison.changed_conditions))
-    if comparison.changed_scorers:
-        parts += [] if comparison.changed_conditions else ["## Changed conditions"]
-        parts += [f"Changed lines of {code(SCORERS)}:", block("\n".join(comparison.changed_scorers))]
-    parts += section("## Not available", missing_table(comparison))
-    losses = [result for result in comparison.test.slices if result.metric.name == "loss" or result.is_significant]
-    parts += section("## Slices of the test split", slices_table(losses))
-    parts += section("## Changed parameters", changed_table(comparison.params))
-    parts += section("## Stages that ran again", stages_table(comparison))
-    parts += section("## Changed data", "\n\n".join(data_tables(comparison.data)))
-    parts += section("## Other metrics that changed", changed_table(comparison.other_metrics))
-    parts += section("## Curves", curves)
-    parts += section("## Sample answers", samples_table(comparison.samples))
-    improved = [example for example in comparison.examples if example.change < 0]
-    worse = [example for example in comparison.examples if example.change > 0]
-    parts += section("## Most improved test examples", examples_table(improved))
-    parts += section("## Test examples that got worse the most", examples_table(worse))
+    test, retention, harness = comparison.test, comparison.results.get("retention"), comparison.harness
+    notable_slices = [result for result in test.slices if result.metric.name == "loss" or result.is_significant]
+    examples = comparison.examples
+    sections = {
+        "Gates": [gates_table(gates)],
+        "Metrics on the test split": [metrics_table(test.metrics), ABOUT_METRICS, *map(text, test.notes)],
+        "Metrics on the retention set": [ABOUT_RETENTION, *metrics_and_notes(retention)] if retention else [],
+        "Tasks of lm-evaluation-harness": metrics_and_notes(harness) if harness else [],
+        "Must-pass examples": [must_pass_table(comparison.must_pass or [])],
+        "Votes": [votes_table(comparison.votes)],
+        "Changed conditions": [
+            changed_table(comparison.changed_conditions),
+            *changed_lines(comparison.changed_scorers),
+        ],
+        "Not available": [missing_table(comparison)],
+        "Slices of the test split": [slices_table(notable_slices)],
+        "Changed parameters": [changed_table(comparison.params)],
+        "Stages that ran again": [stages_table(comparison.stages)],
+        "Changed data": data_tables(comparison.data),
+        "Other metrics that changed": [changed_table(comparison.other_metrics)],
+        "Curves": [curves],
+        "Sample answers": [samples_table(comparison.samples)],
+        "Most improved test examples": [examples_table(examples[examples["change"] < 0])],
+        "Test examples that got worse the most": [examples_table(examples[examples["change"] > 0])],
+    }
+    parts = [f"# Review: {before} → {after}", *evidence_in_words(comparison, gates)]
+    parts += summary_in_words(comparison, gates)
+    for title, paragraphs in sections.items():
+        if any(paragraphs):
+            parts += [f"## {title}", *filter(None, paragraphs)]
     return "\n\n".join(parts) + "\n"
-
-
-def section(title: str, content: str) -> list[str]:
-    return [title, content] if content else []
 
 
 def summary_in_words(comparison: Comparison, gates: Sequence[GateResult]) -> list[str]:
@@ -117,9 +110,18 @@ def label(result: MetricResult) -> str:
     return text(result.metric.name) + (f" in {code(truncate(result.slice))}" if result.slice else "")
 
 
+def gates_table(gates: Sequence[GateResult]) -> str:
+    rows = [[text(gate.rule), "✓ passed" if gate.passed else "✗ failed", text(gate.found)] for gate in gates]
+    return table(["gate", "", "found"], rows)
+
+
 def metrics_table(results: Sequence[MetricResult]) -> str:
     rows = [[text(result.metric.name), *result_cells(result)] for result in results]
     return table(["metric", *RESULT_HEADER], rows)
+
+
+def metrics_and_notes(results: Results) -> list[str]:
+    return [metrics_table(results.metrics), *map(text, results.notes)]
 
 
 def slices_table(results: Sequence[MetricResult]) -> str:
@@ -132,7 +134,7 @@ def slices_table(results: Sequence[MetricResult]) -> str:
         ]
         for result in results
     ]
-    return table(["slice", "metric", "prompts", *RESULT_HEADER], rows) if rows else ""
+    return table(["slice", "metric", "prompts", *RESULT_HEADER], rows)
 
 
 def result_cells(result: MetricResult) -> list[str]:
@@ -169,7 +171,7 @@ def must_pass_table(examples: Sequence[MustPass]) -> str:
         for example in examples
         if example.state != "passing"
     ]
-    listed = table(["", "prompt", "answer before", "answer after"], rows) if rows else ""
+    listed = table(["", "prompt", "answer before", "answer after"], rows)
     return f"{counted(examples)}.\n\n{listed}".strip() if examples else ""
 
 
@@ -231,45 +233,43 @@ def data_tables(data: DataChanges) -> list[str]:
 
 def changed_table(changes: Sequence[Change]) -> str:
     rows = [[code(change.name), value(change.before), value(change.after)] for change in changes]
-    return table(["name", "before", "after"], rows) if rows else ""
+    return table(["name", "before", "after"], rows)
+
+
+def changed_lines(lines: Sequence[str]) -> list[str]:
+    return [f"Changed lines of {code(SCORERS)}:", block("\n".join(lines))] if lines else []
 
 
 def value(content: Any) -> str:
     return "" if content is None else code(f"{content:.6g}" if isinstance(content, float) else content)
 
 
-def stages_table(comparison: Comparison) -> str:
-    def listed(names: Sequence[str]) -> str:
-        return ", ".join(map(code, names)) or "none"
-
+def stages_table(stages: Sequence[StageRun]) -> str:
     rows = [
-        [code(stage.name), listed(stage.changed_inputs), listed(stage.changed_outputs)] for stage in comparison.stages
+        [
+            code(stage.name),
+            *(", ".join(map(code, names)) or "none" for names in (stage.changed_inputs, stage.changed_outputs)),
+        ]
+        for stage in stages
     ]
-    return table(["stage", "changed inputs", "changed outputs"], rows) if rows else ""
+    return table(["stage", "changed inputs", "changed outputs"], rows)
 
 
 def samples_table(samples: Sequence[Change]) -> str:
     rows = [[text(sample.name), *highlight_diff(sample.before, sample.after)] for sample in samples]
-    return table(["prompt", "before", "after"], rows) if rows else ""
+    return table(["prompt", "before", "after"], rows)
 
 
-def examples_table(examples: Sequence[ExampleChange]) -> str:
+def examples_table(examples: pd.DataFrame) -> str:
     rows = [
         [
-            f"{signed(example.change)} ({example.loss_before:.2f} → {example.loss_after:.2f})",
-            text(truncate(example.prompt)),
-            text(truncate(example.reference)),
-            *highlight_diff(truncate(example.answer_before), truncate(example.answer_after)),
-            text(truncate(example.nearest_new_prompt or "")),
+            f"{signed(row.change)} ({row.loss_before:.2f} → {row.loss_after:.2f})",
+            text(truncate(row.prompt)),
+            text(truncate(row.response)),
+            *highlight_diff(truncate(row.answer_before), truncate(row.answer_after)),
+            text(truncate(row.nearest)),
         ]
-        for example in examples
+        for row in examples.itertuples()
     ]
-    header = [
-        "loss (nats/token)",
-        "prompt",
-        "reference",
-        "answer before",
-        "answer after",
-        "nearest new training prompt",
-    ]
-    return table(header, rows) if rows else ""
+    answers = ["answer before", "answer after"]
+    return table(["loss (nats/token)", "prompt", "reference", *answers, "nearest new training prompt"], rows)

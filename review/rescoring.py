@@ -25,7 +25,7 @@ Answers = tuple[list[str], list[bool]]  # all answers to an example, and whether
 
 @dataclass(frozen=True)
 class Rescoring:
-    """How stored answers are scored again.
+    """How stored answers are scored again; by default, they are not.
 
     names: the revisions whose answers are.
     rows: columns of the reviewed revision that scoring needs, by key; empty if they are not available.
@@ -34,10 +34,10 @@ class Rescoring:
     notes: sentences for the report.
     """
 
-    names: set[str]
-    rows: dict[Key, dict[str, Any]]
-    scorers: dict[str, Scorer]
-    not_comparable: set[str]
+    names: set[str] = field(default_factory=set)
+    rows: dict[Key, dict[str, Any]] = field(default_factory=dict)
+    scorers: dict[str, Scorer] = field(default_factory=dict)
+    not_comparable: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     scored: dict[tuple[str, str], pd.DataFrame] = field(default_factory=dict)  # so that no table is scored twice
 
@@ -46,39 +46,37 @@ class Rescoring:
         if revision.name not in self.names:
             return predictions
         if (revision.name, path) not in self.scored:
-            self.scored[revision.name, path] = self._apply(revision, path, predictions)
+            if revision.name in self.not_comparable:
+                predictions = predictions[[name for name in predictions if not name.startswith(PREFIX)]]
+            rows, answers = _records(predictions), _answers(revision, path, predictions)
+            try:
+                scores = [self._score(row, answers, self.scorers) for row in rows]
+            except UserError as error:  # a function of scorers.py fails for an answer
+                self.notes.append(f"The answers of {revision.name} are not scored by {SCORERS}: {error}")
+                scores = [self._score(row, answers, {}) for row in rows]
+            self.scored[revision.name, path] = pd.DataFrame(
+                [{**row, **new} for row, new in zip(rows, scores, strict=True)]
+            )
         return self.scored[revision.name, path]
-
-    def _apply(self, revision: Revision, path: str, predictions: pd.DataFrame) -> pd.DataFrame:
-        answers = _answers(revision, path, predictions)
-        if revision.name in self.not_comparable:
-            predictions = predictions[[name for name in predictions if not name.startswith(PREFIX)]]
-        rows = _records(predictions)
-        try:
-            scored = [self._score(row, answers, self.scorers) for row in rows]
-        except UserError as error:  # a function of scorers.py fails for an answer
-            self.notes.append(f"The answers of {revision.name} are not scored by {SCORERS}: {error}")
-            scored = [self._score(row, answers, {}) for row in rows]
-        return pd.DataFrame([row | new for row, new in zip(rows, scored, strict=True)])
 
     def _score(
         self, row: Mapping[str, Any], answers: Mapping[Key, Answers], scorers: Mapping[str, Scorer]
     ) -> dict[str, Any]:
-        key = row["split"], row["example_id"]
+        key = _key(row)
         if key not in self.rows or key not in answers:
             return {"passed": None, **dict.fromkeys(PREFIX + name for name in scorers)}
-        found, is_open = answers[key]
         unused: dict[str, Any] = {"answer_tokens": [], "stopped": [], "reasoning": [None], "calls": [None]}
         inputs = dict.fromkeys(PREDICTIONS_SCHEMA.names) | unused | self.rows[key]
-        scores = score_row(inputs | {"answers": found, "open_reasoning": is_open}, scorers)
+        inputs["answers"], inputs["open_reasoning"] = answers[key]
+        scores = score_row(inputs, scorers)
         return {name: scores[name] for name in (*SCORED, *(PREFIX + name for name in scorers))}
 
 
-def find_rescoring(before: Revision, after: Revision) -> Rescoring | None:
-    """How the answers must be scored again; None if the same code and the same checks scored both sides."""
+def find_rescoring(before: Revision, after: Revision) -> Rescoring:
+    """How the answers must be scored again; not at all if the same code and the same checks scored both sides."""
     scored_by = [_scored_by(side.read_yaml("dvc.lock")) for side in (before, after)]
     if scored_by[0] == scored_by[1]:
-        return None
+        return Rescoring()
     rows, notes = _rows(after), [f"Answers of both sides are scored by the checks of {after.name}."]
     if after.name != WORKSPACE:
         has_same_scorers = scored_by[0].get(str(SCORERS)) == scored_by[1].get(str(SCORERS))
@@ -108,26 +106,24 @@ def _rows(revision: Revision) -> dict[Key, dict[str, Any]]:
     parts = [table.assign(split=split) for split, table in examples if table is not None]
     if scoring is None or not parts:
         return {}
-    rows = _records(pd.concat(parts).merge(scoring, on=["split", "example_id"]))
-    return {(row["split"], row["example_id"]): row for row in rows}
+    return {_key(row): row for row in _records(pd.concat(parts).merge(scoring, on=["split", "example_id"]))}
 
 
 def _answers(revision: Revision, path: str, predictions: pd.DataFrame) -> dict[Key, Answers]:
     """All answers to each example. Predictions have only the first one. Older ones do not tell reasoning apart."""
     if (predictions["num_answers"] == 1).all():
-        return {
-            (row["split"], row["example_id"]): ([row["answer"]], [bool(row.get("open_reasoning"))])
-            for row in _records(predictions)
-        }
+        return {_key(row): ([row["answer"]], [bool(row.get("open_reasoning"))]) for row in _records(predictions)}
     columns = ["split", "example_id", "answers", "open_reasoning"]
     table = revision.read_table(path.replace("predictions", "answers", 1), columns)
-    return {
-        (row["split"], row["example_id"]): (
-            [*row["answers"]],
-            [False] * len(row["answers"]) if row["open_reasoning"] is None else [*row["open_reasoning"]],
-        )
-        for row in ([] if table is None else _records(table))
-    }
+    answers = {}
+    for row in [] if table is None else _records(table):
+        texts, is_open = row["answers"], row["open_reasoning"]
+        answers[_key(row)] = [*texts], [False] * len(texts) if is_open is None else [*is_open]
+    return answers
+
+
+def _key(row: Mapping[str, Any]) -> Key:
+    return row["split"], row["example_id"]
 
 
 def _records(table: pd.DataFrame) -> list[dict[Any, Any]]:

@@ -47,11 +47,11 @@ def find_runs(revision: Revision) -> RevisionRuns:
     stages, outputs = lock.get("stages") or {}, output_hashes(lock)
     train, *scoring = (stages.get(name, {}) for name in ("train", "predict@tuned", "evaluate@tuned"))
     runs, seed = RevisionRuns(), train_seed(train, params)
-    runs.paths[seed], runs.hashes[seed] = PREDICTIONS, outputs.get(PREDICTIONS, "")
     expected = _inputs(train, *scoring)
     if outdated := find_outdated(train, *scoring):
         runs.notes.append(f"{revision.name}: {outdated} changed after it was scored; `dvc repro` scores it again.")
-        del runs.paths[seed], runs.hashes[seed]
+    else:
+        runs.paths[seed], runs.hashes[seed] = PREDICTIONS, outputs.get(PREDICTIONS, "")
     seeds = params.get("replicate_seeds") or []
     for seed in seeds if isinstance(seeds, list) else [seeds]:
         if not isinstance(seed, int):
@@ -81,8 +81,9 @@ def find_outdated(*stages: Mapping[str, Any]) -> str | None:
     """The output of one of these stages that changed after a later one had used it; None if there is none."""
     for earlier, later in combinations(stages, 2):
         outs, deps = hashes(earlier.get("outs", [])), hashes(later.get("deps", []))
-        if found := next((path for path in outs if path in deps and outs[path] != deps[path]), None):
-            return found
+        for path, md5 in outs.items():
+            if deps.get(path, md5) != md5:
+                return path
     return None
 
 
@@ -92,18 +93,19 @@ def train_seed(train: Mapping[str, Any], params: Mapping[str, Any]) -> int:
     return seed if isinstance(seed, int) else 0
 
 
-def read_runs(revision: Revision, runs: RevisionRuns, rescoring: Rescoring | None = None) -> None:
+def read_runs(revision: Revision, runs: RevisionRuns, rescoring: Rescoring) -> None:
     """Read the tables, and score them again if necessary. Those with other examples than the first are left out."""
     for seed, path in runs.paths.items():
-        table = revision.read_table(path)
+        table = read_predictions(revision, path)
         if table is None:  # the report lists missing files
             continue
-        table = with_older_columns(table)
-        first = next(iter(runs.tables.values()), table)
-        if problem := find_problem(table) or find_difference(table, first):
+        problem = find_problem(table)
+        if not problem and runs.tables and example_keys(table) != example_keys(next(iter(runs.tables.values()))):
+            problem = "it has other examples than the first run"
+        if problem:
             runs.notes.append(f"{revision.name}: {path} is not used, because {problem}; `dvc repro` writes it again.")
         else:
-            runs.tables[seed] = rescoring.apply(revision, path, table) if rescoring else table
+            runs.tables[seed] = rescoring.apply(revision, path, table)
 
 
 def metrics_of_split(metrics: Mapping[str, Any], split: str) -> Mapping[str, Any]:
@@ -111,25 +113,25 @@ def metrics_of_split(metrics: Mapping[str, Any], split: str) -> Mapping[str, Any
     return metrics if split == "test" else metrics.get(split, {})
 
 
-def read_answers(revision: Revision, rescoring: Rescoring | None = None) -> dict[str, dict[str, Any]]:
+def read_answers(revision: Revision, rescoring: Rescoring) -> dict[str, dict[str, Any]]:
     """The predictions of the run of `train` on the test split, by example id; empty if they are not available."""
-    table = revision.read_table(PREDICTIONS)
-    if table is None or find_problem(table := with_older_columns(table)):
+    table = read_predictions(revision, PREDICTIONS)
+    if table is None or find_problem(table):
         return {}
-    rows = (rescoring.apply(revision, PREDICTIONS, table) if rescoring else table).to_dict("records")
+    rows = rescoring.apply(revision, PREDICTIONS, table).to_dict("records")
     return {row["example_id"]: row for row in rows if row["split"] == "test"}
 
 
-def with_older_columns(table: pd.DataFrame) -> pd.DataFrame:
-    """Predictions with the columns that those of older revisions lack. They have no checks, so none is passed."""
+def read_predictions(revision: Revision, path: str) -> pd.DataFrame | None:
+    """The predictions with the columns that those of older revisions lack. They have no checks, so none is passed."""
+    table = revision.read_table(path)
+    if table is None:
+        return None
     return table.assign(**{name: value for name, value in OLDER_PREDICTIONS.items() if name not in table})
 
 
-def find_difference(table: pd.DataFrame, first: pd.DataFrame) -> str | None:
-    """Why predictions can't be another run of the same configuration; None if they can."""
-    ids = {*zip(table["split"], table["example_id"], strict=True)}
-    first_ids = {*zip(first["split"], first["example_id"], strict=True)}
-    return None if ids == first_ids else "it has other examples than the first run"
+def example_keys(table: pd.DataFrame) -> set[tuple[str, str]]:
+    return {*zip(table["split"], table["example_id"], strict=True)}
 
 
 def find_problem(table: pd.DataFrame) -> str | None:

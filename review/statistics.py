@@ -235,26 +235,17 @@ def permutation_p_value(difference: Array) -> float:
     changed = difference[difference != 0]  # only these matter, because swapping equal values has no effect
     if len(changed) < 2 or len(changed) > MAX_CHANGED:
         return float(len(changed) < 2)
-
-    def mean_difference(after: Array, before: Array, axis: int) -> Array:
-        values: Array = (after - before).mean(axis)
-        return values
-
+    # Of one sample, it swaps `before` and `after` of a prompt by changing the sign of their difference.
     test = stats.permutation_test(
-        (changed, np.zeros(len(changed))),
-        mean_difference,
-        permutation_type="samples",
-        n_resamples=PERMUTATIONS,
-        vectorized=True,
-        rng=SEED,
+        (changed,), np.mean, permutation_type="samples", n_resamples=PERMUTATIONS, vectorized=True, rng=SEED
     )
     return float(test.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values adjusted for their number, so that 5% is the probability of any false alarm (Holm 1979)."""
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(np.argsort(p_values, kind="stable").tolist()):
-        largest = max(largest, min(1.0, p_values[index] * (len(p_values) - rank)))
-        adjusted[index] = largest
-    return adjusted
+    order = np.argsort(p_values, kind="stable")
+    multiplied = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.maximum.accumulate(np.minimum(multiplied, 1.0))
+    return adjusted.tolist()

@@ -63,7 +63,7 @@ class Results:
 
 
 def compare_predictions(
-    before: Revision, after: Revision, margins: Mapping[str, float], rescoring: Rescoring | None = None
+    before: Revision, after: Revision, margins: Mapping[str, float], rescoring: Rescoring
 ) -> dict[str, Results]:
     """Compare all metrics on the test split, and on the retention set if both revisions have one.
 
@@ -102,7 +102,7 @@ def compare_predictions(
         prefix = PREFIXES[split]
         of_split = {name.removeprefix(prefix): margin for name, margin in margins.items() if name.startswith(prefix)}
         results[split] = compare_runs(first, second, (before.name, after.name), of_split, split)
-    results["test"].notes[:0] = [*runs[0].notes, *runs[1].notes, *(rescoring.notes if rescoring else [])]
+    results["test"].notes[:0] = [*runs[0].notes, *runs[1].notes, *rescoring.notes]
     return results
 
 

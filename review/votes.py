@@ -20,6 +20,7 @@ from scipy.optimize import brentq
 from scipy.special import betaln, xlogy
 
 from review.data_changes import TEST, without_template
+from review.rescoring import Rescoring
 from review.revisions import Revision
 from review.runs import read_answers
 from stages.data.files import write_text
@@ -65,10 +66,6 @@ class Vote:
     @property
     def identity(self) -> tuple[str, str]:
         return self.voter, self.voter_id
-
-    @property
-    def is_judge(self) -> bool:
-        return self.voter_id == JUDGE
 
 
 VOTE = TypeAdapter(Vote)
@@ -123,7 +120,6 @@ class VoteResults:
     notes: votes that do not count, and why.
     """
 
-    path: Path
     num_pairs: int
     overall: Tally
     by_voter: dict[tuple[str, str], Tally]
@@ -134,7 +130,7 @@ class VoteResults:
 def find_pairs(before: Revision, after: Revision) -> tuple[list[Pair], Path] | None:
     """The test prompts with different answers, and the file of the votes on them; None if answers are not available."""
     test = after.read_table(TEST, ["example_id", "prompt"])
-    old, new = read_answers(before), read_answers(after)
+    old, new = read_answers(before, Rescoring()), read_answers(after, Rescoring())
     if test is None or not old or not new:
         return None
     pairs = []
@@ -226,39 +222,32 @@ def update_votes(path: Path, change: Callable[[list[Vote]], list[Vote]]) -> None
         ) from None
 
 
-def count(votes: Sequence[Vote]) -> Tally:
-    """The tally of votes on different prompts."""
-    choices = [vote.choice for vote in votes]
-    return Tally(choices.count("after"), choices.count("before"), choices.count("equal"))
-
-
 def overall(votes: Sequence[Vote]) -> Tally:
     """The tally of the first vote on each prompt, by people if there are any."""
-    people = [vote for vote in votes if not vote.is_judge] or votes
-    first = {vote.example_id: vote for vote in reversed(people)}
-    return count([*first.values()])
+    people = [vote for vote in votes if vote.voter_id != JUDGE] or votes
+    choices = [*{vote.example_id: vote.choice for vote in reversed(people)}.values()]
+    return Tally(choices.count("after"), choices.count("before"), choices.count("equal"))
 
 
 def count_votes(before: Revision, after: Revision) -> VoteResults | None:
     """The results of all votes on the answers of two revisions; None if there are none to count or to note."""
-    found = find_pairs(before, after) if VOTES.exists() else None
-    if found is None:
+    pairs_and_path = find_pairs(before, after) if VOTES.exists() else None
+    if pairs_and_path is None:
         return None
-    pairs, path = found
+    pairs, path = pairs_and_path
     try:
         votes, notes = read_votes(path, pairs), find_notes(path, pairs)
     except (UserError, OSError) as error:
         votes, notes = [], [f"No vote counts, because the votes can't be read: {error}."]
     if not votes and not notes:
         return None
-    by_voter: dict[tuple[str, str], dict[str, Vote]] = {}
+    by_voter: dict[tuple[str, str], list[Vote]] = {}
     for vote in votes:
-        by_voter.setdefault(vote.identity, {})[vote.example_id] = vote
+        by_voter.setdefault(vote.identity, []).append(vote)
+    choices = {voter: {vote.example_id: vote.choice for vote in of_voter} for voter, of_voter in by_voter.items()}
     agreement = {}
-    for first, second in combinations(by_voter, 2):
-        common = by_voter[first].keys() & by_voter[second].keys()
-        same = sum(by_voter[first][key].choice == by_voter[second][key].choice for key in common)
-        if common:
-            agreement[first, second] = len(common), same
-    tallies = {voter: count([*votes_of_voter.values()]) for voter, votes_of_voter in by_voter.items()}
-    return VoteResults(path, len(pairs), overall(votes), tallies, agreement, notes)
+    for first, second in combinations(choices, 2):
+        if common := choices[first].keys() & choices[second].keys():
+            agreement[first, second] = len(common), len(choices[first].items() & choices[second].items())
+    tallies = {voter: overall(of_voter) for voter, of_voter in by_voter.items()}
+    return VoteResults(len(pairs), overall(votes), tallies, agreement, notes)

@@ -8,6 +8,7 @@ import pytest
 from review.gates import check_must_pass
 from review.must_pass import MustPass, compare_must_pass, prompt_ids
 from review.report import must_pass_table
+from review.rescoring import Rescoring
 from stages.templates.conversations import Conversation, content_ids
 from tests.conftest import predictions, revision
 
@@ -20,7 +21,7 @@ def side(passed: Sequence[int], **columns: Any) -> Any:
 
 
 def compared(before: Any, after: Any, *entries: str) -> list[MustPass] | None:
-    return compare_must_pass(entries or ("id0", "id1", "id2", "id3"), before, after)
+    return compare_must_pass(entries or ("id0", "id1", "id2", "id3"), before, after, Rescoring())
 
 
 def test_examples_are_broken_still_failing_fixed_or_passing() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from review import plots
 from review.revisions import Revision
+from stages.runtime.errors import UserError
 from tests.clone import commit, environment, run
 
 CURVE = "step,loss,validation_loss\n1,3.0,\n2,2.0,2.5\n3,1.0,2.0\n"
@@ -81,10 +82,10 @@ def png(spec: object) -> bytes:
 def test_a_plot_loads_nothing_from_the_network() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(plots.PlotError, match="External data url not allowed: http://127"):
+        with pytest.raises(UserError, match="External data url not allowed: http://127"):
             png(POINTS | {"data": {"url": f"{address}/data.json"}})
         image = {"mark": "image", "encoding": {"url": {"field": "url"}}}
-        with pytest.raises(plots.PlotError, match="image marks are not drawn"):
+        with pytest.raises(UserError, match="image marks are not drawn"):
             png(image | {"data": {"values": [{"url": f"{address}/image.png"}]}})
         server.setblocking(False)
         with pytest.raises(BlockingIOError):
@@ -98,7 +99,7 @@ def test_a_plot_reads_no_files(tmp_path: Path) -> None:
 
     (tmp_path / "data.json").write_text('[{"x": 1}, {"x": 2}, {"x": 9}]')
     assert png(spec({"url": f"file://{tmp_path}/data.json"})) == png(spec({"values": []}))
-    with pytest.raises(plots.PlotError, match="External data url not allowed"):
+    with pytest.raises(UserError, match="External data url not allowed"):
         png(spec({"url": f"{tmp_path}/data.json"}))
 
 
@@ -113,26 +114,26 @@ def test_a_plot_reads_no_files(tmp_path: Path) -> None:
     ids=["no plot", "unknown mark", "too many pixels"],
 )
 def test_a_plot_that_vega_lite_refuses_has_a_reason(spec: object, reason: str) -> None:
-    with pytest.raises(plots.PlotError, match=re.escape(reason)):
+    with pytest.raises(UserError, match=re.escape(reason)):
         png(spec)
 
 
 @pytest.mark.subprocess
 def test_a_program_that_the_system_ends_has_a_reason() -> None:
     """V8 aborts if it runs out of memory."""
-    with pytest.raises(plots.PlotError, match="the program ended with exit code -6; the plot may be too large"):
+    with pytest.raises(UserError, match="the program ended with exit code -6; the plot may be too large"):
         plots.run_module("timeit", "--number=1", "--repeat=1", "import os; os.abort()")
 
 
 @pytest.mark.subprocess
 def test_a_plot_that_takes_too_long_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "MAX_SECONDS", 0.01)
-    with pytest.raises(plots.PlotError, match="not finished after"):
+    with pytest.raises(UserError, match="not finished after"):
         png(POINTS)
 
 
 def test_an_image_file_is_not_shown() -> None:
-    with pytest.raises(plots.PlotError, match="it is an image file"):
+    with pytest.raises(UserError, match="it is an image file"):
         plots.png_of({"type": "image", "url": "image.png"})
 
 

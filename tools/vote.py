@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from review.revisions import WORKSPACE, Revision
-from review.votes import Choice, Pair, Tally, Vote, count, find_notes, find_pairs, overall, read_votes, update_votes
+from review.votes import Choice, Pair, Tally, Vote, find_notes, find_pairs, overall, read_votes, update_votes
 from stages.data.splits import content_hash
 from stages.runtime.errors import UserError
 from stages.runtime.locks import file_lock
@@ -91,7 +91,7 @@ class Ballot:
             "result": None,
         }
         if self.is_revealed:
-            state["result"] = result_in_words(count(votes_of_voter), self.names)
+            state["result"] = result_in_words(overall(votes_of_voter), self.names)
         elif self.left:
             pair = self.pairs[self.left[0]]
             answers = [getattr(pair, side) for side in self.in_order(pair)]
