@@ -40,7 +40,8 @@ def validate_check(check: Any) -> None:
     for kind, value in check.items():
         if kind not in KINDS:
             raise ValueError(f"found the kind {kind!r}; must be one of {', '.join(sorted(KINDS))}")
-        KINDS[kind][0](value)
+        validate, _ = KINDS[kind]
+        validate(kind, value)
 
 
 def passes(check: Mapping[str, Any], answer: str) -> bool:
@@ -81,29 +82,19 @@ def _texts(value: Any) -> list[str]:
     return [nfc(text) for text in ([value] if isinstance(value, str) else value)]
 
 
-def _validate_texts(kind: str) -> Callable[[Any], None]:
-    def validate(value: Any) -> None:
-        texts = [value] if isinstance(value, str) else value
-        valid = isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)
-        _require(bool(valid), kind, value, "a string or a list of strings, none of them empty")
-
-    return validate
+def _validate_texts(kind: str, value: Any) -> None:
+    texts = [value] if isinstance(value, str) else value
+    valid = isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)
+    _require(bool(valid), kind, value, "a string or a list of strings, none of them empty")
 
 
-def _equals(value: Any, answer: str) -> bool:
-    return any(answer == text.strip() for text in _texts(value))
+def _are_in(value: Any, answer: str) -> list[bool]:
+    """For each of the texts, whether it is in the answer, ignoring case."""
+    return [text.casefold() in answer.casefold() for text in _texts(value)]
 
 
-def _contains(value: Any, answer: str) -> bool:
-    return all(text.casefold() in answer.casefold() for text in _texts(value))
-
-
-def _excludes(value: Any, answer: str) -> bool:
-    return not any(text.casefold() in answer.casefold() for text in _texts(value))
-
-
-def _validate_regex(value: Any) -> None:
-    _require(isinstance(value, str), "regex", value, "a regular expression")
+def _validate_regex(kind: str, value: Any) -> None:
+    _require(isinstance(value, str), kind, value, "a regular expression")
     if len(value) > LENGTH_LIMIT or _written_out(value) > SIZE_LIMIT:
         raise ValueError(
             f"regex: found {shown(value)}, which is too large: its length must be at most {LENGTH_LIMIT:,}, and "
@@ -140,13 +131,13 @@ def _regex(value: str, answer: str) -> bool:
         raise CheckTimeoutError(f"the regular expression {shown(value)} takes more than {TIME_LIMIT:g} s") from None
 
 
-def _validate_number(value: Any) -> None:
+def _validate_number(kind: str, value: Any) -> None:
     allowed = 'a number, or {"value": 6.2, "tolerance": 0.05, "position": "last"} with the position first or last'
     fields = value if isinstance(value, dict) else {"value": value}
     numbers = [fields.get("value"), fields.get("tolerance", 0)]
     are_numbers = all(isinstance(n, int | float) and not isinstance(n, bool) and abs(n) < 1e300 for n in numbers)
     valid = are_numbers and numbers[1] >= 0 and fields.keys() <= {"value", "tolerance", "position"}
-    _require(valid and fields.get("position", "last") in ("first", "last"), "number", value, allowed)
+    _require(valid and fields.get("position", "last") in ("first", "last"), kind, value, allowed)
 
 
 def _number(value: Any, answer: str) -> bool:
@@ -161,27 +152,23 @@ def _number(value: Any, answer: str) -> bool:
     return abs(number - expected) <= tolerance
 
 
-def _validate_schema(value: Any) -> None:
-    _require(isinstance(value, dict), "json_schema", value, "a JSON schema, which is an object")
+def _validate_schema(kind: str, value: Any) -> None:
+    _require(isinstance(value, dict), kind, value, "a JSON schema, which is an object")
     validate_schema(value)
 
 
-def _validate_choice(value: Any) -> None:
+def _validate_choice(kind: str, value: Any) -> None:
     allowed = 'an object such as {"options": ["true", "false"], "answer": "true"}'
     valid = isinstance(value, dict) and value.keys() == {"options", "answer"} and isinstance(value["options"], list)
     valid = valid and all(isinstance(option, str) and words(option) for option in value["options"])
-    _require(valid and value["answer"] in value["options"], "choice", value, allowed)
+    _require(valid and value["answer"] in value["options"], kind, value, allowed)
     is_distinct = len({tuple(words(option)) for option in value["options"]}) == len(value["options"])
-    _require(is_distinct, "choice", value, "an object whose options differ in more than case and punctuation")
+    _require(is_distinct, kind, value, "an object whose options differ in more than case and punctuation")
 
 
-def _validate_max_words(value: Any) -> None:
+def _validate_max_words(kind: str, value: Any) -> None:
     valid = isinstance(value, int | float) and not isinstance(value, bool) and value >= 1 and value % 1 == 0
-    _require(valid, "max_words", value, "a whole number above 0")
-
-
-def _max_words(value: int, answer: str) -> bool:
-    return count_words(answer) <= value
+    _require(valid, kind, value, "a whole number above 0")
 
 
 @cache
@@ -191,9 +178,9 @@ def _languages() -> set[str]:
     return {code for code, _ in py3langid.rank("")}
 
 
-def _validate_language(value: Any) -> None:
+def _validate_language(kind: str, value: Any) -> None:
     valid = isinstance(value, str) and value in _languages()
-    _require(valid, "language", value, "a language code of ISO 639-1, such as en or de")
+    _require(valid, kind, value, "a language code of ISO 639-1, such as en or de")
 
 
 def _language(value: str, answer: str) -> bool:
@@ -202,13 +189,10 @@ def _language(value: str, answer: str) -> bool:
     return bool(answer) and py3langid.classify(answer)[0] == value
 
 
-def _validate_checks(kind: str) -> Callable[[Any], None]:
-    def validate(value: Any) -> None:
-        _require(isinstance(value, list) and bool(value), kind, value, "a list of checks")
-        for check in value:
-            validate_check(check)
-
-    return validate
+def _validate_checks(kind: str, value: Any) -> None:
+    _require(isinstance(value, list) and bool(value), kind, value, "a list of checks")
+    for check in value:
+        validate_check(check)
 
 
 def _any(checks: list[dict[str, Any]], answer: str) -> bool:
@@ -224,17 +208,18 @@ def _any(checks: list[dict[str, Any]], answer: str) -> bool:
     return False
 
 
-KINDS: dict[str, tuple[Callable[[Any], None], Callable[[Any, str], bool]]] = {
-    "equals": (_validate_texts("equals"), _equals),
-    "contains": (_validate_texts("contains"), _contains),
-    "excludes": (_validate_texts("excludes"), _excludes),
+# For each kind: a function that validates its expected value, and one that says whether an answer passes.
+KINDS: dict[str, tuple[Callable[[str, Any], object], Callable[[Any, str], bool]]] = {
+    "equals": (_validate_texts, lambda value, answer: answer in [text.strip() for text in _texts(value)]),
+    "contains": (_validate_texts, lambda value, answer: all(_are_in(value, answer))),
+    "excludes": (_validate_texts, lambda value, answer: not any(_are_in(value, answer))),
     "regex": (_validate_regex, _regex),
     "number": (_validate_number, _number),
-    "json": (with_exact_values, has_data),
+    "json": (lambda _, value: with_exact_values(value), has_data),
     "json_schema": (_validate_schema, is_valid),
     "choice": (_validate_choice, lambda value, answer: first_named(value["options"], answer) == value["answer"]),
-    "max_words": (_validate_max_words, _max_words),
+    "max_words": (_validate_max_words, lambda value, answer: count_words(answer) <= value),
     "language": (_validate_language, _language),
-    "all": (_validate_checks("all"), lambda checks, answer: all(passes(check, answer) for check in checks)),
-    "any": (_validate_checks("any"), _any),
+    "all": (_validate_checks, lambda checks, answer: all(passes(check, answer) for check in checks)),
+    "any": (_validate_checks, _any),
 }

@@ -58,7 +58,8 @@ class NearDuplicates:
         # For each band, the sorted keys and the question that each belongs to. Processes share the mapped files; with
         # rensa's own index (RMinHashLSH), each process would need a copy of 2.5 kB per question.
         self._band_keys, self._band_owners = arrays["band_keys"], arrays["band_owners"]
-        self._shingles = lru_cache(2**14)(self._shingles_of)  # many questions may match the same one
+        # Cached, because many questions may match the same one.
+        self._shingles = lru_cache(2**14)(lambda number: shingles(self.questions["question"][number].as_py()))
         self._signatures = arrays["signatures"]  # 8 bits per hash suffice for an estimate
 
     @classmethod
@@ -152,9 +153,6 @@ class NearDuplicates:
             likely = similarity >= MIN_ESTIMATED_SIMILARITY
             candidates.update(zip(queries[likely].tolist(), matches[likely].tolist(), strict=True))
         return [(numbers[query], match) for query, match in sorted(candidates)]
-
-    def _shingles_of(self, number: int) -> set[str]:
-        return shingles(self.questions["question"][number].as_py())
 
 
 def list_questions(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> pa.Table:

@@ -1,10 +1,8 @@
 """The schemas of the tables that stages exchange, and the examples of a split."""
 
 import mmap
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, overload
@@ -121,17 +119,10 @@ class Split(Sequence[Example]):
                     writer.write(batch)
             file.flush()
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        reader = pa.ipc.open_file(pa.py_buffer(mapped))
-        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        self._ids = [batch.column("example_id") for batch in batches]
-        self._lists = [
-            tuple((column.offsets.to_numpy(), column.values.to_numpy()) for column in batch.columns[1:])
-            for batch in batches
-        ]
-        self._ends = list(accumulate(map(len, batches)))
+        self._columns = pa.ipc.open_file(pa.py_buffer(mapped)).read_all().columns
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return len(self._columns[0])
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -141,11 +132,8 @@ class Split(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        index = range(len(self))[index]  # also checks it
-        batch = bisect_right(self._ends, index)
-        row = index - (self._ends[batch - 1] if batch else 0)
-        input_ids, labels = (values[offsets[row] : offsets[row + 1]] for offsets, values in self._lists[batch])
-        return Example(self._ids[batch][row].as_py(), input_ids, labels)
+        example_id, input_ids, labels = (column[index] for column in self._columns)
+        return Example(example_id.as_py(), input_ids.values.to_numpy(), labels.values.to_numpy())
 
 
 def read_split(path: Path) -> Split:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from stages.data.examples import BadRowError
-from stages.rows.row_parser import ALLOWED, MEANINGS, Row, RowParser, find_schema
+from stages.rows.row_parser import ALLOWED, MEANINGS, Row, RowParser
 from stages.rows.strict_json import JSON, checked
 from stages.rows.text_files import decoded_lines, open_binary, open_text
 from stages.runtime.errors import UserError, user_errors
@@ -56,11 +56,7 @@ def read_json_objects(path: Path, parser: RowParser) -> Iterator[Row]:
 
 
 def _rows_of(path: Path, table: dict[str, Any], parser: RowParser) -> list[Any]:
-    """The rows of the only object of a file: rows under a key or an index, columns, or the object itself.
-
-    Raises:
-        UserError: it has rows under several keys, or columns of different lengths.
-    """
+    """The rows of the only object of a file: rows under a key or an index, columns, or the object itself."""
     if parser.is_complete(table):
         return _rows_of_columns(path, table, parser)
     if table.keys() == {"columns", "index", "data"}:  # pandas, orient="split"
@@ -80,9 +76,9 @@ def _rows_of(path: Path, table: dict[str, Any], parser: RowParser) -> list[Any]:
 
 def _rows_of_columns(path: Path, table: dict[str, Any], parser: RowParser) -> list[Any]:
     """The rows of columns, which are lists, or objects with the row numbers as keys, as pandas writes them."""
-    own_names = parser.columns or {name: name for name in table}
-    schema = {name: table[own_names[name]] for name in find_schema(own_names)}
-    first_name = own_names[next(iter(schema))]
+    names, columns = parser.find_columns(table)
+    schema = {name: table[columns[name]] for name in names}
+    first_name = columns[names[0]]
     first = table[first_name]
     if not (
         all(isinstance(column, dict) for column in schema.values())

@@ -92,11 +92,7 @@ def _parse_texts(where: str, texts: list[Any]) -> list[Message]:
 
 
 def _parse_message(where: str, present: Mapping[str, Any]) -> Message:
-    """A message, an object with `MESSAGE_KEYS`.
-
-    Raises:
-        BadRowError: a key is missing or invalid.
-    """
+    """A message, an object with `MESSAGE_KEYS`."""
 
     def text(name: str) -> str:
         return require_text(f"{name!r} of {where}", present[name], "must be text")
@@ -138,11 +134,7 @@ def _parse_message(where: str, present: Mapping[str, Any]) -> Message:
 
 
 def _first(where: str, names: tuple[str, ...], message: Mapping[str, Any]) -> str:
-    """The one of the alternative names of a key that a message has.
-
-    Raises:
-        BadRowError: it has several, with different values.
-    """
+    """The one of the alternative names of a key that a message has."""
     stated = [name for name in names if message.get(name) not in (None, "", [])]
     if any(message[name] != message[stated[0]] for name in stated):
         raise BadRowError("unsupported", f"{where} has {' and '.join(map(repr, stated))}; keep one of them")
@@ -167,11 +159,7 @@ def _parse_content(where: str, key: str, content: Any) -> tuple[str, str]:
 
 
 def _is_trained(where: str, role: str, message: Mapping[str, Any]) -> bool:
-    """Whether the weights and flags of a message are 1 or true; without any, an assistant message is trained.
-
-    Raises:
-        BadRowError: a weight is neither 0 nor 1, or another role has a weight of 1.
-    """
+    """Whether the weights and flags of a message are 1 or true; without any, an assistant message is trained."""
     trained = True
     for name in (*WEIGHTS, *FLAGS):
         if name in message:

@@ -117,17 +117,12 @@ class RowParser:
         if not isinstance(row, dict):
             raise BadRowError("not_an_object", f"found {describe(row)}; {ALLOWED}")
         fields = {name: value for name, value in row.items() if not is_missing(value)}
-        if self.columns is not None:
-            renamed = {name: fields[column] for name, column in self.columns.items() if column in fields}
-            unread = fields.keys() - set(self.columns.values())
-            self.missing -= fields.keys()
-            schema = find_schema(self.columns)
-        else:
-            schema = find_schema(fields)
-            renamed = {name: fields[name] for name in (*schema, *optional_columns(schema)) if name in fields}
-            unread = fields.keys() - renamed.keys()
-            if name := next((name for name in UNSUPPORTED if fields.get(name)), None):
-                raise BadRowError("unsupported", f"{name!r} is {describe(fields[name])}; no template can render it")
+        schema, columns = self.find_columns(fields)
+        renamed = {name: fields[column] for name, column in columns.items() if column in fields}
+        unread = fields.keys() - set(columns.values())
+        self.missing -= fields.keys()
+        if self.columns is None and (name := next(filter(fields.get, UNSUPPORTED), None)):
+            raise BadRowError("unsupported", f"{name!r} is {describe(fields[name])}; no template can render it")
         for group in (SYSTEM, INPUT, REASONING):
             if len(stated := [name for name in group if renamed.get(name)]) > 1:
                 raise BadRowError(
@@ -139,6 +134,13 @@ class RowParser:
         parsed = self._parse(schema, renamed)
         self.unread.update(unread)
         return replace(parsed, other_columns={name: value for name, value in fields.items() if name in unread})
+
+    def find_columns(self, names: Iterable[str]) -> tuple[tuple[str, ...], Mapping[str, str]]:
+        """The schema of a row with these columns, and the name in the source of each column that it may have."""
+        if self.columns is not None:
+            return find_schema(self.columns), self.columns
+        schema = find_schema(names)
+        return schema, {name: name for name in (*schema, *optional_columns(schema))}
 
     def require_columns(self, where: object, names: Sequence[str]) -> None:
         """Check the columns of a table.
@@ -156,17 +158,14 @@ class RowParser:
 
     def meanings(self, names: Iterable[str]) -> dict[str, str]:
         """What each of the columns of a row becomes."""
-        renamed = {name: name for name in names}
-        if self.columns is not None:
-            renamed = {column: name for name, column in self.columns.items()}
-        schema = find_schema(renamed.values())
-        read = {*schema, *optional_columns(schema)} if self.columns is None else {*self.columns}
-        return {name: MEANINGS[renamed[name]] if renamed.get(name) in read else "not read" for name in names}
+        _, columns = self.find_columns(names)
+        read = {column: MEANINGS[name] for name, column in columns.items()}
+        return {name: read.get(name, "not read") for name in names}
 
     def is_complete(self, row: Mapping[str, Any]) -> bool:
         """Whether a row has all columns of a schema."""
-        columns = self.columns or {name: name for name in row}
-        return all(columns.get(name) in row for name in find_schema(columns))
+        schema, columns = self.find_columns(row)
+        return all(columns[name] in row for name in schema)
 
     def reads(self, name: str) -> bool:
         """Whether a column of the source may be read."""

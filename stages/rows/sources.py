@@ -154,11 +154,7 @@ def find_files(path: Path, parameter: str) -> list[Path]:
 
 
 def _saved_shards(folder: Path) -> list[Path]:
-    """The files of a dataset that `save_to_disk` of datasets wrote, in their order; none for another folder.
-
-    Raises:
-        UserError: such datasets are in the folder, as in that of a `DatasetDict`.
-    """
+    """The files of a dataset that `save_to_disk` of datasets wrote, in their order; none for another folder."""
     saved = sorted({file.parent for file in folder.rglob("*.arrow") if file.with_name("state.json").is_file()})
     if saved == [folder]:
         with user_errors(folder / "state.json"):

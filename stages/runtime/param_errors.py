@@ -5,12 +5,10 @@ import re
 from datetime import date
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
 from stages.runtime.errors import UserError
 from stages.runtime.yaml12 import YAMLError, parse_yaml
 
-# DVC can't insert null. What means "none" for these parameters instead:
+# DVC inserts these parameters into `dvc.yaml`, and can't insert null. What means "none" instead:
 INSTEAD_OF_NULL = {
     "dataset_file": "use the path of an existing file, which is not read if dataset_name is set",
     "retention_file": "for none, the path of an empty file",
@@ -34,15 +32,6 @@ def parse_params(text: bytes, where: str) -> dict[str, Any]:
     return content
 
 
-def find_problems(model: type[BaseModel], content: dict[str, Any], may_lack: bool = False) -> list[str]:
-    """A line for each parameter of a model that is missing (unless `may_lack`) or invalid."""
-    try:
-        model.model_validate({name: content[name] for name in model.model_fields if name in content})
-    except ValidationError as errors:
-        return [_describe(error) for error in errors.errors() if not (may_lack and error["type"] == "missing")]
-    return []
-
-
 def raise_problems(problems: list[str], where: str) -> None:
     """Raise a `UserError` that lists all problems, if there are any."""
     if problems:
@@ -56,7 +45,8 @@ def unknown_parameter(name: object, known: set[str]) -> str:
     return f"{name}: not a parameter; {hint}"
 
 
-def _describe(error: Any) -> str:
+def describe_problem(error: Any) -> str:
+    """A line for an error of pydantic."""
     name = ".".join(str(part) for part in error["loc"])
     value = error["input"]
     if error["type"] == "string_type" and isinstance(value, int | float | date):

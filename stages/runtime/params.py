@@ -6,9 +6,9 @@ Each stage has a model with exactly the parameters that it declares in `dvc.yaml
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
-from stages.runtime.param_errors import find_problems, parse_params, raise_problems, unknown_parameter
+from stages.runtime.param_errors import describe_problem, parse_params, raise_problems, unknown_parameter
 from stages.runtime.param_types import (
     Columns,
     Datasets,
@@ -100,16 +100,11 @@ class SelectionParams(StageParams):
         return worst
 
 
-class BatchParams(StageParams):
-    """The size of batches, which limits the memory of training, evaluation and generation."""
+class InferenceParams(StageParams):
+    """What all stages need that run a model."""
 
     max_length: MaxLength
     batch_size: PositiveInt
-
-
-class InferenceParams(BatchParams):
-    """What stages need that only run a model."""
-
     template: Template
     template_options: TemplateOptions
     launcher: Launcher
@@ -120,11 +115,9 @@ class ScoreRowsParams(InferenceParams, SplitFractions):
     score_rows: bool
 
 
-class TrainingParams(BatchParams):
+class TrainingParams(InferenceParams):
     """The parameters of a training run, except its seed."""
 
-    template: Template
-    template_options: TemplateOptions
     gradient_accumulation_steps: PositiveInt
     learning_rate: PositiveFloat
     lr_scheduler: Literal["linear", "cosine", "constant"]
@@ -139,9 +132,7 @@ class TrainingParams(BatchParams):
     eval_steps: PositiveSteps
     early_stopping_patience: PositiveInt | None
     save_steps: PositiveSteps
-    precision: Precision
     activation_checkpointing: Literal["auto", "on", "off"]
-    launcher: Launcher
     finetuning: Literal["full", "lora", "qlora"]
     lora_rank: PositiveInt
     lora_alpha: PositiveInt
@@ -218,23 +209,20 @@ def load_params(stage: type[P], path: Path = PARAMS_FILE) -> P:
     Raises:
         UserError: lists every parameter that is unknown, missing or invalid, with its value.
     """
-    content = check_params(path.read_bytes(), str(path))
+    content = parse_params(path.read_bytes(), str(path))
+    known = {name for model in STAGES for name in model.model_fields}
+    problems = [unknown_parameter(name, known) for name in content if name not in known]
+    raise_problems(problems + find_problems(content), str(path))
     return stage.model_validate({name: content[name] for name in stage.model_fields})
 
 
-def check_params(text: bytes, where: str) -> dict[str, Any]:
-    """Check the text of a whole `params.yaml`, and return its values.
-
-    Args:
-        where: the file, for the message.
-
-    Raises:
-        UserError: lists every parameter that is unknown, missing or invalid, with its value.
-    """
-    content = parse_params(text, where)
-    known = {name for model in STAGES for name in model.model_fields}
-    problems = [unknown_parameter(name, known) for name in content if name not in known]
-    for model in STAGES:  # all of them, so that a mistake in a parameter of `train` is found before `format` runs
-        problems += find_problems(model, content)
-    raise_problems(problems, where)
-    return content
+def find_problems(content: dict[str, Any], may_lack: bool = False) -> list[str]:
+    """A line for each parameter, of any stage, that is missing (unless `may_lack`) or invalid."""
+    problems = []
+    for stage in STAGES:
+        try:
+            stage.model_validate({name: content[name] for name in stage.model_fields if name in content})
+        except ValidationError as errors:
+            faults = [error for error in errors.errors() if not (may_lack and error["type"] == "missing")]
+            problems += map(describe_problem, faults)
+    return problems

@@ -8,24 +8,10 @@ import os
 import subprocess
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from stages.runtime.errors import UserError
-from stages.runtime.param_errors import find_problems, parse_params, raise_problems
-from stages.runtime.param_types import Launcher, Seed, Text
-from stages.runtime.params import TrainParams, load_params
+from stages.runtime.param_errors import INSTEAD_OF_NULL, parse_params, raise_problems
+from stages.runtime.params import TrainParams, find_problems, load_params
 from stages.runtime.run import run
-
-
-class InterpolatedParams(BaseModel):
-    """The parameters that `dvc.yaml` inserts into dependencies and commands, before any stage can check them."""
-
-    model_config = ConfigDict(strict=True)
-
-    dataset_file: Text
-    retention_file: Text
-    launcher: Launcher
-    replicate_seeds: list[Seed]
 
 
 def check_project() -> None:
@@ -63,7 +49,9 @@ def check_interpolated(text: bytes, where: str) -> None:
     Raises:
         UserError: lists the parameters that DVC can't insert into `dvc.yaml`, with their values.
     """
-    raise_problems(find_problems(InterpolatedParams, parse_params(text, where), may_lack=True), where)
+    content = parse_params(text, where)
+    inserted = {name: content[name] for name in INSTEAD_OF_NULL if name in content}
+    raise_problems(find_problems(inserted, may_lack=True), where)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from contextlib import nullcontext, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from traceback import walk_tb
-from types import FrameType
 from typing import NoReturn
 
 from stages.runtime.errors import LESS_MEMORY, UserError, is_out_of_memory
@@ -50,7 +49,7 @@ def run(main: Callable[[], None], exclusive: bool = True) -> NoReturn:
     Args:
         exclusive: False for commands that only read; they may run beside a stage.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.unraisablehook = _interrupt_again
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import warns about an optional kernel
     started = time.time()
@@ -123,10 +122,6 @@ def delete_truncated_bytecode(since: float) -> None:
                         marshal.loads(path.read_bytes()[16:])  # noqa: S302 (Python itself loads this file)
                     except (EOFError, ValueError, TypeError):
                         path.unlink()
-
-
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + signum)
 
 
 def _interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:

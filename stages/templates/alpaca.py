@@ -120,11 +120,7 @@ class AlpacaTemplate:
 
 
 def _require_one_pair(conversation: Conversation) -> None:
-    """Check that a conversation has nothing but a question and its answer.
-
-    Raises:
-        BadRowError: it has other messages, tools or reasoning.
-    """
+    """Check that a conversation has nothing but a question and its answer."""
     roles = [message["role"] for message in conversation.messages]
     if roles != ["user", "assistant"]:
         detail = f"found {', '.join(roles)}; template alpaca takes one instruction and one response, chat takes more"

@@ -203,9 +203,6 @@ class ChatTemplate:
 
         This is how an answer begins at inference. It is used for answers that begin with whitespace, such as code,
         because one token could contain both the end of the prompt and this whitespace.
-
-        Raises:
-            BadRowError: an answer does not begin with whitespace, or the ids are not those of its text.
         """
         answers = [response.text[response.start : response.end] for response in responses]
         ids = tokenize(self._tokenizer, answers, allow_special_tokens=True)
@@ -217,11 +214,7 @@ class ChatTemplate:
         return spans
 
     def _require_complete(self, at: int, message: Message, rendering: str) -> None:
-        """Check that a rendering has everything that a message states.
-
-        Raises:
-            BadRowError: something is missing.
-        """
+        """Check that a rendering has everything that a message states."""
         if name := missing_key(message, rendering):
             where = f"message {at + 1:,} ({message['role']})"
             raise BadRowError("not_rendered", f"{self._where} does not render {name!r} of {where}")

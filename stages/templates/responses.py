@@ -99,9 +99,6 @@ class ResponseFinder:
 
         Args:
             text: the rendering of the messages, the last of which is the answer.
-
-        Raises:
-            BadRowError: it is unknown.
         """
         *earlier, answer = messages
         # Without reasoning. The prompt opens the reasoning with what it has and this has not.
@@ -129,11 +126,7 @@ class ResponseFinder:
         raise self._inexact(messages)
 
     def _close_reasoning(self, header: str, opening: str, messages: list[Message], row: Conversation) -> str:
-        """An answer of a template that opens the reasoning in the prompt only: reasoning, its end, and the rest.
-
-        Raises:
-            BadRowError: the parameter `reasoning_end` is null.
-        """
+        """An answer of a template that opens the reasoning in the prompt only: reasoning, its end, and the rest."""
         *earlier, answer = messages
         answer = self._split_reasoning(answer)
         if self._reasoning_end is None:
