@@ -218,7 +218,7 @@ def load_params(stage: type[P], path: Path = PARAMS_FILE) -> P:
 
 def find_problems(content: dict[str, Any], may_lack: bool = False) -> list[str]:
     """A line for each parameter, of any stage, that is missing (unless `may_lack`) or invalid."""
-    problems = []
+    problems: list[str] = []
     for stage in STAGES:
         try:
             stage.model_validate({name: content[name] for name in stage.model_fields if name in content})
