@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+from dvc.utils.flatten import flatten
 from markdown_it import MarkdownIt
 
 from review.data_changes import TEST, DataChanges, without_template
@@ -65,19 +66,6 @@ def changed_metrics(before: Revision, after: Revision, results: Mapping[str, Res
             and not (path == METRICS_FILE and (change.name in with_verdict or change.name.endswith("_se")))
         ]
     return changes
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted names.
-
-    Example:
-        >>> flatten({"left_out_by_reason": {"empty_response": 2}})
-        {'left_out_by_reason.empty_response': 2}
-    """
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def stages_that_ran(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[StageRun]:

@@ -13,17 +13,11 @@ from review.changes import (
     most_changed_examples,
     stages_that_ran,
 )
-from review.conditions import (
-    Conditions,
-    changed_checks,
-    changed_conditions,
-    changed_scorers,
-    read_conditions,
-)
-from review.data_changes import DataChanges, changed_data, without_template
+from review.conditions import Conditions, changed_checks, changed_conditions, changed_scorers, read_conditions
+from review.data_changes import DataChanges, changed_data
 from review.harness import compare_harness
 from review.must_pass import MustPass, compare_must_pass
-from review.rescoring import find_rescoring, read_checks
+from review.rescoring import find_rescoring
 from review.revisions import Revision, output_hashes
 from review.runs import METRICS_FILE
 from review.verdicts import MetricResult, Results, compare_predictions
@@ -97,14 +91,13 @@ def compare_revisions(before: Revision, after: Revision) -> Comparison:
     results = compare_predictions(before, after, margins, rescoring)
     joined = results["test"].joined
     data = changed_data(before, after, [output_hashes(lock) for lock in locks])
-    prompts = {key[1]: without_template(row["prompt"]) for key, row in rescoring.rows.items()}
-    checks = changed_checks(read_checks(before), read_checks(after), prompts) if prompts else []
+    changed = changed_conditions(old_conditions, conditions) + changed_checks(before, after, rescoring)
     return Comparison(
         before,
         after,
-        outdated={side.name: found for side in sides if (found := side.outdated())},
+        outdated={side.name: stages for side in sides if (stages := side.outdated())},
         conditions=conditions,
-        changed_conditions=changed_conditions(old_conditions, conditions) + checks,
+        changed_conditions=changed,
         changed_scorers=changed_scorers(before, after),
         params=find_changes(before.read_yaml("params.yaml"), after.read_yaml("params.yaml")),
         results=results,

@@ -4,7 +4,6 @@ Each side has its own. Those of the reviewed revision apply to both sides, and t
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import unified_diff
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from review.changes import Change, find_changes
+from review.data_changes import without_template
+from review.rescoring import Rescoring, read_checks
 from review.revisions import Revision
 from stages.runtime.errors import UserError
 from stages.runtime.yaml12 import YAMLError, parse_yaml
@@ -101,19 +102,15 @@ def changed_conditions(before: Conditions, after: Conditions) -> list[Change]:
     return problems + find_changes(before.flat(), after.flat())
 
 
-def changed_checks(
-    before: Mapping[str, str | None], after: Mapping[str, str | None], prompts: Mapping[str, str]
-) -> list[Change]:
-    """The checks that differ, of rows that both sides have. All arguments are by example id."""
+def changed_checks(before: Revision, after: Revision, rescoring: Rescoring) -> list[Change]:
+    """The checks that differ, of rows that both sides have; none if the rows are not available."""
+    prompts = {example_id: without_template(row["prompt"]) for (_, example_id), row in rescoring.rows.items()}
+    old, new = (read_checks(side) if prompts else {} for side in (before, after))
     return [
-        Change(f"checks: {prompts.get(example_id) or example_id}", before[example_id], check)
-        for example_id, check in after.items()
-        if example_id in before and _parsed(before[example_id]) != _parsed(check)
+        Change(f"checks: {prompts.get(example_id) or example_id}", old[example_id], check)
+        for example_id, check in new.items()
+        if example_id in old and json.loads(old[example_id] or "null") != json.loads(check or "null")
     ]
-
-
-def _parsed(check: str | None) -> Any:
-    return json.loads(check) if check else None
 
 
 def changed_scorers(before: Revision, after: Revision) -> list[str]:
