@@ -107,17 +107,19 @@ def _samples(revision: Revision) -> dict[str, str]:
     return samples
 
 
-def most_changed_examples(joined: pd.DataFrame, after: Revision, data: DataChanges) -> pd.DataFrame:
+def most_changed_examples(joined: pd.DataFrame | None, after: Revision, data: DataChanges) -> pd.DataFrame:
     """The test examples whose loss fell most, then those whose loss rose most, up to `NUM_EXAMPLES` each.
 
     Args:
-        joined: from `compare_predictions`.
+        joined: from `compare_predictions`; None if a side has no predictions.
         data: to find the new training row that is nearest to each example.
 
     Returns:
         The columns of `joined`, the change of the loss (nats/token), the prompt, the response, and the nearest new
         training prompt, which is empty if none is similar. Prompts are without the lines of the template.
     """
+    if joined is None:
+        return pd.DataFrame(columns=["change"])
     columns = ["example_id", "prompt", "response"]
     test = after.read_table(TEST, columns)
     test = pd.DataFrame(columns=columns) if test is None else test.drop_duplicates("example_id")

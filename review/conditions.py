@@ -4,7 +4,6 @@ Each side has its own. Those of the reviewed revision apply to both sides, and t
 """
 
 import json
-from dataclasses import dataclass, field
 from difflib import unified_diff
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -40,38 +39,33 @@ class Gate(BaseModel):
         return self
 
 
-@dataclass(frozen=True)
 class Conditions:
-    """The gates by metric and the must-pass entries of a revision; `problems` has the reason if a file is invalid."""
+    """The gates by metric and the must-pass entries of a revision; a missing file means none.
 
-    gates: dict[str, Gate] = field(default_factory=dict)
-    must_pass: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    If a file is invalid, `problems` has the reason.
+    """
 
-    def flat(self) -> dict[str, Any]:
-        """All conditions by name."""
+    def __init__(self, revision: Revision):
+        self.problems: list[str] = []
+        allowed = "a metric needs min, max or not_worse_by (0 or more)"
+        self.gates: dict[str, Gate] = self._read(revision, GATES, dict[str, Gate], allowed)
+        allowed = "must be a list of prompts or ids of test rows, as text"
+        self.must_pass: list[str] = self._read(revision, MUST_PASS, list[str], allowed)
+
+    def _read(self, revision: Revision, path: Path, kind: Any, allowed: str) -> Any:
+        try:
+            return parse(revision.read(str(path)) or b"", f"{path} of {revision.name}", kind, allowed)
+        except UserError as error:
+            self.problems.append(str(error))
+            return kind()
+
+    def by_name(self) -> dict[str, Any]:
         bounds = {
             f"{GATES}: {metric}: {bound}": value
             for metric, gate in self.gates.items()
             for bound, value in gate.model_dump(exclude_none=True).items()
         }
         return bounds | {f"{MUST_PASS}: {entry}": "listed" for entry in self.must_pass}
-
-
-def read_conditions(revision: Revision) -> Conditions:
-    """The conditions of a revision; a missing file means none."""
-    problems: list[str] = []
-
-    def parsed(path: Path, kind: Any, allowed: str) -> Any:
-        try:
-            return parse(revision.read(str(path)) or b"", f"{path} of {revision.name}", kind, allowed)
-        except UserError as error:
-            problems.append(str(error))
-            return kind()
-
-    gates = parsed(GATES, dict[str, Gate], "a metric needs min, max or not_worse_by (0 or more)")
-    must_pass = parsed(MUST_PASS, list[str], "must be a list of prompts or ids of test rows, as text")
-    return Conditions(gates, must_pass, problems)
 
 
 def parse(content: bytes, where: str, kind: Any, allowed: str) -> Any:
@@ -99,7 +93,7 @@ def parse(content: bytes, where: str, kind: Any, allowed: str) -> Any:
 def changed_conditions(before: Conditions, after: Conditions) -> list[Change]:
     """The gates and must-pass entries that differ; an invalid file of `before` is listed by its problem."""
     problems = [Change(problem, "invalid", None) for problem in before.problems]
-    return problems + find_changes(before.flat(), after.flat())
+    return problems + find_changes(before.by_name(), after.by_name())
 
 
 def changed_checks(before: Revision, after: Revision, rescoring: Rescoring) -> list[Change]:

@@ -54,26 +54,25 @@ def find_runs(revision: Revision) -> RevisionRuns:
         runs.paths[seed], runs.hashes[seed] = PREDICTIONS, outputs.get(PREDICTIONS, "")
     seeds = params.get("replicate_seeds") or []
     for seed in seeds if isinstance(seeds, list) else [seeds]:
-        if not isinstance(seed, int):
-            runs.notes.append(f"{revision.name}: replicate_seeds contains {seed!r}, which is not a seed.")
-            continue
-        replicate, path = stages.get(f"replicate@{seed}", {}), REPLICATE.format(seed=seed)
-        evaluate = stages.get(f"evaluate_replicate@{seed}", {})
+        replicate, evaluate = (stages.get(f"{name}@{seed}", {}) for name in ("replicate", "evaluate_replicate"))
         inputs = _inputs(replicate, evaluate)
         differing = sorted(name for name in inputs.keys() & expected.keys() if inputs[name] != expected[name])
-        if seed in runs.paths:
-            runs.notes.append(f"{revision.name}: seed {seed} occurs twice in seed and replicate_seeds; it counts once.")
+        if not isinstance(seed, int):
+            problem = f"replicate_seeds contains {seed!r}, which is not a seed."
+        elif seed in runs.paths:
+            problem = f"seed {seed} occurs twice in seed and replicate_seeds; it counts once."
         elif not replicate:
-            runs.notes.append(f"{revision.name}: the replicate of seed {seed} has not run; `dvc repro` runs it.")
+            problem = f"the replicate of seed {seed} has not run; `dvc repro` runs it."
         elif outdated := find_outdated(replicate, evaluate):
-            runs.notes.append(f"{revision.name}: {outdated} changed after it was scored; `dvc repro` scores it again.")
+            problem = f"{outdated} changed after it was scored; `dvc repro` scores it again."
         elif differing:
-            runs.notes.append(
-                f"{revision.name}: the replicate of seed {seed} is not used, because it had other inputs than the "
-                f"model ({', '.join(differing)}); `dvc repro` runs it again."
-            )
+            problem = f"the replicate of seed {seed} is not used, because it had other inputs than the model "
+            problem += f"({', '.join(differing)}); `dvc repro` runs it again."
         else:
+            path = REPLICATE.format(seed=seed)
             runs.paths[seed], runs.hashes[seed] = path, outputs.get(path, "")
+            continue
+        runs.notes.append(f"{revision.name}: {problem}")
     return runs
 
 
