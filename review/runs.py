@@ -46,12 +46,14 @@ def find_runs(revision: Revision) -> RevisionRuns:
     params, lock = revision.read_yaml("params.yaml"), revision.read_yaml("dvc.lock")
     stages, outputs = lock.get("stages") or {}, output_hashes(lock)
     train, *scoring = (stages.get(name, {}) for name in ("train", "predict@tuned", "evaluate@tuned"))
-    runs, seed = RevisionRuns(), train_seed(train, params)
     expected = _inputs(train, *scoring)
+    paths: dict[int, str] = {}
+    notes = []
+    seed = _params(train).get("seed", params.get("seed"))  # params.yaml may have changed since the training
     if outdated := find_outdated(train, *scoring):
-        runs.notes.append(f"{revision.name}: {outdated} changed after it was scored; `dvc repro` scores it again.")
+        notes.append(f"{revision.name}: {outdated} changed after it was scored; `dvc repro` scores it again.")
     else:
-        runs.paths[seed], runs.hashes[seed] = PREDICTIONS, outputs.get(PREDICTIONS, "")
+        paths[seed if isinstance(seed, int) else 0] = PREDICTIONS
     seeds = params.get("replicate_seeds") or []
     for seed in seeds if isinstance(seeds, list) else [seeds]:
         replicate, evaluate = (stages.get(f"{name}@{seed}", {}) for name in ("replicate", "evaluate_replicate"))
@@ -59,7 +61,7 @@ def find_runs(revision: Revision) -> RevisionRuns:
         differing = sorted(name for name in inputs.keys() & expected.keys() if inputs[name] != expected[name])
         if not isinstance(seed, int):
             problem = f"replicate_seeds contains {seed!r}, which is not a seed."
-        elif seed in runs.paths:
+        elif seed in paths:
             problem = f"seed {seed} occurs twice in seed and replicate_seeds; it counts once."
         elif not replicate:
             problem = f"the replicate of seed {seed} has not run; `dvc repro` runs it."
@@ -69,11 +71,10 @@ def find_runs(revision: Revision) -> RevisionRuns:
             problem = f"the replicate of seed {seed} is not used, because it had other inputs than the model "
             problem += f"({', '.join(differing)}); `dvc repro` runs it again."
         else:
-            path = REPLICATE.format(seed=seed)
-            runs.paths[seed], runs.hashes[seed] = path, outputs.get(path, "")
+            paths[seed] = REPLICATE.format(seed=seed)
             continue
-        runs.notes.append(f"{revision.name}: {problem}")
-    return runs
+        notes.append(f"{revision.name}: {problem}")
+    return RevisionRuns(paths, {seed: outputs.get(path, "") for seed, path in paths.items()}, notes=notes)
 
 
 def find_outdated(*stages: Mapping[str, Any]) -> str | None:
@@ -84,12 +85,6 @@ def find_outdated(*stages: Mapping[str, Any]) -> str | None:
             if deps.get(path, md5) != md5:
                 return path
     return None
-
-
-def train_seed(train: Mapping[str, Any], params: Mapping[str, Any]) -> int:
-    """The seed with which train ran, or that of `params.yaml` if it has not run."""
-    seed = _params(train).get("seed", params.get("seed"))
-    return seed if isinstance(seed, int) else 0
 
 
 def read_runs(revision: Revision, runs: RevisionRuns, rescoring: Rescoring) -> None:
