@@ -7,8 +7,8 @@ import re
 import sys
 
 from dvc.repo import Repo
-from dvc.stage import PipelineStage
 
+from review.outdated import name_of
 from stages.runtime.secrets import without_secrets
 from stages.text import printable
 
@@ -30,8 +30,7 @@ def fetch(repo: Repo, revision: str) -> bool:
     """Download the outputs of a revision; False if that failed, not if only the remote lacks a file."""
     try:
         with repo.switch(revision):
-            stages = [stage.name for stage in repo.index.stages if isinstance(stage, PipelineStage)]
-            names = [name for name in stages if STAGES.fullmatch(name)]
+            names = [name for name in map(name_of, repo.index.stages) if STAGES.fullmatch(name)]
             number = repo.fetch(targets=names) if names else 0
     except Exception as error:  # each kind of remote has errors of its own
         print(printable(without_secrets(f"{revision}: {error or type(error).__name__}")))

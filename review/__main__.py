@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from review import markup, plots, report
-from review.comparison import compare_revisions
+from review.comparison import Comparison
 from review.conditions import GATES
 from review.evidence import changed_kinds
 from review.gates import check_gates
@@ -29,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
 
     before, after = Revision(options.base), Revision(options.revision)
-    comparison = compare_revisions(before, after)
+    comparison = Comparison(before, after)
     results = check_gates(comparison)
     write_text(MARKDOWN, report.markdown(comparison, results, plots.as_mermaid(before, after)))
     images = plots.draw(before, after)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+from dvc.utils.flatten import flatten
 from markdown_it import MarkdownIt
 
 from review.data_changes import TEST, DataChanges, without_template
@@ -67,19 +68,6 @@ def changed_metrics(before: Revision, after: Revision, results: Mapping[str, Res
     return changes
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted names.
-
-    Example:
-        >>> flatten({"left_out_by_reason": {"empty_response": 2}})
-        {'left_out_by_reason.empty_response': 2}
-    """
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
 def stages_that_ran(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[StageRun]:
     """The stages whose inputs or outputs differ between two `dvc.lock` files."""
     runs = []
@@ -119,17 +107,19 @@ def _samples(revision: Revision) -> dict[str, str]:
     return samples
 
 
-def most_changed_examples(joined: pd.DataFrame, after: Revision, data: DataChanges) -> pd.DataFrame:
+def most_changed_examples(joined: pd.DataFrame | None, after: Revision, data: DataChanges) -> pd.DataFrame:
     """The test examples whose loss fell most, then those whose loss rose most, up to `NUM_EXAMPLES` each.
 
     Args:
-        joined: from `compare_predictions`.
+        joined: from `compare_predictions`; None if a side has no predictions.
         data: to find the new training row that is nearest to each example.
 
     Returns:
         The columns of `joined`, the change of the loss (nats/token), the prompt, the response, and the nearest new
         training prompt, which is empty if none is similar. Prompts are without the lines of the template.
     """
+    if joined is None:
+        return pd.DataFrame(columns=["change"])
     columns = ["example_id", "prompt", "response"]
     test = after.read_table(TEST, columns)
     test = pd.DataFrame(columns=columns) if test is None else test.drop_duplicates("example_id")

@@ -4,8 +4,6 @@ Each side has its own. Those of the reviewed revision apply to both sides, and t
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from difflib import unified_diff
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -13,6 +11,8 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from review.changes import Change, find_changes
+from review.data_changes import without_template
+from review.rescoring import Rescoring, read_checks
 from review.revisions import Revision
 from stages.runtime.errors import UserError
 from stages.runtime.yaml12 import YAMLError, parse_yaml
@@ -39,38 +39,33 @@ class Gate(BaseModel):
         return self
 
 
-@dataclass(frozen=True)
 class Conditions:
-    """The gates by metric and the must-pass entries of a revision; `problems` has the reason if a file is invalid."""
+    """The gates by metric and the must-pass entries of a revision; a missing file means none.
 
-    gates: dict[str, Gate] = field(default_factory=dict)
-    must_pass: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    If a file is invalid, `problems` has the reason.
+    """
 
-    def flat(self) -> dict[str, Any]:
-        """All conditions by name."""
+    def __init__(self, revision: Revision):
+        self.problems: list[str] = []
+        allowed = "a metric needs min, max or not_worse_by (0 or more)"
+        self.gates: dict[str, Gate] = self._read(revision, GATES, dict[str, Gate], allowed)
+        allowed = "must be a list of prompts or ids of test rows, as text"
+        self.must_pass: list[str] = self._read(revision, MUST_PASS, list[str], allowed)
+
+    def _read(self, revision: Revision, path: Path, kind: Any, allowed: str) -> Any:
+        try:
+            return parse(revision.read(str(path)) or b"", f"{path} of {revision.name}", kind, allowed)
+        except UserError as error:
+            self.problems.append(str(error))
+            return kind()
+
+    def by_name(self) -> dict[str, Any]:
         bounds = {
             f"{GATES}: {metric}: {bound}": value
             for metric, gate in self.gates.items()
             for bound, value in gate.model_dump(exclude_none=True).items()
         }
         return bounds | {f"{MUST_PASS}: {entry}": "listed" for entry in self.must_pass}
-
-
-def read_conditions(revision: Revision) -> Conditions:
-    """The conditions of a revision; a missing file means none."""
-    problems: list[str] = []
-
-    def parsed(path: Path, kind: Any, allowed: str) -> Any:
-        try:
-            return parse(revision.read(str(path)) or b"", f"{path} of {revision.name}", kind, allowed)
-        except UserError as error:
-            problems.append(str(error))
-            return kind()
-
-    gates = parsed(GATES, dict[str, Gate], "a metric needs min, max or not_worse_by (0 or more)")
-    must_pass = parsed(MUST_PASS, list[str], "must be a list of prompts or ids of test rows, as text")
-    return Conditions(gates, must_pass, problems)
 
 
 def parse(content: bytes, where: str, kind: Any, allowed: str) -> Any:
@@ -98,22 +93,18 @@ def parse(content: bytes, where: str, kind: Any, allowed: str) -> Any:
 def changed_conditions(before: Conditions, after: Conditions) -> list[Change]:
     """The gates and must-pass entries that differ; an invalid file of `before` is listed by its problem."""
     problems = [Change(problem, "invalid", None) for problem in before.problems]
-    return problems + find_changes(before.flat(), after.flat())
+    return problems + find_changes(before.by_name(), after.by_name())
 
 
-def changed_checks(
-    before: Mapping[str, str | None], after: Mapping[str, str | None], prompts: Mapping[str, str]
-) -> list[Change]:
-    """The checks that differ, of rows that both sides have. All arguments are by example id."""
+def changed_checks(before: Revision, after: Revision, rescoring: Rescoring) -> list[Change]:
+    """The checks that differ, of rows that both sides have; none if the rows are not available."""
+    prompts = {example_id: without_template(row["prompt"]) for (_, example_id), row in rescoring.rows.items()}
+    old, new = (read_checks(side) if prompts else {} for side in (before, after))
     return [
-        Change(f"checks: {prompts.get(example_id) or example_id}", before[example_id], check)
-        for example_id, check in after.items()
-        if example_id in before and _parsed(before[example_id]) != _parsed(check)
+        Change(f"checks: {prompts.get(example_id) or example_id}", old[example_id], check)
+        for example_id, check in new.items()
+        if example_id in old and json.loads(old[example_id] or "null") != json.loads(check or "null")
     ]
-
-
-def _parsed(check: str | None) -> Any:
-    return json.loads(check) if check else None
 
 
 def changed_scorers(before: Revision, after: Revision) -> list[str]:

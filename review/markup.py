@@ -52,15 +52,14 @@ def highlight_diff(before: str | None, after: str | None) -> tuple[str, str]:
     """Both texts; removed words are struck through in the first, added words are bold in the second."""
     if before is None or after is None:
         return text(before or "(no such prompt)"), text(after or "(no such prompt)")
-    words = [one_line(side).split() for side in (before, after)]
-    sides: tuple[list[str], list[str]] = ([], [])
-    matcher = SequenceMatcher(None, words[0], words[1], autojunk=False)
-    for kind, start, end, other_start, other_end in matcher.get_opcodes():
-        for side, mark, part in ((0, "~~", words[0][start:end]), (1, "**", words[1][other_start:other_end])):
-            if part:
-                around = "" if kind == "equal" else mark
-                sides[side].append(around + text(" ".join(part)) + around)
-    return " ".join(sides[0]), " ".join(sides[1])
+    old_words, new_words = one_line(before).split(), one_line(after).split()
+    old_parts, new_parts = [], []
+    matcher = SequenceMatcher(None, old_words, new_words, autojunk=False)
+    for kind, old_start, old_end, new_start, new_end in matcher.get_opcodes():
+        old, new = text(" ".join(old_words[old_start:old_end])), text(" ".join(new_words[new_start:new_end]))
+        old_parts.append(old if kind in ("equal", "insert") else f"~~{old}~~")
+        new_parts.append(new if kind in ("equal", "delete") else f"**{new}**")
+    return " ".join(filter(None, old_parts)), " ".join(filter(None, new_parts))
 
 
 def page(content: str, title: str, figures: Mapping[str, str]) -> str:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+
 from review.data_changes import TEST, without_template
 from review.rescoring import Rescoring
 from review.revisions import Revision
@@ -40,28 +42,24 @@ def compare_must_pass(
     for entry in entries:
         ids = {entry, *prompt_ids(entry)}
         rows = test[(test["example_id"].isin(ids) | test["prompt_id"].isin(ids)) & test["example_id"].isin(answers)]
-        checked = [row for row in rows.itertuples() if is_checked(answers[row.example_id])]
+        checked = [row for row in rows.itertuples() if passes(answers[row.example_id]) is not None]
         if not checked:
             examples[entry] = MustPass("not in the test split" if rows.empty else "without a check", entry)
         for row in checked:
             new, old = answers[row.example_id], old_answers.get(row.example_id, {})
-            passed_before = all_passed(old) if is_checked(old) else None
-            if all_passed(new):
-                state = "fixed" if passed_before is False else "passing"
+            if passes(new):
+                state = "fixed" if passes(old) is False else "passing"
             else:
-                state = "broken" if passed_before else "still failing"
+                state = "broken" if passes(old) else "still failing"
             prompt = without_template(row.prompt) or row.example_id
             examples[row.example_id] = MustPass(state, prompt, old.get("answer", ""), new["answer"])
     return sorted(examples.values(), key=lambda example: STATES.index(example.state))
 
 
-def is_checked(row: Mapping[str, Any]) -> bool:
-    """Whether a check judged an answer; predictions of older revisions and missing values do not say so."""
-    return row.get("checked") == True and row["passed"] == row["passed"]  # noqa: E712 (it can be NaN or missing)
-
-
-def all_passed(row: Mapping[str, Any]) -> bool:
-    """Whether all answers to an example pass its check."""
+def passes(row: Mapping[str, Any]) -> bool | None:
+    """Whether all answers to an example pass its check; None if it did not judge them, as in older predictions."""
+    if row.get("checked") != True or pd.isna(row["passed"]):  # noqa: E712 (it can be NaN or missing)
+        return None
     return bool(row["passed"] == row["num_answers"])
 
 

@@ -87,11 +87,11 @@ def summary_in_words(comparison: Comparison, gates: Sequence[GateResult]) -> lis
 def verdicts_in_words(results: Sequence[MetricResult], where: str) -> list[str]:
     """A sentence for each kind of verdict on significant differences."""
     titles = {**SIGN, "higher": "Higher", "lower": "Lower", "unknown": "These two models differ in"}
-    found = {
+    names_by_title = {
         title: [label(result) for result in results if result.is_significant and result.verdict == verdict]
         for verdict, title in titles.items()
     }
-    return [f"{title}: {', '.join(names)}{where}." for title, names in found.items() if names]
+    return [f"{title}: {', '.join(names)}{where}." for title, names in names_by_title.items() if names]
 
 
 def headline(comparison: Comparison) -> str:

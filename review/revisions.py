@@ -87,9 +87,8 @@ class Revision:
             contents = [content for shard in shards if (content := self.read(shard)) is not None]
             if len(contents) < len(shards) or not shards:
                 return None
-            files = [pq.ParquetFile(io.BytesIO(content)) for content in contents]
-            known = [columns and [name for name in columns if name in file.schema_arrow.names] for file in files]
-            tables = [file.read(names).to_pandas() for file, names in zip(files, known, strict=True)]
+            # Columns that a file lacks are ignored.
+            tables = [pq.ParquetFile(io.BytesIO(content)).read(columns).to_pandas() for content in contents]
             table = pd.concat(tables, ignore_index=True)
             return table if columns is None else table.reindex(columns=columns)
 

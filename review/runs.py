@@ -46,35 +46,35 @@ def find_runs(revision: Revision) -> RevisionRuns:
     params, lock = revision.read_yaml("params.yaml"), revision.read_yaml("dvc.lock")
     stages, outputs = lock.get("stages") or {}, output_hashes(lock)
     train, *scoring = (stages.get(name, {}) for name in ("train", "predict@tuned", "evaluate@tuned"))
-    runs, seed = RevisionRuns(), train_seed(train, params)
     expected = _inputs(train, *scoring)
+    paths: dict[int, str] = {}
+    notes = []
+    seed = _params(train).get("seed", params.get("seed"))  # params.yaml may have changed since the training
     if outdated := find_outdated(train, *scoring):
-        runs.notes.append(f"{revision.name}: {outdated} changed after it was scored; `dvc repro` scores it again.")
+        notes.append(f"{revision.name}: {outdated} changed after it was scored; `dvc repro` scores it again.")
     else:
-        runs.paths[seed], runs.hashes[seed] = PREDICTIONS, outputs.get(PREDICTIONS, "")
+        paths[seed if isinstance(seed, int) else 0] = PREDICTIONS
     seeds = params.get("replicate_seeds") or []
     for seed in seeds if isinstance(seeds, list) else [seeds]:
-        if not isinstance(seed, int):
-            runs.notes.append(f"{revision.name}: replicate_seeds contains {seed!r}, which is not a seed.")
-            continue
-        replicate, path = stages.get(f"replicate@{seed}", {}), REPLICATE.format(seed=seed)
-        evaluate = stages.get(f"evaluate_replicate@{seed}", {})
+        replicate, evaluate = (stages.get(f"{name}@{seed}", {}) for name in ("replicate", "evaluate_replicate"))
         inputs = _inputs(replicate, evaluate)
         differing = sorted(name for name in inputs.keys() & expected.keys() if inputs[name] != expected[name])
-        if seed in runs.paths:
-            runs.notes.append(f"{revision.name}: seed {seed} occurs twice in seed and replicate_seeds; it counts once.")
+        if not isinstance(seed, int):
+            problem = f"replicate_seeds contains {seed!r}, which is not a seed."
+        elif seed in paths:
+            problem = f"seed {seed} occurs twice in seed and replicate_seeds; it counts once."
         elif not replicate:
-            runs.notes.append(f"{revision.name}: the replicate of seed {seed} has not run; `dvc repro` runs it.")
+            problem = f"the replicate of seed {seed} has not run; `dvc repro` runs it."
         elif outdated := find_outdated(replicate, evaluate):
-            runs.notes.append(f"{revision.name}: {outdated} changed after it was scored; `dvc repro` scores it again.")
+            problem = f"{outdated} changed after it was scored; `dvc repro` scores it again."
         elif differing:
-            runs.notes.append(
-                f"{revision.name}: the replicate of seed {seed} is not used, because it had other inputs than the "
-                f"model ({', '.join(differing)}); `dvc repro` runs it again."
-            )
+            problem = f"the replicate of seed {seed} is not used, because it had other inputs than the model "
+            problem += f"({', '.join(differing)}); `dvc repro` runs it again."
         else:
-            runs.paths[seed], runs.hashes[seed] = path, outputs.get(path, "")
-    return runs
+            paths[seed] = REPLICATE.format(seed=seed)
+            continue
+        notes.append(f"{revision.name}: {problem}")
+    return RevisionRuns(paths, {seed: outputs.get(path, "") for seed, path in paths.items()}, notes=notes)
 
 
 def find_outdated(*stages: Mapping[str, Any]) -> str | None:
@@ -85,12 +85,6 @@ def find_outdated(*stages: Mapping[str, Any]) -> str | None:
             if deps.get(path, md5) != md5:
                 return path
     return None
-
-
-def train_seed(train: Mapping[str, Any], params: Mapping[str, Any]) -> int:
-    """The seed with which train ran, or that of `params.yaml` if it has not run."""
-    seed = _params(train).get("seed", params.get("seed"))
-    return seed if isinstance(seed, int) else 0
 
 
 def read_runs(revision: Revision, runs: RevisionRuns, rescoring: Rescoring) -> None:

@@ -32,8 +32,8 @@ class MetricResult:
     """
 
     metric: Metric
-    before: float | None
-    after: float | None
+    before: float | None = None
+    after: float | None = None
     difference: Difference | None = None
     p_value: float = 1.0
     verdict: str = "undecided"
@@ -141,9 +141,9 @@ def compare_runs(
             f"{len(common):,} common examples are too few for a verdict; at least {MIN_EXAMPLES} and at least half of "
             f"each {split} set are needed."
         )
-    examples = second.loc[common].reindex(columns=["prompt_id", "slice"])
-    older = first.loc[common].reindex(columns=["prompt_id", "slice"])  # which may not have them
-    examples = examples.combine_first(older).loc[common]
+    # Older predictions may not have these columns.
+    older, newer = (table.reindex(index=common, columns=["prompt_id", "slice"]) for table in (first, second))
+    examples = newer.where(newer.notna(), older)
     prompts = examples["prompt_id"].where(examples["prompt_id"].notna(), examples.index.to_series())
     slice_names = sorted(examples["slice"].dropna().unique())
     if metrics is None:
@@ -155,7 +155,7 @@ def compare_runs(
             check_equal_tokens(metric, *both)
         except NotComparableError as error:
             notes.append(f"{metric.name} can't be compared: {error}.")
-            results.append(MetricResult(metric, None, None, verdict="can't be compared"))
+            results.append(MetricResult(metric, verdict="can't be compared"))
             continue
         result = compare_metric(metric, *both, prompts, np.ones(len(common), bool))
         results.append(replace(result, is_small=is_small))
@@ -218,7 +218,7 @@ def compare_metric(
     """Compare a metric on the chosen examples that count for it in all runs. Its verdict is still missing."""
     chosen = chosen & before.counts.all(axis=0) & after.counts.all(axis=0)
     if not chosen.any():
-        return MetricResult(metric, None, None, verdict="not measured: applies to no example")
+        return MetricResult(metric, verdict="not measured: applies to no example")
     before, after = before.of_examples(chosen), after.of_examples(chosen)
     numbers = pd.factorize(prompts[chosen])[0]
     if numbers.max() < 1:

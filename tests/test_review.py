@@ -19,7 +19,7 @@ import pytest
 
 from review import plots
 from review.__main__ import main
-from review.comparison import Comparison, compare_revisions
+from review.comparison import Comparison
 from review.rescoring import Rescoring
 from review.revisions import Revision
 from review.runs import PREDICTIONS, REPLICATE
@@ -154,7 +154,7 @@ def folder(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def compared(before: str, after: str) -> Comparison:
-    return compare_revisions(Revision(before), Revision(after))
+    return Comparison(Revision(before), Revision(after))
 
 
 def review(folder: Path, *revisions: str, exit_code: int = 0) -> str:
