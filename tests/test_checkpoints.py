@@ -14,7 +14,7 @@ import torch
 from stages.engine import checkpoints as checkpoints_module
 from stages.engine.checkpoints import Checkpoints, load
 from stages.runtime.locks import file_lock
-from tests.clone import run_pipeline
+from tests.clone import ROOT, run_pipeline
 
 DVC_YAML = "stages:\n  train:\n    deps: [data/train.parquet, models/base]\n"
 
@@ -42,9 +42,9 @@ def interrupted_run(*steps: int, seed: int = 1) -> Path:
     return checkpoints.folder
 
 
-def resumed_step(seed: int = 1) -> int | None:
+def resumed_step(seed: int = 1, **versions: str) -> int | None:
     """The step from which the next run resumes, if any. That run is interrupted, too."""
-    with suppress(KeyboardInterrupt), open_run({"seed": seed}) as checkpoints:
+    with suppress(KeyboardInterrupt), open_run({"seed": seed}, **versions) as checkpoints:
         folder = checkpoints.restore_newest()
         loaded = load(folder) if folder else None
         if loaded:
@@ -58,11 +58,14 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_run_resumes_from_its_newest_checkpoint_and_keeps_two(inputs: Path) -> None:
+def test_a_run_resumes_from_its_newest_checkpoint_and_keeps_two_but_not_with_other_inputs(inputs: Path) -> None:
     folder = interrupted_run(1, 2, 3)
     assert names(folder) == ["best.safetensors", "run.json", "step-00000002", "step-00000003"]
     assert resumed_step() == 3
     assert resumed_step(seed=2) is None
+    assert resumed_step(torch="3") is None
+    (inputs / "models/base/weights").write_bytes(b"other weights")
+    assert resumed_step() is None
 
 
 def test_there_are_at_most_two_checkpoints_even_while_one_is_saved(
@@ -151,23 +154,21 @@ def test_a_finished_run_that_another_process_has_locked_is_not_deleted(inputs: P
 
 
 HOLD_THE_LOCK = (
-    "import sys; from stages.engine.checkpoints import Checkpoints\n"
-    "with Checkpoints.open_run('train', {}, {}): print('locked', flush=True); sys.stdin.read()"
+    "import sys; from pathlib import Path; from stages.runtime.locks import file_lock\n"
+    "with file_lock(Path('a.lock'), 'runs the same training', wait=True): print('locked', flush=True); sys.stdin.read()"
 )
 
 
 @pytest.mark.subprocess
-def test_a_second_process_waits_for_the_first_and_can_be_interrupted(inputs: Path) -> None:
+def test_a_second_process_waits_for_the_first_and_can_be_interrupted(project: Path) -> None:
     def start() -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", HOLD_THE_LOCK]
-        env = {"PYTHONPATH": str(Path(__file__).parent.parent)}
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        command, pipe = [sys.executable, "-c", HOLD_THE_LOCK], subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env={"PYTHONPATH": str(ROOT)})
 
     with start() as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "locked\n"
-        (lock,) = Path(".scratch/train").glob("*.lock")
-        waits = f"{lock}: held by process {holder.pid}, which runs the same training; waiting for it\n"
+        waits = f"a.lock: held by process {holder.pid}, which runs the same training; waiting for it\n"
         with start() as interrupted:
             assert interrupted.stdout is not None
             assert interrupted.stdout.readline() == waits

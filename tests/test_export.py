@@ -16,14 +16,15 @@ from stages.runtime.errors import UserError
 from stages.templates.alpaca import AlpacaTemplate, alpaca_as_jinja, render_alpaca
 from tests.clone import edit
 from tests.fork_server import PYTHON
+from tests.test_loss import SMALL
+from tests.tiny_models import random_model
 from tools import export, gguf
 
 
 def make_llama(folder: Path, merges: list[tuple[str, str]]) -> Path:
     """A small random Llama with a tokenizer like that of Llama 2: ▁ for spaces, byte fallback, a BOS token."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, normalizers, processors
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     letters = ["▁", *(chr(code) for code in range(33, 127))]
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *map("".join, merges)]
@@ -41,20 +42,9 @@ def make_llama(folder: Path, merges: list[tuple[str, str]]) -> Path:
         unk_token="<unk>",
         chat_template=alpaca_as_jinja(True),
     ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(names),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"head_dim": 32, "vocab_size": len(names), "max_position_embeddings": 512}
+    random_model(LlamaConfig(**SMALL | sizes)).save_pretrained(folder)
     (folder / "README.md").write_text("# Model card\n")
     return folder
 
