@@ -298,7 +298,7 @@ def test_changed_parameters_stages_samples_and_metrics_are_listed(folder: Path) 
 
 
 def test_most_improved_examples_are_followed_by_those_that_got_most_worse(folder: Path) -> None:
-    examples = compared("before", "better").examples
+    examples = list(compared("before", "better").examples.itertuples())
     assert len(examples) == 20
     # Half of the examples improved by 0.7, the others got worse by 0.3.
     assert [round(example.change, 6) for example in examples] == [-0.7] * 10 + [0.3] * 10
@@ -306,7 +306,7 @@ def test_most_improved_examples_are_followed_by_those_that_got_most_worse(folder
     number = int(first.prompt.removeprefix("Say id").removesuffix("."))
     assert number % 2 == 1
     assert first.loss_before == pytest.approx(LOSSES[number])
-    assert (first.reference, first.answer_before, first.answer_after) == ("r", f"answer {number}", f"answer {number}")
+    assert (first.response, first.answer_before, first.answer_after) == ("r", f"answer {number}", f"answer {number}")
 
 
 def test_workspace_is_compared_by_default(folder: Path) -> None:
