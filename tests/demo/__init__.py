@@ -12,7 +12,7 @@ from tests.clone import ROOT
 
 USER_FILES = ("data/instructions.jsonl", "data/retention.jsonl")
 USER_FILES += ("gates.yaml", "must_pass.yaml", "params.yaml", "scorers.py")
-DEMO = "07384be9ee57081c1586b1be24e307173b72ee491ea7670671b68432cd0a2a8c"
+DEMO = "be1ca8147c03c342f34253244c5d859951e14271a3559c55fc3cfdf3381dad57"
 
 contents = [(ROOT / name).read_bytes() if (ROOT / name).exists() else b"missing" for name in USER_FILES]
 found = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
