@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from review.comparison import compare_revisions
+from review.comparison import Comparison
 from review.revisions import Revision
 from tests.clone import ROOT, copy_clone, environment, run
 
@@ -75,7 +75,7 @@ def test_tasks_that_run_at_the_same_time_share_the_cache_and_their_points_are_co
 
     assert review == "make review BASE=main REV=lr-2e-4-wd-0.1"
     monkeypatch.chdir(project)
-    comparison = compare_revisions(Revision("main"), Revision("lr-2e-4-wd-0.1"))
+    comparison = Comparison(Revision("main"), Revision("lr-2e-4-wd-0.1"))
     assert comparison.test.metrics[0].difference  # so the predictions of both are in the shared cache
 
     (output,) = submit(project, SCRIPT, 0)  # a finished task that is submitted again

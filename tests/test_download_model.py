@@ -45,13 +45,13 @@ import os, threading, time
 from pathlib import Path
 import torch, transformers
 from transformers import LlamaForCausalLM
-from benchmarks.memory import anonymous_memory
+from benchmarks.memory import ANONYMOUS, process_memory
 from stages import download_model
 from stages.engine import decoding, probe
-before, peak, done = anonymous_memory(os.getpid()), [0], threading.Event()
+before, peak, done = process_memory(os.getpid(), ANONYMOUS), [0], threading.Event()
 def watch():
     while not done.wait(0.005):
-        peak[0] = max(peak[0], anonymous_memory(os.getpid()))
+        peak[0] = max(peak[0], process_memory(os.getpid(), ANONYMOUS))
 threading.Thread(target=watch).start()
 try:
     download_model.main()
