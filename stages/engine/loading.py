@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from stages.engine.distributed import DistributedContext
-from stages.engine.models import load_as_stored, load_model, load_on_meta, matrix_layers, round_matrices, uses_bf16
+from stages.engine.models import load_as_stored, load_model, load_on_meta, matrix_ids, round_matrices, uses_bf16
 from stages.engine.optimizer import state_bytes
 from stages.runtime.errors import UserError
 from stages.runtime.memory_limit import memory_limit
@@ -132,13 +132,13 @@ def needed_memory(model: PreTrainedModel, in_bf16: bool, finetuning: str, optimi
 
     Not included are activations, adapters, and copies that exist only during a step or while a model is loaded.
     """
-    matrices = {id(weight) for layer in matrix_layers(model) for weight in layer.parameters(recurse=False)}
     if finetuning == "full":
-        in_half = {*matrices, id(model.get_input_embeddings().weight)} if optimizer == "adamw_bf16" else ()
+        in_half = matrix_ids(model, model.get_input_embeddings()) if optimizer == "adamw_bf16" else ()
         return sum(
             (4 if id(weight) in in_half else 8) * weight.numel() + state_bytes(weight.numel(), optimizer)
             for weight in model.parameters()
         )
+    matrices = matrix_ids(model)
     bits = 4 if finetuning == "qlora" else 16 if in_bf16 else 32  # of an element of a matrix
     return sum(weight.numel() * (bits if id(weight) in matrices else 32) for weight in model.parameters()) // 8
 

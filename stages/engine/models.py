@@ -73,8 +73,7 @@ def load_model(
 
 def round_matrices(model: PreTrainedModel, *others: torch.nn.Module) -> None:
     """Store the matrices, and the weights of other layers, in bf16, and all else in fp32."""
-    layers = (*matrix_layers(model), *others)
-    matrices = {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
+    matrices = matrix_ids(model, *others)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.bfloat16 if id(parameter) in matrices else torch.float32)
@@ -141,6 +140,12 @@ def matrix_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | Conv1D) and module.weight is not getattr(embeddings, "weight", None):
             yield module
+
+
+def matrix_ids(model: PreTrainedModel, *others: torch.nn.Module) -> set[int]:
+    """The `id` of each parameter of the layers with a matrix, and of other layers."""
+    layers = (*matrix_layers(model), *others)
+    return {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
