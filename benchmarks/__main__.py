@@ -40,8 +40,8 @@ def main() -> None:
             "long": training.measure(long_examples(num_examples), params, runs),
             "Alpaca-like": training.measure(long_examples(num_examples, ALPACA), params, runs),
             # Measured separately, because a fifth engine would not fit in memory.
-            "LoRA against all weights, long": training.measure(
-                long_examples(num_examples), params, [(training.LORA, precision), ("this project", precision)]
+            "LoRA against all weights, Alpaca-like": training.measure(
+                long_examples(num_examples, ALPACA), params, [(training.LORA, precision), ("this project", precision)]
             ),
         },
     }
