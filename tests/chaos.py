@@ -211,9 +211,9 @@ def running_stages(folder: Path) -> dict[psutil.Process, str]:
     found = {}
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            command = process.cmdline()
-            if "-m" in command and command[-1] != "-m" and process.cwd() == str(folder.resolve()):
-                found[process] = " ".join(command[command.index("-m") + 1 :]).removeprefix("stages.")
+            _, module, name = " ".join(process.cmdline()).partition("-m stages.")
+            if module and process.cwd() == str(folder.resolve()):
+                found[process] = name
     return found
 
 
