@@ -1,13 +1,11 @@
-"""The benchmarks of memory and optimizers, and `docs/memory.md`, which shows their results."""
+"""The benchmarks of memory and optimizers, and their tables."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from benchmarks import bytes_per_parameter, optimizers
 from stages.runtime.params import TrainParams, load_params
-from tests.test_docs import block, read_page
 
 TINY = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 400}
 
@@ -60,12 +58,3 @@ def test_the_table_of_optimizers_has_verdicts_and_losses() -> None:
         "",
         "Test losses by seed: adamw: 1.7886, 1.8000; adamw_8bit: 1.7898, 1.8010 nats/token.",
     ]
-
-
-@pytest.mark.parametrize(("name", "module"), [("memory", bytes_per_parameter), ("optimizers", optimizers)])
-def test_the_page_shows_the_results(name: str, module: object) -> None:
-    results: Path = module.RESULTS  # type: ignore[attr-defined]
-    if not results.exists():
-        pytest.skip(f"`make {name}` has not been run")
-    expected = module.table(json.loads(results.read_text(encoding="utf-8")))  # type: ignore[attr-defined]
-    assert block(name, read_page("docs/memory.md")) == expected

@@ -4,11 +4,13 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import report
+from benchmarks import bytes_per_parameter, costs, optimizers, report, row_scores, selection, verdicts
 from stages.engine.batches import MAX_LOGITS
 from stages.runtime.params import STAGES
 from stages.runtime.yaml12 import parse_yaml
@@ -31,26 +33,31 @@ def block(name: str, page: str) -> str:
     return match[1]
 
 
-def test_the_benchmark_tables_match_the_results() -> None:
-    page = read_page("docs/benchmarks.md")
-    for name, device in (("bench", "cpu"), ("bench-cuda", "cuda")):
-        path = report.results_file(device)
-        assert block(name, page) == report.table(json.loads(path.read_text(encoding="utf-8")))
-    picture = report.results_file("cpu").with_suffix(".png").relative_to(ROOT)
-    assert f"](../{picture})" in page
+def results(name: str) -> Any:
+    return json.loads(read_page(f"{name}.json"))
 
 
-def test_the_chaos_table_matches_the_results() -> None:
-    results = json.loads(chaos.RESULTS.read_text(encoding="utf-8"))
-    assert block("chaos", read_page("docs/reliability.md")) == chaos.table(results)
+# The generated blocks: the page of each, and how its text follows from the results.
+BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
+    "bench": ("benchmarks", lambda: report.table(results("benchmarks/results"))),
+    "bench-cuda": ("benchmarks", lambda: report.table(results("benchmarks/results-cuda"))),
+    "chaos": ("reliability", lambda: chaos.table(results("tests/chaos"))),
+    "architectures": ("models", lambda: architectures.table(architectures.read_results())),
+    "templates": ("templates", lambda: templates.table(templates.read_results())),
+    "scaling": ("scaling", lambda: costs.report(results("benchmarks/scaling"))),
+    "memory": ("memory", lambda: bytes_per_parameter.table(results("benchmarks/memory"))),
+    "optimizers": ("memory", lambda: optimizers.table(results("benchmarks/optimizers"))),
+    "verdicts": ("verdicts", lambda: verdicts.tables(results("benchmarks/verdicts"))),
+    "row-scores": ("row-scores", lambda: row_scores.tables(results("benchmarks/row_scores"))),
+    "selection": ("row-scores", lambda: selection.selection_table(results("benchmarks/selection")["selection"])),
+    "learning-curve": ("learning-curves", lambda: selection.curve_table(results("benchmarks/selection")["curve"])),
+}
 
 
-def test_the_table_of_architectures_matches_the_results() -> None:
-    assert block("architectures", read_page("docs/models.md")) == architectures.table(architectures.read_results())
-
-
-def test_the_table_of_templates_matches_the_results() -> None:
-    assert block("templates", read_page("docs/templates.md")) == templates.table(templates.read_results())
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_generated_block_shows_the_results(name: str) -> None:
+    page, text = BLOCKS[name]
+    assert block(name, read_page(f"docs/{page}.md")) == text()
 
 
 def test_the_page_on_the_pipeline_lists_every_stage() -> None:

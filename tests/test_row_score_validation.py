@@ -1,9 +1,8 @@
-"""The validation of row scores, the experiments with selected rows, and what the documentation says about them."""
+"""The validation of row scores, and the experiments with selected rows."""
 
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,8 +10,6 @@ import pytest
 
 from benchmarks import row_scores, selection
 from benchmarks.row_scores import measure
-from tests.clone import ROOT
-from tests.test_docs import block, read_page
 
 
 def test_the_auc_and_the_precision_of_scores() -> None:
@@ -58,15 +55,3 @@ def test_only_answers_of_training_rows_are_swapped(
     assert len(chosen) == round(0.1 * pq.read_metadata("data/train.parquet").num_rows)
     assert sorted(row["output"] for row in before) == sorted(row["output"] for row in after)
     assert [row | {"output": ""} for row in before] == [row | {"output": ""} for row in after]
-
-
-def results(name: str) -> Any:
-    return json.loads((ROOT / f"benchmarks/{name}.json").read_text())
-
-
-def test_the_documentation_has_the_published_numbers() -> None:
-    page = read_page("docs/row-scores.md")
-    assert block("row-scores", page) == row_scores.tables(results("row_scores"))
-    assert block("selection", page) == selection.selection_table(results("selection")["selection"])
-    curve = selection.curve_table(results("selection")["curve"])
-    assert block("learning-curve", read_page("docs/learning-curves.md")) == curve

@@ -53,30 +53,32 @@ def render(conversation: Conversation, name: str = "qwen2_5") -> tuple[list[list
 
 
 PAIR = [user("Add 2, 3."), assistant("5.")]
+LONGER = [*PAIR, user("And 4?"), assistant("9.")]
 SYSTEM = {"role": "system", "content": "Be brief."}
+WITH_INPUT = [user("Add.\n\n2, 3"), assistant("5.")]
+ROUNDS = [user("A"), assistant("B"), user("C"), assistant("D")]
 USE = [user("In Bonn?"), calls(), {"role": "tool", "content": "sunny"}, assistant("Sunny.")]
-# A row, the messages and the tools for `apply_chat_template`, and the supervised texts.
+
+
+def case(row: dict[str, Any], messages: Any = PAIR, answers: Any = ("5.",), tools: Any = None) -> Any:
+    """A row, the messages and the tools for `apply_chat_template`, and the supervised texts."""
+    return row, messages, tools, list(answers)
+
+
 SCHEMAS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Any, list[str]]] = {
-    "messages": ({"messages": [SYSTEM, *PAIR]}, [SYSTEM, *PAIR], None, ["5."]),
-    "parts": (
-        {"messages": [user([{"type": "text", "text": "Add "}, "2, 3."]), assistant([{"type": "text", "value": "5."}])]},
-        PAIR,
-        None,
-        ["5."],
+    "messages": case({"messages": [SYSTEM, *PAIR]}, [SYSTEM, *PAIR]),
+    "parts": case(
+        {"messages": [user([{"type": "text", "text": "Add "}, "2, 3."]), assistant([{"type": "text", "value": "5."}])]}
     ),
-    "weights": (
+    "weights": case(
         {"messages": [user("A", weight=0), assistant("B", weight=0), user("C"), assistant("D", weight=1.0)]},
-        [user("A"), assistant("B"), user("C"), assistant("D")],
-        None,
-        ["D"],
+        ROUNDS,
+        "D",
     ),
-    "train": (
-        {"messages": [user("A"), assistant("B", train=False), user("C"), assistant("D", train=True)]},
-        [user("A"), assistant("B"), user("C"), assistant("D")],
-        None,
-        ["D"],
+    "train": case(
+        {"messages": [user("A"), assistant("B", train=False), user("C"), assistant("D", train=True)]}, ROUNDS, "D"
     ),
-    "tools of OpenAI": (
+    "tools of OpenAI": case(
         {
             "messages": [
                 user("In Bonn?"),
@@ -87,10 +89,10 @@ SCHEMAS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Any, list[str]]] 
             "tools": TOOLS,
         },
         USE,
-        TOOLS,
         [HERMES_CALL, "Sunny."],
+        TOOLS,
     ),
-    "functions of OpenAI": (
+    "functions of OpenAI": case(
         {
             "messages": [
                 user("In Bonn?"),
@@ -101,19 +103,17 @@ SCHEMAS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Any, list[str]]] 
             "functions": [WEATHER],
         },
         USE,
-        TOOLS,
         [HERMES_CALL, "Sunny."],
+        TOOLS,
     ),
-    "ShareGPT": (
+    "ShareGPT": case(
         {
             "conversations": [{"from": "human", "value": "Add 2, 3."}, {"from": "gpt", "value": "5."}],
             "system": "Be brief.",
         },
         [SYSTEM, *PAIR],
-        None,
-        ["5."],
     ),
-    "ShareGPT with weights": (
+    "ShareGPT with weights": case(
         {
             "conversation": [
                 {"from": "system", "value": "Be brief.", "weight": None},
@@ -124,10 +124,8 @@ SCHEMAS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Any, list[str]]] 
             ]
         },
         [SYSTEM, user("Add 2, 3."), assistant("6."), user("No."), assistant("5.")],
-        None,
-        ["5."],
     ),
-    "ShareGPT with tools": (
+    "ShareGPT with tools": case(
         {
             "conversations": [
                 {"from": "human", "value": "In Bonn?"},
@@ -138,55 +136,35 @@ SCHEMAS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Any, list[str]]] 
             "tools": json.dumps([WEATHER]),
         },
         USE,
-        TOOLS,
         [HERMES_CALL, "Sunny."],
+        TOOLS,
     ),
-    "LIMA": ({"conversations": ["Add 2, 3.", "5."], "source": "x"}, PAIR, None, ["5."]),
-    "Capybara": (
+    "LIMA": case({"conversations": ["Add 2, 3.", "5."], "source": "x"}),
+    "Capybara": case(
         {"conversation": [{"input": "Add 2, 3.", "output": "5."}, {"input": "And 4?", "output": "9."}]},
-        [*PAIR, user("And 4?"), assistant("9.")],
-        None,
+        LONGER,
         ["5.", "9."],
     ),
-    "Alpaca": (
-        {"instruction": "Add.", "input": "2, 3", "output": "5.", "text": "all of it"},
-        [user("Add.\n\n2, 3"), assistant("5.")],
-        None,
-        ["5."],
-    ),
-    "Alpaca with history": (
+    "Alpaca": case({"instruction": "Add.", "input": "2, 3", "output": "5.", "text": "all of it"}, WITH_INPUT),
+    "Alpaca with history": case(
         {"instruction": "And 4?", "input": "", "output": "9.", "system": "Be brief.", "history": [["Add 2, 3.", "5."]]},
-        [SYSTEM, *PAIR, user("And 4?"), assistant("9.")],
-        None,
+        [SYSTEM, *LONGER],
         ["5.", "9."],
     ),
-    "Dolly": (
-        {"instruction": "Add.", "context": "2, 3", "response": "5.", "category": "math"},
-        [user("Add.\n\n2, 3"), assistant("5.")],
-        None,
-        ["5."],
+    "Dolly": case({"instruction": "Add.", "context": "2, 3", "response": "5.", "category": "math"}, WITH_INPUT),
+    "prompt and completion": case({"prompt": "Add 2, 3.", "completion": "5."}),
+    "messages of TRL": case({"prompt": LONGER[:3], "completion": LONGER[3:]}, LONGER, ["9."]),
+    "prompt and response": case({"prompt": "Add 2, 3.", "response": "5."}),
+    "GSM8K": case({"question": "Add 2, 3.", "answer": "5."}),
+    "OpenOrca": case(
+        {"system_prompt": "Be brief.", "question": "Add 2, 3.", "response": "5.", "id": "x.1"}, [SYSTEM, *PAIR]
     ),
-    "prompt and completion": ({"prompt": "Add 2, 3.", "completion": "5."}, PAIR, None, ["5."]),
-    "messages of TRL": (
-        {"prompt": [*PAIR, user("And 4?")], "completion": [assistant("9.")]},
-        [*PAIR, user("And 4?"), assistant("9.")],
-        None,
-        ["9."],
-    ),
-    "prompt and response": ({"prompt": "Add 2, 3.", "response": "5."}, PAIR, None, ["5."]),
-    "GSM8K": ({"question": "Add 2, 3.", "answer": "5."}, PAIR, None, ["5."]),
-    "OpenOrca": (
-        {"system_prompt": "Be brief.", "question": "Add 2, 3.", "response": "5.", "id": "x.1"},
-        [SYSTEM, *PAIR],
-        None,
-        ["5."],
-    ),
-    "MetaMathQA": ({"query": "Add 2, 3.", "response": "5.", "type": "x"}, PAIR, None, ["5."]),
-    "xLAM": (
+    "MetaMathQA": case({"query": "Add 2, 3.", "response": "5.", "type": "x"}),
+    "xLAM": case(
         {"query": "In Bonn?", "answers": json.dumps([CALL["function"]]), "tools": json.dumps([WEATHER])},
         USE[:2],
-        TOOLS,
         [HERMES_CALL],
+        TOOLS,
     ),
 }
 
@@ -294,7 +272,7 @@ def test_nan_is_a_missing_value() -> None:
 
 
 def test_only_the_last_answer_is_trained_on_if_asked_for() -> None:
-    row = {"messages": [*PAIR, user("And 4?"), assistant("9.")]}
+    row = {"messages": LONGER}
     assert render(parse(row))[1] == ["5.", "9."]
     assert render(parse(row, train_on="last_answer"))[1] == ["9."]
 
@@ -615,13 +593,13 @@ def test_messages_can_be_json_text_or_an_object_of_lists(name: str) -> None:
     assert parse({name: json.dumps(["Add 2, 3.", "5."])}).messages == PAIR
     assert parse({name: [json.dumps(message) for message in PAIR]}).messages == PAIR
     assert parse({name: {"role": ["user", "assistant"], "content": ["Add 2, 3.", "5."]}}).messages == PAIR
-    assert parse({"question": "And 4?", "answer": "9.", "history": json.dumps([["Add 2, 3.", "5."]])}).messages == [
-        *(*PAIR, user("And 4?"), assistant("9."))
-    ]
+    assert (
+        parse({"question": "And 4?", "answer": "9.", "history": json.dumps([["Add 2, 3.", "5."]])}).messages == LONGER
+    )
 
 
 def test_a_prompt_that_is_a_list_of_messages_as_text_is_that_list_and_other_texts_are_text() -> None:
-    row = {"prompt": json.dumps([*PAIR, user("And 4?")]), "completion": json.dumps([assistant("9.")])}
+    row = {"prompt": json.dumps(LONGER[:3]), "completion": json.dumps([assistant("9.")])}
     assert render(parse(row)) == render(parse({name: json.loads(text) for name, text in row.items()}))
     other = {"prompt": '[{"role": "Hamlet", "content": "A"}]', "completion": json.dumps([assistant("9.")])}
     assert [message["content"] for message in parse(other).messages] == [*other.values()]

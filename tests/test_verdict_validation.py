@@ -8,9 +8,7 @@ import pytest
 
 from benchmarks import verdicts
 from review.statistics import compare
-from tests.clone import ROOT, copy_clone, environment
-
-PAGE = (ROOT / "docs/verdicts.md").read_text(encoding="utf-8")
+from tests.clone import copy_clone, environment
 
 
 @pytest.mark.parametrize(("design", "seeds"), [("same seeds", {0, 1, 2}), ("other seeds", set())])
@@ -35,12 +33,6 @@ def test_an_experiment_is_run_once(ran: Path, tmp_path: Path, monkeypatch: pytes
     assert list(first) == [42, 1]
     again = verdicts.run_experiment("noise", ["replicate_seeds=[1]"])  # an experiment of this name would be an error
     assert again[1].equals(first[1])
-
-
-def test_the_page_has_the_published_numbers() -> None:
-    results = json.loads(verdicts.RESULTS.read_text(encoding="utf-8"))
-    shown = PAGE.split("<!-- verdicts -->\n")[1].split("\n<!-- /verdicts -->")[0]
-    assert shown == verdicts.tables(results)
 
 
 def test_the_published_intervals_cover_the_truth_and_real_runs_of_other_seeds_do_not_differ() -> None:
