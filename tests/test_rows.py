@@ -314,155 +314,141 @@ TOOLS_ALLOWED = "must be a list of tools with a 'name', or such a list as JSON t
 RESULT = {"role": "tool", "content": "sunny"}
 
 
-@pytest.mark.parametrize(
-    ("row", "reason", "detail"),
-    [
+# Rows and what is said about them, by the reason.
+REJECTED: dict[str, list[tuple[Any, str]]] = {
+    "not_text": [
         (
             {"messages": "Hi."},
-            "not_text",
             f"'messages' is str 'Hi.'; {MESSAGES_ALLOWED}, or such a list as JSON text, as json.dumps writes it",
         ),
         (
             {"messages": "[{'role': 'user'}]"},
-            "not_text",
             f"'messages' is str \"[{{'role': 'user'}}]\"; {MESSAGES_ALLOWED}, or such a list as JSON text, as "
             "json.dumps writes it",
         ),
-        ({"messages": [], "check": {"contains": "A"}}, "no_exchange", "has no messages"),
         (
             {"instruction": "A", "output": 7.0},
-            "not_text",
             "'output' is float 7.0; must be text or a whole number, because other numbers have several forms, such as "
             "7, 7.0 and 7.00",
         ),
+        ({"messages": [5]}, f"message 1 is int 5; {MESSAGES_ALLOWED}"),
+        (
+            {"messages": [user([{"type": "image", "image": "a.png"}]), assistant("B")]},
+            "part 1 of message 1 is dict {'image': 'a.png', 'type': 'image'}; must be a text or a reasoning part",
+        ),
+        ({"messages": [user("A", tool_call_id=1)]}, "'tool_call_id' of message 1 is int 1; must be text"),
+    ],
+    "no_exchange": [
+        ({"messages": [], "check": {"contains": "A"}}, "has no messages"),
+        ({"messages": [assistant("B")]}, "has no user message followed by an assistant message"),
+    ],
+    "bad_tools": [
         (
             {"messages": PAIR, "tools": json.loads('[{"name": "f", "a": ' * 60 + "1" + "}]" * 60)},
-            "bad_tools",
             "'tools' is nested more than 100 levels deep",
         ),
+        ({"messages": PAIR, "tools": "none"}, f"'tools' is 'none'; {TOOLS_ALLOWED}"),
+        ({"messages": PAIR, "tools": [{"x": 1}]}, f"'tools' is [{{'x': 1}}]; {TOOLS_ALLOWED}"),
+    ],
+    "duplicate_key": [
         (
             {"messages": PAIR, "tools": '[{"name": "f", "name": "g"}]'},
-            "duplicate_key",
             "'tools': key 'name' occurs 2 times in an object; keep one of them",
         ),
         (
             {"messages": '[{"role": "user", "content": "A", "content": "B"}]'},
-            "duplicate_key",
             "'messages': key 'content' occurs 2 times in an object; keep one of them",
         ),
         (
             {"messages": [user("A"), calls('{"town": "Bonn", "town": "Oslo"}')]},
-            "duplicate_key",
             "message 2: the tool call: key 'town' occurs 2 times in an object; keep one of them",
         ),
         (
             {"instruction": "A", "output": "B", "check": '{"number": 1, "number": 2}'},
-            "duplicate_key",
             "'check': key 'number' occurs 2 times in an object; keep one of them",
         ),
         (
             {"messages": PAIR, "chat_template_kwargs": '{"a": 1, "a": 2}'},
-            "duplicate_key",
             "'chat_template_kwargs': key 'a' occurs 2 times in an object; keep one of them",
         ),
-        ({"messages": [5]}, "not_text", f"message 1 is int 5; {MESSAGES_ALLOWED}"),
-        (
-            {"messages": [user("A"), {"role": "assistant"}]},
-            "missing_field",
-            f"'content' of message 2 is missing; {MESSAGES_ALLOWED}",
-        ),
+    ],
+    "missing_field": [
+        ({"messages": [user("A"), {"role": "assistant"}]}, f"'content' of message 2 is missing; {MESSAGES_ALLOWED}"),
+        ({"question": "A", "reply": "B"}, f"'answer' is missing; {ALLOWED}"),
+    ],
+    "unknown_role": [
         (
             {"messages": [{"role": "narrator", "content": "A"}]},
-            "unknown_role",
             f"'role' of message 1 is str 'narrator'; {MESSAGES_ALLOWED}",
         ),
-        (
-            {"messages": [user([{"type": "image", "image": "a.png"}]), assistant("B")]},
-            "not_text",
-            "part 1 of message 1 is dict {'image': 'a.png', 'type': 'image'}; must be a text or a reasoning part",
-        ),
-        (
-            {"messages": [user("A"), assistant("B", weight=2)]},
-            "bad_weight",
-            "'weight' of message 2 is int 2; must be 0 or 1",
-        ),
-        (
-            {"messages": [user("A"), assistant("B", train=0)]},
-            "bad_weight",
-            "'train' of message 2 is int 0; must be true or false",
-        ),
+    ],
+    "bad_weight": [
+        ({"messages": [user("A"), assistant("B", weight=2)]}, "'weight' of message 2 is int 2; must be 0 or 1"),
+        ({"messages": [user("A"), assistant("B", train=0)]}, "'train' of message 2 is int 0; must be true or false"),
         (
             {"messages": [user("A", weight=1), assistant("B")]},
-            "bad_weight",
             "'weight' of message 1 (user) is 1; only answers can be trained",
         ),
+    ],
+    "unsupported": [
         (
             {"messages": [user("A", thinking="x"), assistant("B")]},
-            "unsupported",
             "message 1 (user) has 'reasoning_content', which only an assistant message can have",
         ),
-        (
-            {"messages": PAIR, "images": ["a.png"]},
-            "unsupported",
-            "'images' is list ['a.png']; no template can render it",
-        ),
-        (
-            {"messages": [SYSTEM, *PAIR], "system": "Be long."},
-            "unsupported",
-            "has 'system' and a system message; keep one",
-        ),
-        ({"messages": PAIR, "tools": "none"}, "bad_tools", f"'tools' is 'none'; {TOOLS_ALLOWED}"),
-        ({"messages": PAIR, "tools": [{"x": 1}]}, "bad_tools", f"'tools' is [{{'x': 1}}]; {TOOLS_ALLOWED}"),
-        (
-            {"messages": [user("A"), calls("Bonn")]},
-            "bad_tool_call",
-            "message 2: the tool call is {'function': {'arguments': 'Bonn', 'name': 'weather'}}; " + CALLS_ALLOWED,
-        ),
-        (
-            {"conversations": [{"from": "human", "value": "A"}, {"from": "function_call", "value": "weather()"}]},
-            "bad_tool_call",
-            f"message 2: the tool call is 'weather()'; {CALLS_ALLOWED}",
-        ),
-        (
-            {"messages": [user("A"), assistant(None, tool_calls=[{"name": "f", "kwargs": {"a": 1}}])]},
-            "bad_tool_call",
-            f"message 2: the tool call is {{'kwargs': {{'a': 1}}, 'name': 'f'}}; {CALLS_ALLOWED}",
-        ),
+        ({"messages": PAIR, "images": ["a.png"]}, "'images' is list ['a.png']; no template can render it"),
+        ({"messages": [SYSTEM, *PAIR], "system": "Be long."}, "has 'system' and a system message; keep one"),
         (
             {"messages": [user("A"), assistant("B", thinking="C", reasoning="D")]},
-            "unsupported",
             "message 2 has 'thinking' and 'reasoning'; keep one of them",
         ),
         (
             {"messages": [user("A"), {"from": "gpt", "role": "assistant", "value": "B"}]},
-            "unsupported",
             "message 2 has 'role' and 'from'; keep one of them",
         ),
         (
             {"instruction": "A", "input": "B", "context": "C", "output": "D"},
-            "unsupported",
             "has 'input' and 'context'; remove one, or map one in dataset_columns",
         ),
-        ({"messages": [user("A", tool_call_id=1)]}, "not_text", "'tool_call_id' of message 1 is int 1; must be text"),
+    ],
+    "bad_tool_call": [
+        (
+            {"messages": [user("A"), calls("Bonn")]},
+            "message 2: the tool call is {'function': {'arguments': 'Bonn', 'name': 'weather'}}; " + CALLS_ALLOWED,
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "A"}, {"from": "function_call", "value": "weather()"}]},
+            f"message 2: the tool call is 'weather()'; {CALLS_ALLOWED}",
+        ),
+        (
+            {"messages": [user("A"), assistant(None, tool_calls=[{"name": "f", "kwargs": {"a": 1}}])]},
+            f"message 2: the tool call is {{'kwargs': {{'a': 1}}, 'name': 'f'}}; {CALLS_ALLOWED}",
+        ),
+    ],
+    "result_without_call": [
         (
             {"messages": [user("A"), assistant("B"), RESULT]},
-            "result_without_call",
             "message 3 is the result of a tool, but no assistant message before it has that call",
         ),
         (
             {"messages": [user("A"), calls(id="c1"), {**RESULT, "tool_call_id": "c2"}]},
-            "result_without_call",
             "message 3 is the result of 'c2' of a tool, but no assistant message before it has that call",
         ),
-        ({"messages": [user("A"), assistant("B", weight=0)]}, "nothing_to_train", "no answer has a weight of 1"),
-        ({"messages": [assistant("B")]}, "no_exchange", "has no user message followed by an assistant message"),
-        ({"instruction": "A", "output": "\u200b\u2060"}, "empty_response", "message 2 (assistant) is empty"),
-        ({"text": " \u200b"}, "empty_response", "message 1 (text) is empty"),
-        ({"question": "A", "reply": "B"}, "missing_field", f"'answer' is missing; {ALLOWED}"),
     ],
+    "nothing_to_train": [
+        ({"messages": [user("A"), assistant("B", weight=0)]}, "no answer has a weight of 1"),
+    ],
+    "empty_response": [
+        ({"instruction": "A", "output": "\u200b\u2060"}, "message 2 (assistant) is empty"),
+        ({"text": " \u200b"}, "message 1 (text) is empty"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("reason", "row", "detail"), [(reason, *case) for reason, cases in REJECTED.items() for case in cases]
 )
 def test_a_row_that_cannot_be_expressed_is_rejected_with_its_reason(
-    row: dict[str, Any], reason: str, detail: str
+    reason: str, row: dict[str, Any], detail: str
 ) -> None:
     with pytest.raises(BadRowError) as error:
         parse(row)
