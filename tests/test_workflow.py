@@ -57,6 +57,10 @@ def test_shell_commands_contain_no_expressions() -> None:
     assert [step for job in JOBS.values() for step in job["steps"] if "${{" in step.get("run", "")] == []
 
 
+def test_only_the_step_that_pulls_has_secrets() -> None:
+    assert TEXT.count("{{ secrets.") == str(STEPS[PULL]["env"]).count("{{ secrets.") == 2
+
+
 # dvc.lock
 
 
