@@ -27,6 +27,10 @@ def run_format(tiny_model: Path, rows: list[dict[str, Any]], max_length: int = 2
     return pq.read_table("data/formatted.parquet").to_pylist()
 
 
+def metrics() -> dict[str, Any]:
+    return dict(json.loads(Path("metrics/format.json").read_text()))
+
+
 def rejected() -> list[tuple[Any, ...]]:
     """Row number, reason and detail of each rejected row."""
     return [tuple(row.values())[1:] for row in pq.read_table("data/rejected.parquet").to_pylist()]
@@ -68,25 +72,17 @@ def test_every_row_is_kept_or_rejected_with_its_reason(project: Path, tiny_model
         (7, "prompt_too_long"),
     ]
     assert rejected()[4][2] == "the prompt leaves no room for a response in max_length = 150"
-    metrics = json.loads(Path("metrics/format.json").read_text())
-    assert (metrics["rows_in"], metrics["kept"], metrics["left_out"]) == (10, 5, 5)
-    assert metrics["left_out_by_reason"] == {
-        "empty_instruction": 1,
-        "empty_response": 1,
-        "missing_field": 1,
-        "not_text": 1,
-        "prompt_too_long": 1,
-    }
+    assert [metrics()[name] for name in ("rows_in", "kept", "left_out")] == [10, 5, 5]
+    assert metrics()["left_out_by_reason"] == dict.fromkeys(sorted(reason for _, reason, _ in rejected()), 1)
 
 
 def test_tokens_are_counted_and_the_lengths_of_examples_are_plotted(project: Path, tiny_model: Path) -> None:
     rows = run_format(tiny_model, [GOOD, {**GOOD, "output": "Blue. " * 60}], max_length=100)
     lengths = [len(row["input_ids"]) for row in rows]
     assert lengths[1] == 100
-    metrics = json.loads(Path("metrics/format.json").read_text())
-    assert metrics["truncated"] == 1
-    assert metrics["tokens"] == sum(lengths)
-    assert metrics["supervised_tokens"] == sum(len(row["labels"]) - row["labels"].count(-100) for row in rows)
+    supervised = sum(len(row["labels"]) - row["labels"].count(-100) for row in rows)
+    counts = {"truncated": 1, "tokens": sum(lengths), "supervised_tokens": supervised}
+    assert metrics().items() >= counts.items()
     plot = Path("metrics/lengths.csv").read_text().splitlines()
     assert plot[0] == "tokens,examples"
     assert plot[-2:] == ["96,1", "112,0"]  # the last line ends the last bar
@@ -104,6 +100,7 @@ def test_the_stage_stops_if_more_than_half_of_the_rows_are_rejected(project: Pat
     )
     assert not Path("data/formatted.parquet").exists()
     assert not Path("data/rejected.parquet").exists()
+    assert len(run_format(tiny_model, [GOOD, {"instruction": "A"}])) == 1  # half of the rows
 
 
 def test_rows_that_the_template_cannot_express_do_not_stop_the_stage(project: Path, tiny_model: Path) -> None:
@@ -123,10 +120,6 @@ def test_a_row_of_a_megabyte_is_truncated_or_rejected(project: Path, tiny_model:
     assert cut["truncated"] is True
     assert complete["truncated"] is False
     assert [entry[:2] for entry in rejected()] == [(2, "prompt_too_long")]
-
-
-def test_the_stage_continues_if_half_of_the_rows_are_rejected(project: Path, tiny_model: Path) -> None:
-    assert len(run_format(tiny_model, [GOOD, {"instruction": "A"}])) == 1
 
 
 def test_prompts_that_differ_only_in_case_and_whitespace_have_the_same_id(project: Path, tiny_model: Path) -> None:
@@ -170,6 +163,10 @@ def test_show_distinguishes_masked_and_supervised_tokens(
     assert lines[-1].endswith("  Red.<|end|>")
     format_stage.show_rejected(format_stage.REJECTED, 3)
     assert capsys.readouterr().out == "data/a.jsonl, row 3: empty_instruction: message 1 (user) is empty\n"
+    run_format(tiny_model, [GOOD])
+    capsys.readouterr()
+    format_stage.show_rejected(format_stage.REJECTED, 3)
+    assert capsys.readouterr().out == "data/rejected.parquet: no row was rejected\n"
 
 
 def test_columns_are_explained_with_the_first_row_of_each_dataset(
@@ -212,32 +209,37 @@ def test_columns_are_explained_with_the_first_row_of_each_dataset(
     ]
 
 
-def test_answers_that_do_not_fit_into_an_example_of_their_own_are_counted(project: Path, tiny_model: Path) -> None:
-    def rewriting(content: str) -> str:
-        """A template that renders an earlier answer differently, so each answer has its own example."""
-        message = "{{ m.role }}: {{ m.content }}{% if loop.last and m.role == 'assistant' %}{{ eos_token }}{% endif %}."
-        return f"{{% for m in messages %}}{message}{{% endfor %}}{content}"
+# It renders an earlier answer differently, so each answer has its own example.
+REWRITING = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{% if loop.last and m.role == 'assistant' %}{{ eos_token }}{% endif %}.{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
+
+def set_template(project: Path, text: str) -> None:
     (project / "templates").mkdir()
-    (project / "templates/t.jinja").write_text(rewriting("{% if add_generation_prompt %}assistant:{% endif %}"))
+    (project / "templates/t.jinja").write_text(text)
     edit(project, template="templates/t.jinja")
-    texts = ["A", "b", "C" * 300, "d"]
-    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
+def in_turn(*texts: str) -> list[dict[str, str]]:
+    """Messages of the user and the assistant."""
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+
+
+def test_answers_that_do_not_fit_into_an_example_of_their_own_are_counted(project: Path, tiny_model: Path) -> None:
+    set_template(project, REWRITING)
+    messages = in_turn("A", "b", "C" * 300, "d")
     rows = run_format(tiny_model, [{"messages": messages}, {"messages": messages[:2]}], max_length=100)
     assert [(row["source_row"], row["response"], row["truncated"]) for row in rows] == [(1, "b", True), (2, "b", False)]
-    metrics = json.loads(Path("metrics/format.json").read_text())
-    assert (metrics["rows_in"], metrics["kept"], metrics["examples"], metrics["truncated"]) == (2, 2, 2, 1)
+    assert metrics().items() >= {"rows_in": 2, "kept": 2, "examples": 2, "truncated": 1}.items()
     assert rows[0]["example_id"] == rows[1]["example_id"]
 
 
 def test_a_check_is_kept_for_the_last_answer_of_a_row_unless_it_is_truncated(project: Path, tiny_model: Path) -> None:
-    (project / "templates").mkdir()
-    message = "{{ m.role }}: {{ m.content }}{% if loop.last and m.role == 'assistant' %}{{ eos_token }}{% endif %}."
-    prompt = "{% if add_generation_prompt %}assistant:{% endif %}"
-    (project / "templates/t.jinja").write_text(f"{{% for m in messages %}}{message}{{% endfor %}}{prompt}")
-    edit(project, template="templates/t.jinja")
-    texts = ["A", "b", "C", "d", "E", "f" * 80]
-    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+    set_template(project, REWRITING)
+    messages = in_turn("A", "b", "C", "d", "E", "f" * 80)
     check = {"contains": "é"}
     rows = [{"messages": messages[:count], "check": check} for count in (4, 6)]
     found = run_format(tiny_model, [*rows, {"messages": messages[:2]}], max_length=70)
@@ -265,9 +267,8 @@ def test_rows_whose_own_answer_fails_their_check_are_counted_listed_and_kept(
     edit(project, max_length="150")
     for stage in (download_dataset, download_model, format_stage):
         stage.main()
-    metrics = json.loads(Path("metrics/format.json").read_text())
-    assert (metrics["kept"], metrics["truncated"], metrics["checks_failing_own_answer"]) == (13, 1, 11)
-    assert [part["checks_failing_own_answer"] for part in metrics["sources"].values()] == [2, 9]
+    assert metrics().items() >= {"kept": 13, "truncated": 1, "checks_failing_own_answer": 11}.items()
+    assert [part["checks_failing_own_answer"] for part in metrics()["sources"].values()] == [2, 9]
     found = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     start = found.index("checks 11 fail for the row's own answer; the first:")
     assert len([line for line in found if " fails for " in line]) == 5
@@ -275,25 +276,15 @@ def test_rows_whose_own_answer_fails_their_check_are_counted_listed_and_kept(
 
 
 def test_a_check_of_an_answer_with_reasoning_is_about_the_text_after_it(project: Path, tiny_model: Path) -> None:
-    (project / "templates").mkdir()
-    (project / "templates/t.jinja").write_text(
+    set_template(
+        project,
         "{% for m in messages %}{{ m.role }}:{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
-        "{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+        "{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
     )
-    edit(project, template="templates/t.jinja")
     row = {"question": "Is it red?", "reasoning": "Not no.", "answer": "yes", "check": {"equals": "yes"}}
     (found,) = run_format(tiny_model, [row])
     assert (found["prompt"], found["response"]) == ("user:Is it red?<|end|>assistant:", "yes")
-    assert json.loads(Path("metrics/format.json").read_text())["checks_failing_own_answer"] == 0
-
-
-def test_show_reports_if_no_row_was_rejected(
-    project: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_format(tiny_model, [GOOD])
-    capsys.readouterr()
-    format_stage.show_rejected(format_stage.REJECTED, 3)
-    assert capsys.readouterr().out == "data/rejected.parquet: no row was rejected\n"
+    assert metrics()["checks_failing_own_answer"] == 0
 
 
 CHAT = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}
