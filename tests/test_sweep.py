@@ -47,19 +47,20 @@ def worker_devices(clone: Path) -> set[str]:
     return {environment["CUDA_VISIBLE_DEVICES"] for environment in workers if environment}
 
 
-def experiments(clone: Path) -> pd.DataFrame:
-    shown = pd.read_csv(io.StringIO(run(clone, "dvc", "exp", "show", "--csv", "--only-changed").stdout))
+@pytest.fixture(scope="module")
+def experiments(swept: Path) -> pd.DataFrame:
+    shown = pd.read_csv(io.StringIO(run(swept, "dvc", "exp", "show", "--csv", "--only-changed").stdout))
     return shown[~shown["rev"].isin(["workspace", "main"])]
 
 
-def test_a_grid_is_run_by_real_workers(swept: Path) -> None:
-    found = experiments(swept)
-    assert set(found["weight_decay"]) == {0.0, 0.1}
-    assert found["metrics/evaluate/tuned.json:loss"].nunique() == 2
-
-
-def test_a_worker_keeps_the_device_of_its_environment(swept: Path) -> None:
+def test_a_grid_is_run_by_real_workers_which_keep_the_device_of_their_environment(
+    swept: Path, experiments: pd.DataFrame
+) -> None:
+    assert set(experiments["weight_decay"]) == {0.0, 0.1}
+    assert experiments["metrics/evaluate/tuned.json:loss"].nunique() == 2
     assert (swept / "devices").read_text() == "0 1"
+    # Checkpoints of the copies are in the project, so a killed experiment resumes (test_pipeline.py).
+    assert list(swept.glob(".scratch/train/*/finished"))
 
 
 def test_the_command_of_the_page_fits_into_100_columns(swept: Path) -> None:
@@ -70,8 +71,8 @@ def test_the_command_of_the_page_fits_into_100_columns(swept: Path) -> None:
     assert "…" not in "".join(shown)
 
 
-def test_the_winner_is_reviewed_branched_and_applied(swept: Path) -> None:
-    best = experiments(swept).sort_values("validation_loss").iloc[0]
+def test_the_winner_is_reviewed_branched_and_applied(swept: Path, experiments: pd.DataFrame) -> None:
+    best = experiments.sort_values("validation_loss").iloc[0]
     reviewed = run(swept, "python", "-m", "review", "main", best["Experiment"], check=False, PYTHONPATH=str(ROOT))
     assert "Test loss:" in reviewed.stdout
     run(swept, "dvc", "exp", "branch", best["Experiment"], "winner")
