@@ -60,20 +60,6 @@ def test_git_tracks_only_small_outputs(clone: Path) -> None:
     assert run(clone, "git", "status", "--porcelain").stdout == ""
 
 
-def test_every_test_example_has_a_prediction(clone: Path) -> None:
-    import pyarrow.parquet as pq
-
-    splits = [pq.read_table(clone / f"data/{name}.parquet", columns=["example_id"]) for name in ("test", "retention")]
-    assert len(splits[1]) == 6
-    for model in ("base", "tuned"):
-        table = pq.read_table(clone / f"data/predictions/{model}.parquet")
-        assert table["example_id"].to_pylist() == [each for split in splits for each in split["example_id"].to_pylist()]
-        table = table.slice(0, len(splits[0]))
-        metrics = json.loads((clone / f"metrics/evaluate/{model}.json").read_text())
-        losses = zip(table.column("loss").to_pylist(), table.column("tokens").to_pylist(), strict=True)
-        assert metrics["loss"] == pytest.approx(sum(loss * n for loss, n in losses) / metrics["supervised_tokens"])
-
-
 @pytest.mark.parametrize(
     ("file", "line", "stages"),
     [
