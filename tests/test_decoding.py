@@ -80,7 +80,8 @@ def new_ids(method: Method, *args: Any) -> list[list[int]]:
 def test_greedy_answers_equal_those_of_transformers(
     model: Any, eos_token_id: int, method: Method, prompts: list[list[int]]
 ) -> None:
-    found = new_ids(method, model, prompts, generation_settings([eos_token_id], 12))
+    settings = generation_settings([eos_token_id], 12, temperature=0, top_p=0.5)
+    found = new_ids(method, model, prompts, settings)
     assert found == [textbook_answer(model, prompt, eos_token_id) for prompt in prompts]
 
 
@@ -135,12 +136,6 @@ def test_samples_depend_on_the_seed(model: Any, tokenizer: Any) -> None:
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
-
-
-def test_temperature_zero_is_textbook_answer(model: Any, tokenizer: Any) -> None:
-    torch.manual_seed(1)
-    first = generate(model, PROMPTS, generation_settings([0], 8, temperature=0, top_p=0.5), 1000, PACKED)
-    assert first == [textbook_answer(model, prompt, 0, 8) for prompt in PROMPTS]
 
 
 def test_settings_of_the_checkpoint_are_not_used(tiny_model: Path, tmp_path: Path) -> None:

@@ -225,12 +225,9 @@ def test_examples_are_partitioned_by_cost() -> None:
     assert PackedBatches(LIMITS).costs(examples) == [3, 3]
     assert PackedBatches(LIMITS, share_prefix=False).costs(examples) == [6, 6]
     assert PaddedBatches(LIMITS).costs(examples) == [6, 6]
-
-
-def test_all_ranks_together_have_the_whole_batch() -> None:
+    # All ranks together have the whole batch.
     examples = [example([5, 6 + n], [*range(20, 21 + n % 4), 2], str(n)) for n in range(11)]
-    costs = PackedBatches(LIMITS).costs(examples)
-    parts = partition_by_cost(costs, 3)
+    parts = partition_by_cost(PackedBatches(LIMITS).costs(examples), 3)
     assert sorted(index for part in parts for index in part) == list(range(11))
     assert [len(part) for part in parts] == [4, 4, 3]
 

@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 from stages import download_model
 from stages.runtime.errors import UserError
 from tests.clone import ROOT, edit
+from tests.fork_server import run_forked
 
 
 def test_model_and_tokenizer_are_saved_in_separate_folders(project: Path, tiny_model: Path) -> None:
@@ -52,6 +51,7 @@ print("added", peak[0] - before)
 
 
 @pytest.mark.subprocess
+@pytest.mark.usefixtures("fast_stages")
 def test_a_large_model_takes_at_most_its_size_and_one_layer_in_fp32(project: Path, tiny_model: Path) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -62,10 +62,8 @@ def test_a_large_model_takes_at_most_its_size_and_one_layer_in_fp32(project: Pat
     model.save_pretrained("large", max_shard_size="100MB")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained("large")
     edit(project, model_name="large")
-    command = [sys.executable, "-c", MEASURE]
-    found = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+    found = run_forked(project, ["-c", MEASURE], os.environ | {"PYTHONPATH": str(ROOT)})
+    assert found.returncode == 0, found.stderr
     constant = 150e6  # tokenizer, activations, and what transformers allocates while it loads
     assert int(found.stdout.split()[-1]) < 2 * num_parameters + 4 * layer + constant
     assert 4 * num_parameters > 2 * num_parameters + 4 * layer + constant  # fp32 would take more

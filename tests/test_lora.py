@@ -32,9 +32,6 @@ from tests.tiny_models import random_model, tiny_model
 pytestmark = pytest.mark.usefixtures("training_inputs")
 BASE, TUNED = Path("models/base"), Path("models/tuned")
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
-
-
-FINETUNING = pytest.mark.parametrize("finetuning", ["lora", "qlora"])
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
 
@@ -43,7 +40,7 @@ def edit_lora(finetuning: str = "lora", **changes: str) -> TrainParams:
     return load_params(TrainParams)
 
 
-@FINETUNING
+@pytest.mark.parametrize("finetuning", ["lora", "qlora"])
 def test_losses_and_adapter_equal_those_of_plain_peft_and_the_tuned_model_is_the_base_with_it_merged(
     finetuning: str,
 ) -> None:
@@ -128,8 +125,8 @@ def test_only_adapters_are_trained_and_kept() -> None:
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     finetuning: str, dropout: str, precision: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    edit_lora(finetuning, lora_dropout=dropout, precision=precision)
-    assert_resumes_to_the_same_bytes(capsys, 14, 10)
+    edit_lora(finetuning, lora_dropout=dropout, precision=precision, num_epochs="2")
+    assert_resumes_to_the_same_bytes(capsys, 8, 5)
     assert (TUNED / "adapter/adapter_config.json").exists()
 
 

@@ -160,8 +160,8 @@ def test_qlora_of_a_mixture_is_an_error_before_the_model_is_loaded() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_mixture_is_trained_and_resumes_to_the_same_bytes(precision: str, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_model("deepseek_v3").save_pretrained(BASE)
-    edit_lora(precision=precision)
-    log = assert_resumes_to_the_same_bytes(capsys, 14, 10)
+    edit_lora(precision=precision, num_epochs="2")
+    log = assert_resumes_to_the_same_bytes(capsys, 8, 5)
     assert "experts.gate_up_proj (1)" in log
     assert "unchanged by training" not in log
     losses = [loss for _, loss in curve("loss")]

@@ -101,7 +101,8 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     training_inputs: Path, capsys: pytest.CaptureFixture[str], optimizer: str, finetuning: str, precision: str
 ) -> None:
     edit(training_inputs, optimizer=optimizer, finetuning=finetuning, lora_rank="64", precision=precision)
-    assert_resumes_to_the_same_bytes(capsys, 14, 10)
-    (checkpoint,) = Path(".scratch/train").glob("*/step-00000020/tensors.safetensors")
+    edit(training_inputs, num_epochs="2")
+    assert_resumes_to_the_same_bytes(capsys, 8, 5)
+    (checkpoint,) = Path(".scratch/train").glob("*/step-00000010/tensors.safetensors")
     dtypes = {tensor.dtype for name, tensor in load_file(checkpoint).items() if name.endswith(".state1")}
     assert dtypes == {torch.uint8, torch.float32}  # of large and of small tensors

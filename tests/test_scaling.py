@@ -1,7 +1,6 @@
 """`docs/scaling.md` shows the measurements and the estimates that follow from them."""
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,15 +8,12 @@ from typing import Any
 import pytest
 
 from benchmarks import costs, scaling
-
-ROOT = Path(__file__).parent.parent
+from tests.test_docs import block, read_page
 
 
 def test_page_shows_the_report_of_the_results_file() -> None:
-    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
-    shown = re.search(r"<!-- scaling -->\n(.*)\n<!-- /scaling -->", page, re.DOTALL)
-    assert shown
-    assert shown[1] == costs.report(json.loads(costs.RESULTS.read_text(encoding="utf-8")))
+    results = json.loads(costs.RESULTS.read_text(encoding="utf-8"))
+    assert block("scaling", read_page("docs/scaling.md")) == costs.report(results)
 
 
 def point(rows: int) -> dict[str, Any]:

@@ -22,9 +22,8 @@ def swept(tmp_path_factory: pytest.TempPathFactory, ran: Path, fast_stages: None
     """A clone in which the pipeline and a sweep of two experiments ran, with one worker for each of two devices."""
     clone = copy_clone(ran, tmp_path_factory.mktemp("sweep") / "clone")
     run(clone, "dvc", "exp", "run", "--queue", *GRID)
-    # To a file: a worker keeps the output of its parent open, so with a pipe this would wait until it exits.
-    run(clone, "bash", "-c", "dvc queue start &> .dvc/tmp/workers", CUDA_VISIBLE_DEVICES="0")
-    run(clone, "bash", "-c", "dvc queue start --jobs 2 &>> .dvc/tmp/workers", CUDA_VISIBLE_DEVICES="1")
+    run(clone, "dvc", "queue", "start", CUDA_VISIBLE_DEVICES="0")
+    run(clone, "dvc", "queue", "start", "--jobs", "2", CUDA_VISIBLE_DEVICES="1")
     devices: set[str] = set()
     status = "Queued"
     while re.search("Queued|Running", status):
