@@ -40,10 +40,16 @@ def test_the_benchmark_tables_match_the_results() -> None:
     assert f"](../{picture})" in page
 
 
-def test_the_other_tables_match_the_results() -> None:
+def test_the_chaos_table_matches_the_results() -> None:
     results = json.loads(chaos.RESULTS.read_text(encoding="utf-8"))
     assert block("chaos", read_page("docs/reliability.md")) == chaos.table(results)
+
+
+def test_the_table_of_architectures_matches_the_results() -> None:
     assert block("architectures", read_page("docs/models.md")) == architectures.table(architectures.read_results())
+
+
+def test_the_table_of_templates_matches_the_results() -> None:
     assert block("templates", read_page("docs/templates.md")) == templates.table(templates.read_results())
 
 
