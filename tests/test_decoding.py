@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig
 
+from stages.data.tokenizer import load_tokenizer
 from stages.engine import decoding
 from stages.engine.decoding import (
     METHODS,
@@ -29,14 +30,8 @@ from tests.textbook import textbook_answer
 from tests.tiny_models import random_model
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny_model)
-
-
-def test_answer_ends_before_the_eos_token(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answer_ends_before_the_eos_token(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(tiny_model)
     a, b = tokenizer.encode("ab")
     monkeypatch.setattr(decoding, "generate", lambda *_: [[a, 0], [a, b, b]])
     parser = AnswerParser(tokenizer)
@@ -127,11 +122,11 @@ def test_answer_ends_when_the_context_is_full(name: str, method: Method) -> None
     assert found == [textbook_answer(model, prompt, None, len(ids)) for prompt, ids in zip(prompts, found, strict=True)]
 
 
-def test_samples_depend_on_the_seed(model: Any, tokenizer: Any) -> None:
+def test_samples_depend_on_the_seed(model: Any, tiny_model: Path) -> None:
     def sample(seed: int) -> list[str]:
         torch.manual_seed(seed)
         settings = generation_settings([0], 8, temperature=1.0, top_p=0.9)
-        answers = generate_answers(model, AnswerParser(tokenizer), PROMPTS, settings, 1000, PACKED)
+        answers = generate_answers(model, AnswerParser(load_tokenizer(tiny_model)), PROMPTS, settings, 1000, PACKED)
         return [answer.parts.text for answer in answers]
 
     assert sample(1) == sample(1)

@@ -1,9 +1,8 @@
-"""Models from a folder and from a Python package."""
+"""Models from a folder and from a Python package. Other mistakes are in `test_bad_input.py`."""
 
 import hashlib
 import json
 import os
-import shutil
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -76,43 +75,6 @@ def failure(project: Path, name: object) -> str:
         download_model.main()
     assert not Path("models").exists()
     return str(error.value)
-
-
-def test_a_missing_folder_is_an_error(project: Path) -> None:
-    assert failure(project, "./none") == (
-        "model_name: './none' is not a folder; set it to a folder, a Hub id or pypi:..."
-    )
-
-
-def test_a_folder_with_pickles_is_rejected(project: Path) -> None:
-    Path("old").mkdir()
-    Path("old/pytorch_model.bin").write_bytes(b"a pickle")
-    assert failure(project, "old") == (
-        "model_name: 'old' has no .safetensors weights; found pytorch_model.bin; "
-        "pickles are never loaded: convert the model with its own `save_pretrained` on a machine you trust"
-    )
-
-
-def test_a_tokenizer_without_an_eos_token_is_rejected(project: Path, tiny_model: Path) -> None:
-    shutil.copytree(tiny_model, "endless")
-    config = json.loads(Path("endless/tokenizer_config.json").read_text())
-    del config["eos_token"]
-    Path("endless/tokenizer_config.json").write_text(json.dumps(config))
-    assert failure(project, "endless") == (
-        "model_name: 'endless': found EOS token ''; the tokenizer must encode it as one token, or answers would never "
-        "stop: use another model"
-    )
-
-
-def test_a_model_with_code_is_rejected(project: Path, tiny_model: Path) -> None:
-    shutil.copytree(tiny_model, "coded")
-    config = json.loads(Path("coded/config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
-    Path("coded/config.json").write_text(json.dumps(config))
-    Path("coded/code.py").write_text("raise SystemExit('run')")
-    assert failure(project, "coded").startswith(
-        "model_name: 'coded': can't be read: The repository coded contains custom code"
-    )
 
 
 @pytest.fixture
