@@ -27,9 +27,9 @@ pytestmark = pytest.mark.subprocess
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory, ran: Path, fast_stages: None) -> Path:
+def clone(tmp_path_factory: pytest.TempPathFactory, with_experiment: Path) -> Path:
     """A clone in which the pipeline has run and its results are committed; tests leave it as they find it."""
-    return copy_clone(ran, tmp_path_factory.mktemp("pipeline") / "clone")
+    return copy_clone(with_experiment, tmp_path_factory.mktemp("pipeline") / "clone")
 
 
 def results(folder: Path) -> dict[str, str]:
@@ -125,27 +125,19 @@ def test_a_changed_check_or_scorer_needs_no_model(clone: Path) -> None:
     restore(clone)
 
 
-def test_an_experiment_runs_only_affected_stages_and_going_back_trains_nothing(clone: Path) -> None:
-    before = results(clone)
-    result = run(clone, "dvc", "exp", "run", "-S", "learning_rate=1e-05")
-    assert stages_run(result) == ["check_params", "evaluate@tuned", "generate@tuned", "predict@tuned", "train"]
-    assert results(clone)["models/tuned"] != before["models/tuned"]
-
-    shown = json.loads(run(clone, "dvc", "metrics", "diff", "HEAD", "--json").stdout)
+def test_an_experiment_is_compared_with_dvc_and_its_results_are_in_the_run_cache(clone: Path) -> None:
+    shown = json.loads(run(clone, "dvc", "metrics", "diff", "main", "slow", "--json").stdout)
     assert set(shown) <= {"metrics/evaluate/tuned.json", "metrics/train.json"}
     assert shown["metrics/evaluate/tuned.json"]["loss"]["diff"] > 0
-    params = json.loads(run(clone, "dvc", "params", "diff", "HEAD", "--json").stdout)
+    params = json.loads(run(clone, "dvc", "params", "diff", "main", "slow", "--json").stdout)
     assert params["params.yaml"] == {"learning_rate": {"old": 0.001, "new": 1e-05, "diff": -0.00099}}
 
-    # A value that has run before comes from the run cache, here that of the experiment.
-    restore(clone)
     assert stages_run(run(clone, "dvc", "repro")) == []
     edit(clone, learning_rate="1e-05")
     result = run(clone, "dvc", "repro", "evaluate@tuned")
     assert stages_run(result) == []
     assert "Stage 'train' is cached - skipping run, checking out outputs" in result.stdout
     restore(clone)
-    assert results(clone) == before
     assert run(clone, "git", "status", "--porcelain").stdout == ""
 
 
@@ -171,9 +163,6 @@ def test_a_new_replicate_seed_trains_only_that_run(clone: Path) -> None:
     assert len({found[f"data/predictions/{name}.parquet"] for name in ("tuned", "replicates/1", "replicates/2")}) == 3
     edit(clone, seed="7")
     assert "replicate" not in run(clone, "dvc", "status").stdout  # it does not depend on the seed of train
-    edit(clone, seed="1")
-    failed = run(clone, "dvc", "repro", check=False)
-    assert "replicate_seeds: found [1, 2]; must not contain the seed of train" in failed.stdout + failed.stderr
     restore(clone)
 
 
@@ -202,7 +191,8 @@ def test_a_killed_experiment_in_a_copy_resumes_in_another_copy_to_the_same_bytes
     (checkpoint, _) = clone.glob(".scratch/train/*/step-*")
 
     run(clone, "dvc", "exp", "run", "--temp", "-n", "resumed", *changes)
-    assert run(clone, "dvc", "exp", "list", "--name-only").stdout == "resumed\n"
+    experiments = run(clone, "dvc", "exp", "list", "--name-only").stdout.split()
+    assert "resumed" in experiments and "killed" not in experiments
     (finished,) = clone.glob(".scratch/train/*/finished")
     assert finished.parent == checkpoint.parent
 

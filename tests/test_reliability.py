@@ -49,13 +49,13 @@ def test_a_merge_conflict_in_the_lock_is_resolved(with_experiment: Path, tmp_pat
     run(clone, "dvc", "exp", "apply", "slow")
     run(clone, "git", "commit", "-q", "-a", "-m", "slow")
     run(clone, "git", "checkout", "-q", "main")
-    edit(clone, max_new_tokens="3")
-    run(clone, "dvc", "repro", "evaluate@base", "evaluate@tuned")
-    run(clone, "git", "commit", "-q", "-a", "-m", "shorter")
+    edit(clone, temperature="0.5")
+    run(clone, "dvc", "repro", "generate@base", "generate@tuned")
+    run(clone, "git", "commit", "-q", "-a", "-m", "colder")
     merge = run(clone, "git", "merge", "other", check=False)
     assert "Merge conflict in dvc.lock" in merge.stdout
     run(clone, "git", "checkout", "--theirs", "params.yaml")
-    edit(clone, max_new_tokens="3")
+    edit(clone, temperature="0.5")
     run(clone, "git", "add", "params.yaml")
     run(clone, "bash", "-ec", commands("git checkout HEAD -- dvc.lock metrics"), GIT_EDITOR="true")
     assert run(clone, "git", "status", "--porcelain").stdout == ""

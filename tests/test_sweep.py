@@ -70,10 +70,8 @@ def test_the_command_of_the_page_fits_into_100_columns(swept: Path) -> None:
     assert "…" not in "".join(shown)
 
 
-def test_the_winner_is_reviewed_branched_and_applied(swept: Path, experiments: pd.DataFrame) -> None:
+def test_the_winner_is_branched_and_applied(swept: Path, experiments: pd.DataFrame) -> None:
     best = experiments.sort_values("validation_loss").iloc[0]
-    reviewed = run(swept, "python", "-m", "review", "main", best["Experiment"], check=False, PYTHONPATH=str(ROOT))
-    assert "Test loss:" in reviewed.stdout
     run(swept, "dvc", "exp", "branch", best["Experiment"], "winner")
     assert "learning_rate: 0.002" in run(swept, "git", "show", "winner:params.yaml").stdout
     run(swept, "dvc", "exp", "apply", best["Experiment"])
