@@ -29,7 +29,8 @@ def swept(tmp_path_factory: pytest.TempPathFactory, ran: Path, fast_stages: None
     while re.search("Queued|Running", status):
         devices |= worker_devices(clone)
         time.sleep(1)  # `dvc queue status` would take a core from the workers
-        status = run(clone, "dvc", "queue", "status").stdout
+        # It fails if it reads a file while a worker writes it, after it has listed the experiments.
+        status = run(clone, "dvc", "queue", "status", check=False).stdout
     (clone / "devices").write_text(" ".join(sorted(devices)))
     run(clone, "dvc", "queue", "stop")
     assert status.count("Success") == 2, status
