@@ -34,6 +34,7 @@ from tests.clone import (
     make_tiny_model,
     run,
     run_pipeline,
+    stages_run,
 )
 from tests.fork_server import start_server
 from tests.hub_server import Hub, serve
@@ -178,11 +179,12 @@ def fast_stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def with_experiment(tmp_path_factory: pytest.TempPathFactory, ran: Path, fast_stages: None) -> Path:
-    """A copy of `ran` with an experiment `slow`, which has another learning rate."""
+    """A copy of `ran` with an experiment `slow`, which has another learning rate, so only affected stages run."""
 
     def build(folder: Path) -> None:
         copy_clone(ran, folder)
-        run(folder, "dvc", "exp", "run", "-n", "slow", "-S", "learning_rate=1e-5")
+        result = run(folder, "dvc", "exp", "run", "-n", "slow", "-S", "learning_rate=1e-5")
+        assert stages_run(result) == ["check_params", "evaluate@tuned", "generate@tuned", "predict@tuned", "train"]
         run(folder, "git", "checkout", "-q", ".")
         run(folder, "dvc", "checkout", "--force")
 

@@ -19,12 +19,13 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 PYTHON = Path(__file__).parent / "bin/python"
+# Other values than in the pytest process, because results must not depend on them.
+FORK_ENVIRONMENT = {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C"}
 PRELOADED = (
     "accelerate",
     "datasets",
@@ -50,47 +51,35 @@ PRELOADED = (
 )
 
 
-def start_server(address: Path, owner: int, **changes: str) -> subprocess.Popen[bytes]:
-    """Start a server at a Unix socket, with changed environment variables. It ends with the process `owner`."""
-    env = {**os.environ, **changes, "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # no thread of Arrow's allocator
+def start_server(address: Path, owner: int) -> None:
+    """Start a server at a Unix socket. It ends with the process `owner`."""
+    # Arrow's allocator must start no thread.
+    env = os.environ | FORK_ENVIRONMENT | {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
     process = subprocess.Popen(
         [sys.executable, "-P", __file__, str(address), str(owner)], env=env, stdout=subprocess.PIPE
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
-    return process
-
-
-@contextmanager
-def fork_server(address: Path, **changes: str) -> Iterator[None]:
-    """A server that ends with the block."""
-    with start_server(address, os.getpid(), **changes) as process:
-        try:
-            yield
-        finally:
-            process.terminate()  # otherwise leaving the block would wait for it, also after a failed test
 
 
 def run_forked(folder: Path, arguments: Sequence[str], env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """Exit code and output of `python ARGUMENTS` in a fork of the server."""
     request = json.dumps([list(arguments), str(folder), dict(env)]).encode()
-    pipes = [os.pipe() for _ in ("stdout", "stderr")]
-    with socket.socket(socket.AF_UNIX) as server, Path(os.devnull).open() as stdin:
+    with (
+        socket.socket(socket.AF_UNIX) as server,
+        Path(os.devnull).open() as stdin,
+        TemporaryFile("w+", encoding="utf-8") as stdout,
+        TemporaryFile("w+", encoding="utf-8") as stderr,
+    ):
         server.connect(env["FORK_SERVER"])
-        socket.send_fds(server, [len(request).to_bytes(8, "big")], [stdin.fileno(), *(write for _, write in pipes)])
+        streams = [stream.fileno() for stream in (stdin, stdout, stderr)]
+        socket.send_fds(server, [len(request).to_bytes(8, "big")], streams)
         server.sendall(request)
         server.recv(8)  # the fork's id
-        for _, write in pipes:
-            os.close(write)
-        with ThreadPoolExecutor(2) as pool:
-            outputs = list(pool.map(_read, [read for read, _ in pipes]))
         code = int(server.recv(16) or 137)
-    return subprocess.CompletedProcess(arguments, code, *outputs)
-
-
-def _read(descriptor: int) -> str:
-    with os.fdopen(descriptor, encoding="utf-8") as pipe:
-        return pipe.read()
+        stdout.seek(0)
+        stderr.seek(0)
+        return subprocess.CompletedProcess(arguments, code, stdout.read(), stderr.read())
 
 
 def serve(address: str, owner: int) -> None:

@@ -95,10 +95,7 @@ MODEL = "models/tuned/model.safetensors"
         ("true", []),
         (f"head -c -1 {MODEL} > x; mv x {MODEL}", [f"{MODEL} differs or is incomplete"]),
         ("head -n 5 metrics/curve.csv > x; mv x metrics/curve.csv", []),  # the beginning of the complete one
-        (
-            "tail -n 5 metrics/curve.csv > x; mv x metrics/curve.csv",
-            ["metrics/curve.csv differs or is incomplete"],
-        ),
+        ("tail -n 5 metrics/curve.csv > x; mv x metrics/curve.csv", ["metrics/curve.csv differs or is incomplete"]),
         (
             "sed -i '/path: data.raw.parquet/,/md5: /s/md5: .*/md5: 0/' dvc.lock",
             ["dvc.lock has another hash of data/raw.parquet"],

@@ -54,12 +54,7 @@ def test_switching_the_model_repeats_the_last_question(talk: Talk) -> None:
 
 
 def test_an_unknown_command_prints_the_commands(talk: Talk) -> None:
-    assert talk("/help", "", "/base") == [
-        ("tuned", f"{chat.HELP}\n"),
-        ("tuned", ""),
-        ("tuned", ""),
-        ("base", ""),
-    ]
+    assert talk("/help", "", "/base") == [("tuned", f"{chat.HELP}\n"), ("tuned", ""), ("tuned", ""), ("base", "")]
 
 
 def test_with_a_chat_template_a_question_follows_the_history(

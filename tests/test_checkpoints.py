@@ -1,6 +1,5 @@
 """Checkpoints: a run resumes from its own, never from those of another run."""
 
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import torch
 from stages.engine import checkpoints as checkpoints_module
 from stages.engine.checkpoints import Checkpoints, load
 from stages.runtime.locks import file_lock
-from tests.clone import ROOT, run_pipeline
+from tests.clone import ROOT
 
 DVC_YAML = "stages:\n  train:\n    deps: [data/train.parquet, models/base]\n"
 
@@ -180,24 +179,6 @@ def test_a_second_process_waits_for_the_first_and_can_be_interrupted(project: Pa
             holder.communicate("")
             assert second.stdout.readline() == "locked\n"
             second.communicate("")
-
-
-def test_the_same_training_in_another_folder_resumes_if_dvc_root_is_the_same_and_writes_the_same_model(
-    training_inputs: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    root = tmp_path_factory.mktemp("root")
-    monkeypatch.setenv("DVC_ROOT", str(root))  # DVC runs the experiments of its queue in temporary folders
-    copy = Path(shutil.copytree(training_inputs, root / "copy"))
-    run_pipeline(training_inputs, "train")
-    assert "Resuming" not in capsys.readouterr().out
-    assert len(list(root.glob(".scratch/train/*/step-00000020"))) == 1
-    run_pipeline(copy, "train")
-    assert "Resuming from the checkpoint at step 20\n" in capsys.readouterr().out
-    for name in ("models/tuned/model.safetensors", "metrics/train.json", "metrics/curve.csv"):
-        assert (copy / name).read_bytes() == (training_inputs / name).read_bytes()
 
 
 def test_a_process_never_waits_for_itself(inputs: Path) -> None:

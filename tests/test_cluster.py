@@ -42,24 +42,19 @@ def submit(project: Path, script: str, *numbers: int) -> list[str]:
     return outputs
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, ran: Path, fast_stages: None) -> Path:
-    """A clone with committed results, which a bare git repository has; its cache is outside of it."""
-    folder = tmp_path_factory.mktemp("cluster")
-    project = copy_clone(ran, folder / "project")
-    run(folder, "git", "init", "-q", "--bare", "-b", "main", "origin.git")
-    run(project, "git", "remote", "add", "origin", str(folder / "origin.git"))
-    (project / ".dvc/cache").rename(folder / "cache")
-    run(project, "bash", "-ec", f"dvc cache dir --local {folder}/cache; dvc config --local cache.shared group")
+def test_tasks_that_run_at_the_same_time_share_the_cache_and_their_points_are_collected(
+    tmp_path: Path, ran: Path, fast_stages: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A clone with committed results, which a bare git repository has; its cache is outside of it.
+    project = copy_clone(ran, tmp_path / "project")
+    run(tmp_path, "git", "init", "-q", "--bare", "-b", "main", "origin.git")
+    run(project, "git", "remote", "add", "origin", str(tmp_path / "origin.git"))
+    (project / ".dvc/cache").rename(tmp_path / "cache")
+    run(project, "bash", "-ec", f"dvc cache dir --local {tmp_path}/cache; dvc config --local cache.shared group")
     (project / ".venv/bin").mkdir(parents=True)
     (project / ".venv/bin/activate").touch()  # the programs of the tests stay first on the path
     run(project, "git", "push", "-q", "origin", "main")
-    return project
 
-
-def test_tasks_that_run_at_the_same_time_share_the_cache_and_their_points_are_collected(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     outputs = submit(project, SCRIPT, 0, 3)
     for output in outputs:
         stages = set(re.findall(r"^Running stage '(.+)':", output, re.MULTILINE))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig
 
+from stages.data.tokenizer import load_tokenizer
 from stages.engine import decoding
 from stages.engine.decoding import (
     METHODS,
@@ -29,14 +30,8 @@ from tests.textbook import textbook_answer
 from tests.tiny_models import random_model
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny_model)
-
-
-def test_answer_ends_before_the_eos_token(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answer_ends_before_the_eos_token(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(tiny_model)
     a, b = tokenizer.encode("ab")
     monkeypatch.setattr(decoding, "generate", lambda *_: [[a, 0], [a, b, b]])
     parser = AnswerParser(tokenizer)
@@ -80,24 +75,17 @@ def new_ids(method: Method, *args: Any) -> list[list[int]]:
 def test_greedy_answers_equal_those_of_transformers(
     model: Any, eos_token_id: int, method: Method, prompts: list[list[int]]
 ) -> None:
-    found = new_ids(method, model, prompts, generation_settings([eos_token_id], 12))
+    settings = generation_settings([eos_token_id], 12, temperature=0, top_p=0.5)
+    found = new_ids(method, model, prompts, settings)
     assert found == [textbook_answer(model, prompt, eos_token_id) for prompt in prompts]
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_stopped_row_does_not_change_the_other_rows(model: Any, method: Method) -> None:
-    full_rows = [textbook_answer(model, prompt, None) for prompt in PROMPTS]
-    eos = full_rows[1][3]
-    rows = new_ids(method, model, PROMPTS, generation_settings([eos], 12))
-    assert [len(row) for row in rows] == [8, 4, 12]
-    assert rows == [full[: len(row)] for full, row in zip(full_rows, rows, strict=True)]
-
-
-def test_rows_that_stop_at_different_times_do_not_change_the_others(model: Any) -> None:
+def test_rows_that_stop_at_different_times_do_not_change_the_others(model: Any, method: Method) -> None:
     prompts = [[300 + number, *range(310, 310 + number % 4)] for number in range(16)]
     full_rows = [textbook_answer(model, prompt, None) for prompt in prompts]
     eos = [row[column] for row, column in zip(full_rows, [0, 3, 7, 5] * 4, strict=True)]
-    rows = new_ids(METHODS[PACKED], model, prompts, generation_settings(eos, 12))
+    rows = new_ids(method, model, prompts, generation_settings(eos, 12))
     assert rows == [NewTokens(full, []).until(eos).ids for full in full_rows]
     assert len({len(row) for row in rows}) > 3
 
@@ -134,21 +122,15 @@ def test_answer_ends_when_the_context_is_full(name: str, method: Method) -> None
     assert found == [textbook_answer(model, prompt, None, len(ids)) for prompt, ids in zip(prompts, found, strict=True)]
 
 
-def test_samples_depend_on_the_seed(model: Any, tokenizer: Any) -> None:
+def test_samples_depend_on_the_seed(model: Any, tiny_model: Path) -> None:
     def sample(seed: int) -> list[str]:
         torch.manual_seed(seed)
         settings = generation_settings([0], 8, temperature=1.0, top_p=0.9)
-        answers = generate_answers(model, AnswerParser(tokenizer), PROMPTS, settings, 1000, PACKED)
+        answers = generate_answers(model, AnswerParser(load_tokenizer(tiny_model)), PROMPTS, settings, 1000, PACKED)
         return [answer.parts.text for answer in answers]
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
-
-
-def test_temperature_zero_is_textbook_answer(model: Any, tokenizer: Any) -> None:
-    torch.manual_seed(1)
-    first = generate(model, PROMPTS, generation_settings([0], 8, temperature=0, top_p=0.5), 1000, PACKED)
-    assert first == [textbook_answer(model, prompt, 0, 8) for prompt in PROMPTS]
 
 
 def test_settings_of_the_checkpoint_are_not_used(tiny_model: Path, tmp_path: Path) -> None:

@@ -51,9 +51,11 @@ def test_loss_and_accuracy_are_means_over_all_tokens() -> None:
     }
 
 
-def test_examples_of_one_prompt_are_one_sample() -> None:
+def test_examples_of_one_prompt_and_answers_to_it_are_one_sample() -> None:
     metrics = compute_metrics(predictions([1.0] * 4, prompt_id=[*"aabb"], rouge_l=[0.2, 0.2, 0.8, 0.8]))
     assert (metrics["rouge_l"], metrics["rouge_l_se"]) == (pytest.approx(0.5), pytest.approx(0.3))  # as of two prompts
+    metrics = compute_metrics(predictions([1.0] * 2, num_answers=100, passed=[100, 0]))
+    assert (metrics["pass_rate"], metrics["pass_rate_se"]) == (0.5, 0.5)  # as with one answer per prompt
 
 
 def test_stop_rate_counts_only_examples_whose_reference_fits() -> None:
@@ -85,11 +87,6 @@ def test_pass_at_k_equals_the_average_over_all_choices(case: tuple[list[bool], i
     choices = list(combinations(passed, k))
     rows = predictions([1.0], num_answers=len(passed), passed=sum(passed))
     assert list(pass_at(k).sums(rows)) == pytest.approx([sum(map(any, choices)) / len(choices)])
-
-
-def test_answers_to_one_prompt_are_one_sample() -> None:
-    metrics = compute_metrics(predictions([1.0] * 2, num_answers=100, passed=[100, 0]))
-    assert (metrics["pass_rate"], metrics["pass_rate_se"]) == (0.5, 0.5)  # as with one answer per prompt
 
 
 def test_an_answer_for_which_a_check_takes_too_long_is_counted_as_failed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,7 +134,7 @@ def run_evaluate(model: str = "base") -> dict[str, pd.Series]:
     return {str(row["example_id"]): row for _, row in table.iterrows()}
 
 
-def test_answers_are_scored_by_checks_and_references(answered: Path) -> None:
+def test_answers_are_scored_and_metrics_are_of_the_test_split_its_slices_and_the_retention_set(answered: Path) -> None:
     rows = run_evaluate()
     assert list(rows) == ["sum", "color", "capital"]
     names = ["split", "answer", "num_answers", "checked", "passed", "exact_match", "answer_tokens", "stopped"]
@@ -146,9 +143,6 @@ def test_answers_are_scored_by_checks_and_references(answered: Path) -> None:
     assert rows["capital"][names].tolist() == ["retention", "Paris.", 2, True, 2, 1.0, 4.0, 0.5]
     assert [row["reference_fits"] for row in rows.values()] == [True, False, True]  # a truncated reference does not
 
-
-def test_metrics_are_those_of_the_test_split_its_slices_and_the_retention_set(answered: Path) -> None:
-    run_evaluate()
     metrics = json.loads(Path("metrics/evaluate/base.json").read_text())
     assert (metrics["examples"], metrics["pass_rate"], metrics["pass_at_2"]) == (2, 0.5, 1.0)
     assert {name: part["pass_rate"] for name, part in metrics["slices"].items()} == {"color": None, "sum": 0.5}
@@ -210,13 +204,16 @@ def test_scorers_may_use_dataclasses_and_caches_and_change_their_row(answered: P
     assert (rows["sum"]["score_kind"], rows["sum"]["score_kind_again"]) == (4.0, 4.0)
 
 
+RANGE = "must return a number from -1e+09 to 1e+09, or None if it does not apply"
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return 'good'", "found 'good'; must return a number from -1e+09 to 1e+09, or None if it does not apply"),
-        ("return float('nan')", "found nan; must return a number from -1e+09 to 1e+09, or None if it does not apply"),
-        ("return 1e200", "found 1e+200; must return a number from -1e+09 to 1e+09, or None if it does not apply"),
-        ("return [1]", "found [1]; must return a number from -1e+09 to 1e+09, or None if it does not apply"),
+        ("return 'good'", f"found 'good'; {RANGE}"),
+        ("return float('nan')", f"found nan; {RANGE}"),
+        ("return 1e200", f"found 1e+200; {RANGE}"),
+        ("return [1]", f"found [1]; {RANGE}"),
         ("raise SystemExit(0)", "SystemExit in line 1: 0; fix it and run `dvc repro`"),
         ("return 1 / 0", "ZeroDivisionError in line 1: division by zero; fix it and run `dvc repro`"),
     ],

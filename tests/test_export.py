@@ -14,7 +14,7 @@ from stages.data.tables import write_parquet
 from stages.data.tokenizer import load_tokenizer
 from stages.runtime.errors import UserError
 from stages.templates.alpaca import AlpacaTemplate, alpaca_as_jinja, render_alpaca
-from tests.clone import edit
+from tests.clone import ROOT, edit
 from tests.fork_server import PYTHON
 from tests.test_loss import SMALL
 from tests.tiny_models import random_model
@@ -77,8 +77,11 @@ def export_error(*arguments: str) -> str:
 
 
 @pytest.mark.subprocess
-def test_exported_file_answers_like_the_tuned_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exported_file_answers_like_the_tuned_model_also_to_an_openai_client(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from gguf import GGUFReader
+    from openai import OpenAI
 
     run_export()
     lines = capsys.readouterr().out.splitlines()
@@ -100,6 +103,16 @@ def test_exported_file_answers_like_the_tuned_model(folder: Path, capsys: pytest
     # With the base model's template, prompts would differ from those of the training.
     assert fields["tokenizer.chat_template"].contents() == alpaca_as_jinja(begins_with_bos=True)
 
+    (prompt,) = AlpacaTemplate(load_tokenizer(Path("models/tuned"))).encode_prompts(["Name a color."])
+    with gguf.llama_server(gguf.GGUF, 256) as post:
+        expected = post("/completion", prompt=prompt, n_predict=12, temperature=0)["content"]
+    server = gguf.start_server(gguf.GGUF, 256)
+    client = OpenAI(base_url=f"{server.listening_address}/v1", api_key="none")
+    messages = [{"role": "user", "content": "Name a color."}]
+    reply = client.chat.completions.create(model="tuned", messages=messages, temperature=0, max_tokens=12)
+    assert reply.usage.prompt_tokens == len(prompt)
+    assert reply.choices[0].message.content == expected
+
 
 def write_test_split(folder: Path) -> None:
     """Two examples with a check that any answer passes, and one with a check that none does."""
@@ -113,22 +126,6 @@ def write_test_split(folder: Path) -> None:
         scoring.append({"split": "test", "example_id": str(number), "check": check, "other_columns": "{}"})
     write_parquet(folder / "data/test.parquet", rows, SPLIT_SCHEMA)
     write_parquet(folder / "data/scoring.parquet", scoring, SCORING_SCHEMA)
-
-
-@pytest.mark.subprocess
-def test_the_exported_file_answers_an_openai_client_with_the_template_of_the_training(folder: Path) -> None:
-    from openai import OpenAI
-
-    run_export()
-    (prompt,) = AlpacaTemplate(load_tokenizer(Path("models/tuned"))).encode_prompts(["Name a color."])
-    with gguf.llama_server(gguf.GGUF, 256) as post:
-        expected = post("/completion", prompt=prompt, n_predict=12, temperature=0)["content"]
-    server = gguf.start_server(gguf.GGUF, 256)
-    client = OpenAI(base_url=f"{server.listening_address}/v1", api_key="none")
-    messages = [{"role": "user", "content": "Name a color."}]
-    reply = client.chat.completions.create(model="tuned", messages=messages, temperature=0, max_tokens=12)
-    assert reply.usage.prompt_tokens == len(prompt)
-    assert reply.choices[0].message.content == expected
 
 
 @pytest.mark.subprocess
@@ -249,10 +246,7 @@ def test_file_that_llama_cpp_cannot_load_is_refused(tmp_path: Path) -> None:
     [
         ([[5, 6, 7, 2], [8, 2]], "2 of 2 answers, 6 of 6 tokens"),
         ([[5, 6, 7, 9, 2], [8, 2]], "1 of 2 answers, 5 of 7 tokens"),
-        (
-            [[5, 2], [8, 2]],
-            "1 of 2 answers, 3 of 6 tokens",
-        ),  # rounding may change half of them
+        ([[5, 2], [8, 2]], "1 of 2 answers, 3 of 6 tokens"),  # rounding may change half of them
     ],
 )
 def test_agreement_counts_tokens_up_to_the_first_difference(found: list[list[int]], agreement: str) -> None:
@@ -283,5 +277,5 @@ def test_chat_template_has_system_messages_and_the_beginning_of_the_answer() -> 
 
 
 def test_page_shows_the_prompt_as_in_training() -> None:
-    page = (Path(__file__).parent.parent / "docs/export.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/export.md").read_text(encoding="utf-8")
     assert f'TEMPLATE """{render_alpaca("{{ .Prompt }}")}"""' in page

@@ -14,6 +14,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.params import TrainParams, load_params
 from tests.clone import edit
 from tests.test_loss import CONFIGS
+from tests.test_train import ONE_PROCESS
 from tests.tiny_models import random_model
 
 pytestmark = pytest.mark.usefixtures("training_inputs")
@@ -27,22 +28,18 @@ def not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("the model was loaded"))
 
 
+SHARDED = DistributedContext(CPU, sharded=True)
+WHEN_SHARDED = "with a launcher that shards the weights (FSDP2); must be"
+NEEDS = "matrix multiplications; it needs finetuning: full and precision: bf16; or use adamw or adamw_8bit"
+
+
 @pytest.mark.usefixtures("not_loaded")
 @pytest.mark.parametrize(
     ("changes", "context", "message"),
     [
-        (
-            QLORA,
-            DistributedContext(CPU, sharded=True),
-            "finetuning: found 'qlora' with a launcher that shards the weights (FSDP2); must be lora, or use another "
-            "launcher",
-        ),
-        (
-            ADAMW_8BIT,
-            DistributedContext(CPU, sharded=True),
-            "optimizer: found 'adamw_8bit' with a launcher that shards the weights (FSDP2); must be adamw, or use "
-            "another launcher",
-        ),
+        (QLORA, SHARDED, f"finetuning: found 'qlora' {WHEN_SHARDED} lora, or use another launcher"),
+        (ADAMW_8BIT, SHARDED, f"optimizer: found 'adamw_8bit' {WHEN_SHARDED} adamw, or use another launcher"),
+        (ADAMW_BF16, SHARDED, f"optimizer: found 'adamw_bf16' {WHEN_SHARDED} adamw, or use another launcher"),
         (
             ADAMW_8BIT,
             DistributedContext(torch.device("mps")),
@@ -50,22 +47,14 @@ def not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
             "be adamw",
         ),
         (
-            ADAMW_BF16,
-            DistributedContext(CPU, sharded=True),
-            "optimizer: found 'adamw_bf16' with a launcher that shards the weights (FSDP2); must be adamw, or use "
-            "another launcher",
-        ),
-        (
             ADAMW_BF16 | {"precision": "fp32"},
-            DistributedContext(CPU),
-            "optimizer: found 'adamw_bf16' with finetuning: full and fp32 matrix multiplications; it needs finetuning: "
-            "full and precision: bf16; or use adamw or adamw_8bit",
+            ONE_PROCESS,
+            f"optimizer: found 'adamw_bf16' with finetuning: full and fp32 {NEEDS}",
         ),
         (
             ADAMW_BF16 | {"precision": "bf16", "finetuning": "lora"},
-            DistributedContext(CPU),
-            "optimizer: found 'adamw_bf16' with finetuning: lora and bf16 matrix multiplications; it needs finetuning: "
-            "full and precision: bf16; or use adamw or adamw_8bit",
+            ONE_PROCESS,
+            f"optimizer: found 'adamw_bf16' with finetuning: lora and bf16 {NEEDS}",
         ),
     ],
 )
@@ -104,6 +93,9 @@ FULL, FULL_8BIT = 16 * 31_392, 10 * 12_800 + 8 * 50 + 16 * (31_392 - 12_800)
 LORA, QLORA_BYTES = 4 * 31_392, 4 * 12_960 + 18_432 // 2
 
 
+WITH_LORA, WITH_QLORA = "finetuning: lora (126 kB), ", "finetuning: qlora (61.1 kB), or "
+
+
 @pytest.mark.usefixtures("not_loaded")
 @pytest.mark.parametrize(
     ("precision", "limit", "advice"),
@@ -112,15 +104,11 @@ LORA, QLORA_BYTES = 4 * 31_392, 4 * 12_960 + 18_432 // 2
             "bf16",
             FULL - 1,
             "set optimizer: adamw_8bit (426 kB), optimizer: adamw_bf16 (301 kB), finetuning: lora (88.7 kB), "
-            "finetuning: qlora (61.1 kB), or ",
+            f"{WITH_QLORA}",
         ),
-        (
-            "fp32",
-            FULL - 1,
-            "set optimizer: adamw_8bit (426 kB), finetuning: lora (126 kB), finetuning: qlora (61.1 kB), or ",
-        ),
-        ("fp32", FULL_8BIT - 1, "set finetuning: lora (126 kB), finetuning: qlora (61.1 kB), or "),
-        ("fp32", LORA - 1, "set finetuning: qlora (61.1 kB), or "),
+        ("fp32", FULL - 1, f"set optimizer: adamw_8bit (426 kB), {WITH_LORA}{WITH_QLORA}"),
+        ("fp32", FULL_8BIT - 1, f"set {WITH_LORA}{WITH_QLORA}"),
+        ("fp32", LORA - 1, f"set {WITH_QLORA}"),
         ("fp32", QLORA_BYTES - 1, ""),
     ],
 )
@@ -145,13 +133,11 @@ def test_what_fits_exactly_is_not_refused(
 ) -> None:
     edit(Path.cwd(), **changes)
     params = load_params(TrainParams)
-    for limit in (needed, needed - 1):
-        monkeypatch.setattr(loading, "memory_limit", lambda limit=limit: (limit, "`ulimit -v`"))
-        if limit == needed:
-            check_memory(BASE, DistributedContext(CPU), "fp32", params)
-        else:
-            with pytest.raises(UserError):
-                check_memory(BASE, DistributedContext(CPU), "fp32", params)
+    monkeypatch.setattr(loading, "memory_limit", lambda: (needed, "`ulimit -v`"))
+    check_memory(BASE, ONE_PROCESS, "fp32", params)
+    monkeypatch.setattr(loading, "memory_limit", lambda: (needed - 1, "`ulimit -v`"))
+    with pytest.raises(UserError):
+        check_memory(BASE, ONE_PROCESS, "fp32", params)
 
 
 @pytest.mark.parametrize(("precision", "factor"), [("fp32", 4), ("bf16", 2)])
@@ -160,15 +146,15 @@ def test_inference_needs_the_bytes_of_the_loaded_weights(
     architecture: str, precision: str, factor: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     random_model(CONFIGS[architecture]).to(torch.bfloat16).save_pretrained(BASE)
-    model = load_for_inference(BASE, precision, DistributedContext(CPU))
+    model = load_for_inference(BASE, precision, ONE_PROCESS)
     needed = sum(parameter.nbytes for parameter in model.parameters())
     assert factor <= needed / model.num_parameters() < factor + 1.5
     monkeypatch.setattr(loading, "memory_limit", lambda: (needed, "`ulimit -v`"))
-    load_for_inference(BASE, precision, DistributedContext(CPU))
+    load_for_inference(BASE, precision, ONE_PROCESS)
     monkeypatch.setattr(loading, "memory_limit", lambda: (needed - 1, "`ulimit -v`"))
     monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(UserError, match=r"^models/base: its weights need "):
-        load_for_inference(BASE, precision, DistributedContext(CPU))
+        load_for_inference(BASE, precision, ONE_PROCESS)
 
 
 @pytest.mark.usefixtures("not_loaded")

@@ -120,17 +120,6 @@ def test_bf16_gradient_equals_fp32_up_to_rounding(name: str) -> None:
     assert 1e-5 < (found - expected).norm() / expected.norm() < 2e-2
 
 
-def test_window_shorter_than_an_example_uses_padded_batches() -> None:
-    model = random_model(SLIDING_WINDOW).eval()
-    expected = values(textbook_losses(model, EXAMPLES))
-    batches, (message,), _ = choose_batches(model, EXAMPLES, 30)
-    assert re.fullmatch(
-        r"Engine: padded batches; packed batches with shared prefixes: losses differ by up to [\d.]+ nats/token",
-        message,
-    )
-    assert found_losses(model, batches) == pytest.approx(expected, rel=1e-5)
-
-
 def test_examples_are_computed_alone_if_positions_depend_on_the_longest_one() -> None:
     factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 16.0}
     longrope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 8, **factors}

@@ -11,12 +11,7 @@ from transformers import modeling_utils
 
 from stages import train
 from stages.engine.batches import Batches, Limits, MicroBatch, PackedBatches, PaddedBatches
-from stages.engine.memory import (
-    check_checkpointing,
-    find_fit,
-    largest_micro_batch,
-    use_deterministic_kernels,
-)
+from stages.engine.memory import check_checkpointing, find_fit, largest_micro_batch, use_deterministic_kernels
 from stages.runtime.errors import UserError
 from tests.clone import edit
 from tests.conftest import example

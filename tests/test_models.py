@@ -16,11 +16,6 @@ from tests.tiny_models import tiny_model as random_tiny_model
 CPU = torch.device("cpu")
 
 
-def test_weights_are_loaded_in_fp32_whatever_the_checkpoint_has(tiny_model: Path) -> None:
-    assert models.checkpoint_dtype(tiny_model) == torch.bfloat16
-    assert {parameter.dtype for parameter in models.load_model(tiny_model).parameters()} == {torch.float32}
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     "name", ["gpt2", "llama", "qwen3", "gemma3_text", "mistral", "opt", "phi3", "mixtral", "lfm2", "mamba", "falcon_h1"]

@@ -13,6 +13,7 @@ import pytest
 from stages.runtime import parallel
 from stages.runtime.errors import UserError
 from stages.runtime.parallel import map_processes
+from tests.clone import ROOT
 
 
 def name_and_process(number: int, letter: str) -> tuple[str, int, str]:
@@ -29,12 +30,6 @@ def kill_itself(number: int) -> int:
     if number == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return number
-
-
-def sleep(folder: Path) -> None:
-    """Leave a file with the id of this process as its name, and do not return while the test runs."""
-    (folder / str(os.getpid())).touch()
-    time.sleep(60)
 
 
 def workers() -> list[str]:
@@ -83,19 +78,22 @@ def test_a_killed_worker_is_reported_and_the_others_are_stopped(three_cores: Non
 )
 def test_no_worker_outlives_the_stage(tmp_path: Path, number: int, whole_group: bool, code: int, started: bool) -> None:
     """Ctrl-C in a terminal signals all processes of the group; `kill` signals the stage alone."""
+    # Each job leaves a file with the id of its process as its name, and does not end while the test runs.
+    (tmp_path / "job.py").write_text(
+        "import os, time\ndef sleep(folder):\n    (folder / str(os.getpid())).touch()\n    time.sleep(60)\n"
+    )
     code_of_stage = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pathlib import Path; from stages.runtime import parallel; from stages.runtime.run import run\n"
-        "from tests.test_parallel import sleep\n"
+        "from job import sleep\n"
         "parallel.num_cores = lambda: 2\n"
         "run(lambda: list(parallel.map_processes(sleep, [Path('.')] * 3, desc='test')))"
     )
-    root = str(Path(__file__).parent.parent)
     (tmp_path / "params.yaml").touch()
     process = subprocess.Popen(
         [sys.executable, "-c", code_of_stage],
         cwd=tmp_path,
-        env={"PYTHONPATH": root},
+        env={"PYTHONPATH": f"{ROOT}:{tmp_path}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

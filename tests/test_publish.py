@@ -113,11 +113,7 @@ def check_out_another_model(lock: dict[str, Any]) -> None:
 @pytest.mark.subprocess
 @pytest.mark.parametrize(
     ("change", "stages"),
-    [
-        (train_again, "train"),
-        (predict_again, "predict@tuned"),
-        (check_out_another_model, "train, predict@tuned"),
-    ],
+    [(train_again, "train"), (predict_again, "predict@tuned"), (check_out_another_model, "train, predict@tuned")],
 )
 def test_a_model_whose_metrics_are_of_another_one_is_refused(
     clone: Path, change: Callable[[dict[str, Any]], None], stages: str

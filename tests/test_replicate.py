@@ -13,26 +13,19 @@ from tests.test_train import interruption
 ANSWERS = Path("data/answers/replicates/7.parquet")
 
 
-@pytest.fixture
-def replicated(training_inputs: Path) -> Path:
-    """A project in which `stages.replicate 7` has run."""
+def test_a_replicate_writes_only_its_answers_which_are_those_of_train_and_predict_with_its_seed(
+    training_inputs: Path,
+) -> None:
     edit(training_inputs, max_new_tokens="4")
     run_pipeline(training_inputs, "replicate@7")
-    return training_inputs
-
-
-def test_a_replicate_writes_its_answers_and_nothing_else(replicated: Path) -> None:
     assert pq.read_schema(ANSWERS) == ANSWERS_SCHEMA
     assert pq.read_table(ANSWERS)["example_id"].to_pylist() == ["27", "28", "29"]
-    assert list(replicated.rglob("*.partial")) == []
-    assert sorted(path.name for path in (replicated / "models").iterdir()) == ["base", "tokenizer"]
+    assert list(training_inputs.rglob("*.partial")) == []
+    assert sorted(path.name for path in (training_inputs / "models").iterdir()) == ["base", "tokenizer"]
     assert not Path("metrics").exists()
-
-
-def test_a_replicate_has_the_answers_of_train_and_predict_with_its_seed(replicated: Path) -> None:
     for seed, is_equal in (("7", True), ("8", False)):
-        edit(replicated, seed=seed)
-        run_pipeline(replicated, "train", "predict@tuned")
+        edit(training_inputs, seed=seed)
+        run_pipeline(training_inputs, "train", "predict@tuned")
         assert pq.read_table("data/answers/tuned.parquet").equals(pq.read_table(ANSWERS)) == is_equal
 
 

@@ -21,11 +21,6 @@ pytestmark = pytest.mark.subprocess
 PAGE = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        return int(unused.getsockname()[1])
-
-
 def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 120
     while True:
@@ -44,7 +39,8 @@ def test_transformers_serve_answers_as_the_pipeline_does(
 
     monkeypatch.chdir(copy_clone(ran, tmp_path / "clone"))
     (command,) = re.findall(r"^transformers serve .*", PAGE, re.MULTILINE)
-    port = free_port()
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
     options = ["--port", str(port), "--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32"]
     program = [str(Path(sys.executable).with_name("transformers")), *command.split()[1:], *options]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:1"}

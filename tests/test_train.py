@@ -370,14 +370,8 @@ def test_a_validation_between_two_logged_steps_has_its_own_row(training_inputs: 
 
 
 def test_the_curve_has_averages_over_the_logged_steps(training_inputs: Path) -> None:
-    edit(
-        training_inputs,
-        num_epochs="1",
-        lr_scheduler="constant",
-        learning_rate="1e-9",
-        warmup_steps="0",
-        logging_steps="6",
-    )
+    edit(training_inputs, num_epochs="1", lr_scheduler="constant", learning_rate="1e-9", warmup_steps="0")
+    edit(training_inputs, logging_steps="6")
     train.main()
     ((step, found),) = curve("loss")
     examples = read_split(Path("data/train.parquet"))
