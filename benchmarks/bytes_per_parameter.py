@@ -117,8 +117,8 @@ def table(results: dict[str, Any]) -> str:
     count = results["parameters"]
     columns = [*(name.replace("_", " ") for name in SETTINGS), "computed (bytes/parameter)", "measured"]
     rows = [
-        [*(run[name] for name in SETTINGS), f"{run['computed'] / count:.2f}", f"{run['measured'] / count:.2f}"]
-        for run in results["runs"]
+        [*(values[name] for name in SETTINGS), f"{values['computed'] / count:.2f}", f"{values['measured'] / count:.2f}"]
+        for values in results["runs"]
     ]
     where = f"{results['date']}, {results['device']}, {results['precision']}"
     return f"{where}. {count:,} parameters, {results['tokens']} tokens/step.\n\n{markdown_table(columns, rows)}"
