@@ -32,8 +32,8 @@ def main() -> None:
     try:
         with Repo() as repo:
             num_stages = len(repo.index.stages)
-            found = [*differences(repo), *changed_model()]
-            advice = remedy(repo, len(found)) if found else ""
+            problems = [*differences(repo), *changed_model()]
+            advice = remedy(repo, len(problems)) if problems else ""
     except DvcException as error:
         lock = Path("dvc.lock")
         if lock.exists() and b"\n<<<<<<< " in lock.read_bytes():
@@ -41,8 +41,8 @@ def main() -> None:
         raise UserError(f"dvc.lock: can't be checked: {error}; `dvc status` shows where") from None
     if not num_stages:
         raise UserError("dvc.lock: can't be checked: dvc.yaml is missing or has no stages; restore it with git")
-    if found:
-        sys.exit("\n".join([*found, f"dvc.lock is out of date: {advice}"]))
+    if problems:
+        sys.exit("\n".join([*problems, f"dvc.lock is out of date: {advice}"]))
     print("dvc.lock matches the code, the parameters, the data and the metrics")
 
 

@@ -117,8 +117,8 @@ def table(results: dict[str, Any]) -> str:
     count = results["parameters"]
     columns = [*(name.replace("_", " ") for name in SETTINGS), "computed (bytes/parameter)", "measured"]
     rows = [
-        [*(one[name] for name in SETTINGS), f"{one['computed'] / count:.2f}", f"{one['measured'] / count:.2f}"]
-        for one in results["runs"]
+        [*(values[name] for name in SETTINGS), f"{values['computed'] / count:.2f}", f"{values['measured'] / count:.2f}"]
+        for values in results["runs"]
     ]
     where = f"{results['date']}, {results['device']}, {results['precision']}"
     return f"{where}. {count:,} parameters, {results['tokens']} tokens/step.\n\n{markdown_table(columns, rows)}"

@@ -16,6 +16,7 @@ import vl_convert
 
 from benchmarks.report import markdown_table
 from benchmarks.verdicts import LOSS, loss, run_experiment
+from review.plots import layer, quantity
 from review.revisions import Revision
 from review.runs import RevisionRuns
 from review.verdicts import compare_runs, signed
@@ -144,16 +145,10 @@ def interval(result: dict[str, Any]) -> str:
 def draw(curve: list[dict[str, Any]]) -> bytes:
     """A picture of the test loss of each run over the number of training rows."""
     rows = [{"rows": point["rows"], "loss": value} for point in curve for value in point["losses"].values()]
-    x = {
-        "field": "rows",
-        "type": "quantitative",
-        "scale": {"type": "log", "base": 2, "nice": False, "padding": 20},
-        "title": "training rows",
-    }
-    y = {"type": "quantitative", "scale": {"zero": False}, "title": "test loss (nats/token)"}
-    points = {"mark": "point", "encoding": {"x": x, "y": {**y, "field": "loss"}}}
-    means = {"mark": "line", "encoding": {"x": x, "y": {**y, "field": "loss", "aggregate": "mean"}}}
-    spec = {"data": {"values": rows}, "width": 420, "height": 260, "layer": [points, means]}
+    x = quantity("rows", "training rows", scale={"type": "log", "base": 2, "nice": False, "padding": 20})
+    y = quantity("loss", "test loss (nats/token)", scale={"zero": False})
+    layers = [layer("point", x=x, y=y), layer("line", x=x, y={**y, "aggregate": "mean"})]
+    spec = {"data": {"values": rows}, "width": 420, "height": 260, "layer": layers}
     return bytes(vl_convert.vegalite_to_png(json.dumps(spec), scale=1.5))
 
 

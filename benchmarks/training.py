@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, chdir, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
@@ -132,8 +132,8 @@ def trl(work: Work, wait: Wait, padding_free: bool = False) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def this_project(work: Work, wait: Wait) -> list[float]:
-    """`fit` of `stages/train.py`, in a temporary folder."""
+def this_project(work: Work, wait: Wait, **changes: Any) -> list[float]:
+    """`fit` of `stages/train.py`, in a temporary folder, with other values of some parameters."""
     from stages.engine.checkpoints import Checkpoints
     from stages.engine.distributed import DistributedContext
     from stages.engine.engine import EffectiveBatch, Engine, StepResult
@@ -152,25 +152,20 @@ def this_project(work: Work, wait: Wait) -> list[float]:
             wait()
             return super().validation_loss(examples)
 
-    context = DistributedContext(pick_device())
-    schedule = Schedule.plan(work.params, len(work.examples))
-    engine = WaitingEngine.load(work.params, work.examples, schedule, context, work.base)
+    params, context = work.params.model_copy(update=changes), DistributedContext(pick_device())
+    schedule = Schedule.plan(params, len(work.examples))
+    engine = WaitingEngine.load(params, work.examples, schedule, context, work.base)
     with TemporaryDirectory() as folder, chdir(folder):
-        log = TrainingLog(schedule.num_steps, work.params.logging_steps, Path("curve.csv"))
+        log = TrainingLog(schedule.num_steps, params.logging_steps, Path("curve.csv"))
         fit(engine, work.examples, work.examples[:1], Checkpoints(Path("checkpoints")), log)
         return [float(line.split(",")[1]) for line in Path("curve.csv").read_text().splitlines()[1:]]
-
-
-def with_lora(work: Work, wait: Wait) -> list[float]:
-    """This project with `finetuning: lora`."""
-    return this_project(replace(work, params=work.params.model_copy(update={"finetuning": "lora"})), wait)
 
 
 ENGINES: dict[str, Callable[[Work, Wait], list[float]]] = {
     "textbook": textbook,
     "TRL": trl,
     "TRL, padding-free": partial(trl, padding_free=True),
-    LORA: with_lora,
+    LORA: partial(this_project, finetuning="lora"),
     "this project": this_project,
 }
 

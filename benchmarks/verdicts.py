@@ -16,6 +16,7 @@ import pandas as pd
 import vl_convert
 
 from benchmarks.report import markdown_table
+from review.plots import layer, quantity
 from review.rescoring import Rescoring
 from review.revisions import Revision
 from review.runs import RevisionRuns, find_runs, read_runs
@@ -161,8 +162,8 @@ def compare_pairs(tables: dict[int, pd.DataFrame]) -> dict[str, Any]:
 def tables(results: dict[str, Any]) -> str:
     """Markdown, for the terminal and `docs/verdicts.md`."""
     simulated = pd.DataFrame(
-        {"seeds": one["seeds"], "coverage": one["coverage"], "false alarms": one["significant"]["0"]}
-        for one in results["simulation"]
+        {"seeds": setting["seeds"], "coverage": setting["coverage"], "false alarms": setting["significant"]["0"]}
+        for setting in results["simulation"]
     )
     summary = []
     for seeds, shares in simulated.groupby("seeds", sort=False):
@@ -192,20 +193,19 @@ def tables(results: dict[str, Any]) -> str:
 def draw(results: dict[str, Any]) -> bytes:
     """A picture of coverage, false alarms and differences found over the number of prompts; a row of panels each."""
     rows = []
-    for one in results["simulation"]:
-        shares = {"coverage": one["coverage"]} | {SHOWN[effect]: one["significant"][effect] for effect in SHOWN}
-        setting = {"seeds": one["seeds"], "runs": f"{one['runs']} runs", "prompts": one["prompts"]}
-        rows += [{**setting, "kind": kind, "share": share} for kind, share in shares.items()]
-    x = {"field": "prompts", "type": "quantitative", "title": "test prompts", "axis": {"values": NUM_PROMPTS}}
-    x["scale"] = {"type": "log", "domain": [40, 1200]}
+    for setting in results["simulation"]:
+        shares = {"coverage": setting["coverage"]}
+        shares |= {SHOWN[effect]: setting["significant"][effect] for effect in SHOWN}
+        columns = {"seeds": setting["seeds"], "runs": f"{setting['runs']} runs", "prompts": setting["prompts"]}
+        rows += [{**columns, "kind": kind, "share": share} for kind, share in shares.items()]
+    prompts_scale = {"type": "log", "domain": [40, 1200]}
+    x = quantity("prompts", "test prompts", axis={"values": NUM_PROMPTS}, scale=prompts_scale)
     panels = []
     for kind in ("coverage", *SHOWN.values()):
         low, high, target = LIMITS.get(kind, (0, 1, None))
-        y = {"field": "share", "type": "quantitative", "title": kind, "axis": {"format": "%", "tickCount": 4}}
-        y["scale"] = {"domain": [low, high]}
-        color = {"field": "runs", "title": "per side"}
-        line = {"mark": {"type": "line", "point": True}, "encoding": {"x": x, "y": y, "color": color}}
-        rule = {"mark": {"type": "rule", "strokeDash": [2, 4]}, "encoding": {"y": {"datum": target}}}
+        y = quantity("share", kind, axis={"format": "%", "tickCount": 4}, scale={"domain": [low, high]})
+        line = layer({"type": "line", "point": True}, x=x, y=y, color={"field": "runs", "title": "per side"})
+        rule = layer({"type": "rule", "strokeDash": [2, 4]}, y={"datum": target})
         panels.append(
             {
                 "transform": [{"filter": {"field": "kind", "equal": kind}}],

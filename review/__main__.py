@@ -10,7 +10,6 @@ from pathlib import Path
 from review import markup, plots, report
 from review.comparison import Comparison
 from review.conditions import GATES
-from review.evidence import changed_kinds
 from review.gates import check_gates
 from review.revisions import WORKSPACE, Revision
 from review.verdicts import MEASURE_NOISE
@@ -49,7 +48,7 @@ def main() -> None:
     lines["verdict"] = report.headline(comparison)
     if any(result.verdict == "unknown" for result in comparison.test.metrics):
         lines["run noise"] = f"not known; to measure it: {MEASURE_NOISE}"
-    if changed := changed_kinds(comparison):
+    if changed := comparison.changed_kinds():
         lines["changed conditions"] = ", ".join(changed)
     lines |= {f"gate {number}": result.sentence for number, result in enumerate(results, 1)}
     summary(lines, wrote=[MARKDOWN, PAGE], then=f"open {PAGE} in a browser")

@@ -1,5 +1,7 @@
 """Everything that a review reports about two revisions."""
 
+from collections import Counter
+
 from review.changes import changed_metrics, changed_samples, find_changes, most_changed_examples, stages_that_ran
 from review.conditions import Conditions, changed_checks, changed_conditions, changed_scorers
 from review.data_changes import changed_data
@@ -10,6 +12,7 @@ from review.revisions import Revision, output_hashes
 from review.runs import METRICS_FILE
 from review.verdicts import MetricResult, Results, compare_predictions
 from review.votes import count_votes
+from stages.scoring.scorers import SCORERS
 
 
 class Comparison:
@@ -54,6 +57,13 @@ class Comparison:
         split, _, metric = name.rpartition(".")
         results = self.results.get(split or "test")
         return results.metric(metric) if results else None
+
+    def changed_kinds(self) -> list[str]:
+        """What decides a review and differs between the revisions, with the number of changes."""
+        counts = Counter(change.name.partition(":")[0] for change in self.changed_conditions)
+        if self.changed_scorers:
+            counts[str(SCORERS)] = sum(line.startswith(("+", "-")) for line in self.changed_scorers[2:])
+        return [f"{name} ({number:,})" for name, number in counts.items()]
 
     def warnings(self) -> list[str]:
         """Why this is not an ordinary comparison, for the first lines of the report."""

@@ -62,7 +62,7 @@ def changed_data(before: Revision, after: Revision, hashes: Sequence[Mapping[str
     """
     if all(hashes[0].get(path) == hashes[1].get(path) for path in SPLITS.values()):
         return DataChanges()
-    sides = []
+    rows_of_sides = []
     for revision, side_hashes in zip((before, after), hashes, strict=True):
         # A revision that is older than the retention set does not have it.
         paths = {split: path for split, path in SPLITS.items() if split != "retention" or path in side_hashes}
@@ -70,8 +70,8 @@ def changed_data(before: Revision, after: Revision, hashes: Sequence[Mapping[str
         if any(table is None for table in tables.values()):
             return DataChanges(is_known=False)
         rows = pd.concat([table.assign(split=split) for split, table in tables.items() if table is not None])
-        sides.append(rows.fillna("").drop_duplicates("example_id"))
-    first, second = sides
+        rows_of_sides.append(rows.fillna("").drop_duplicates("example_id"))
+    first, second = rows_of_sides
     removed = first[~first["example_id"].isin(second["example_id"])]
     added = second[~second["example_id"].isin(first["example_id"])]
     is_edited = (added["prompt_id"] != "") & added["prompt_id"].isin(removed["prompt_id"])

@@ -134,35 +134,30 @@ def forest(results: Sequence[MetricResult], caption: str) -> str:
     axis = {**ink, "domainColor": "currentColor", "tickColor": "currentColor", "tickCount": 5, "grid": False}
     header = {"labelAngle": 0, "labelAlign": "left"}
     names = list(dict.fromkeys(row["name"] for row in rows))
-    interval = {"x": value_of("low"), "x2": {"field": "high"}, "color": COLOR}
+    layers = [
+        layer({"type": "rule", "strokeDash": [3, 3], "color": "currentColor"}, x={"datum": 0}),
+        layer({"type": "rule", "size": 3}, x=quantity("low"), x2={"field": "high"}, color=COLOR),
+        layer({"type": "point", "filled": True, "size": 90}, x=quantity("value"), color=COLOR),
+        layer({"type": "point", "size": 22, "color": "currentColor"}, x=quantity("seed")),
+    ]
     spec = {
         "config": {"background": None, "view": {"stroke": None}, "header": ink, "axis": axis},
         "data": {"values": rows},
         "facet": {"row": {"field": "name", "sort": names, "title": None, "header": header}},
         "resolve": {"scale": {"x": "shared" if results[0].slice else "independent"}},
-        "spec": {
-            "width": 380,
-            "height": 24,
-            "layer": [
-                {
-                    "mark": {"type": "rule", "strokeDash": [3, 3], "color": "currentColor"},
-                    "encoding": {"x": {"datum": 0}},
-                },
-                {"mark": {"type": "rule", "size": 3}, "encoding": interval},
-                {
-                    "mark": {"type": "point", "filled": True, "size": 90},
-                    "encoding": {"x": value_of("value"), "color": COLOR},
-                },
-                {"mark": {"type": "point", "size": 22, "color": "currentColor"}, "encoding": {"x": value_of("seed")}},
-            ],
-        },
+        "spec": {"width": 380, "height": 24, "layer": layers},
     }
     svg = vl_convert.vegalite_to_svg(json.dumps(spec))
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>\n"
 
 
-def value_of(field: str) -> dict[str, Any]:
-    return {"field": field, "type": "quantitative", "title": None}
+def layer(mark: Any, **encoding: Any) -> dict[str, Any]:
+    return {"mark": mark, "encoding": encoding}
+
+
+def quantity(field: str, title: str | None = None, **options: Any) -> dict[str, Any]:
+    """The encoding of an axis of numbers in Vega-Lite."""
+    return {"field": field, "type": "quantitative", "title": title, **options}
 
 
 def as_image(title: str, png: bytes) -> str:

@@ -8,8 +8,7 @@ import pandas as pd
 from review.changes import Change, StageRun
 from review.comparison import Comparison
 from review.data_changes import CHANGES, DataChanges, without_template
-from review.evidence import evidence_in_words, missing_table
-from review.gates import GateResult
+from review.gates import NOTHING_TO_COMPARE, GateResult
 from review.markup import highlight_diff, table, text, truncate
 from review.must_pass import BAD, MustPass, counted
 from review.verdicts import MEASURE_NOISE, RUN_NOISE_UNKNOWN, MetricResult, Results, describe_difference, signed
@@ -18,6 +17,7 @@ from stages.scoring.scorers import SCORERS
 from stages.text import block, code
 
 SIGN = {"better": "✓ better", "worse": "✗ worse"}
+MAX_OUTDATED = 8  # differences that are listed for each outdated revision
 RESULT_HEADER = ["before", "after", "difference (95% interval)", "p", "detectable", "needed", "verdict"]
 ABOUT_METRICS = (
     "The interval covers the choice of test prompts and, if run noise is known, of training seeds. p: the probability "
@@ -34,7 +34,7 @@ def markdown(comparison: Comparison, gates: Sequence[GateResult], curves: str) -
     before, after = (code(side.name) for side in (comparison.before, comparison.after))
     test, retention, harness = comparison.test, comparison.results.get("retention"), comparison.harness
     notable_slices = [result for result in test.slices if result.metric.name == "loss" or result.is_significant]
-    examples = comparison.examples
+    examples, scorers = comparison.examples, comparison.changed_scorers
     sections = {
         "Gates": [gates_table(gates)],
         "Metrics on the test split": [metrics_table(test.metrics), ABOUT_METRICS, *map(text, test.notes)],
@@ -44,7 +44,7 @@ def markdown(comparison: Comparison, gates: Sequence[GateResult], curves: str) -
         "Votes": [votes_table(comparison.votes)],
         "Changed conditions": [
             changed_table(comparison.changed_conditions),
-            *changed_lines(comparison.changed_scorers),
+            *([f"Changed lines of {code(SCORERS)}:", block("\n".join(scorers))] if scorers else []),
         ],
         "Not available": [missing_table(comparison)],
         "Slices of the test split": [slices_table(notable_slices)],
@@ -63,6 +63,24 @@ def markdown(comparison: Comparison, gates: Sequence[GateResult], curves: str) -
         if any(paragraphs):
             parts += [f"## {title}", *filter(None, paragraphs)]
     return "\n\n".join(parts) + "\n"
+
+
+def evidence_in_words(comparison: Comparison, gates: Sequence[GateResult]) -> list[str]:
+    """What limits the evidence: outdated stages, revisions without results, and changed conditions."""
+    parts = []
+    for name, stages in comparison.outdated.items():
+        more = [f"and {len(stages) - MAX_OUTDATED:,} more"] if len(stages) > MAX_OUTDATED else []
+        parts.append(
+            f"**✗ The results of {code(name)} are outdated, so no gate is decided:** they do not belong to its "
+            f"code, parameters and data. {text('; '.join([*stages[:MAX_OUTDATED], *more]))}. Run {code('dvc repro')} "
+            "there, commit the results and review again."
+        )
+    parts += [f"**{text(warning)}**" for warning in comparison.warnings()]
+    if uncompared := [gate.rule for gate in gates if gate.passed and gate.found.startswith(NOTHING_TO_COMPARE)]:
+        parts.append(f"**Passed without a comparison:** {text('; '.join(uncompared))}.")
+    if changed := comparison.changed_kinds():
+        parts.append(f"**Changed conditions:** {text(', '.join(changed))}. The section of that name lists them.")
+    return parts
 
 
 def summary_in_words(comparison: Comparison, gates: Sequence[GateResult]) -> list[str]:
@@ -124,16 +142,25 @@ def metrics_and_notes(results: Results) -> list[str]:
     return [metrics_table(results.metrics), *map(text, results.notes)]
 
 
-def slices_table(results: Sequence[MetricResult]) -> str:
+def missing_table(comparison: Comparison) -> str:
+    """The files that could not be read, why, and what helps."""
     rows = [
-        [
-            code(truncate(result.slice or "")),
-            text(result.metric.name),
-            f"{result.difference.variances.num_prompts:,}" if result.difference else "",
-            *result_cells(result),
-        ]
-        for result in results
+        [code(path), code(side.name), text(reason)]
+        for side in (comparison.before, comparison.after)
+        for path, reason in sorted(side.missing.items())
     ]
+    help_ = (
+        f"{code('dvc repro')} in a checkout of that revision writes them again. If they were written on another "
+        f"machine and both can use the same DVC remote, {code('dvc push')} there makes them available here."
+    )
+    return f"{table(['file', 'revision', 'reason'], rows)}\n\n{help_}" if rows else ""
+
+
+def slices_table(results: Sequence[MetricResult]) -> str:
+    rows = []
+    for result in results:
+        prompts = f"{result.difference.variances.num_prompts:,}" if result.difference else ""
+        rows.append([code(truncate(result.slice or "")), text(result.metric.name), prompts, *result_cells(result)])
     return table(["slice", "metric", "prompts", *RESULT_HEADER], rows)
 
 
@@ -162,15 +189,11 @@ def result_cells(result: MetricResult) -> list[str]:
 def must_pass_table(examples: Sequence[MustPass]) -> str:
     """The examples that do not pass in both revisions, and the number of all."""
     marks = {"fixed": "✓ fixed"} | {state: f"✗ {state}" for state in BAD}
-    rows = [
-        [
-            marks.get(example.state, example.state),
-            text(truncate(example.prompt)),
-            *highlight_diff(truncate(example.answer_before), truncate(example.answer_after)),
-        ]
-        for example in examples
-        if example.state != "passing"
-    ]
+    rows = []
+    for example in examples:
+        if example.state != "passing":
+            answers = highlight_diff(truncate(example.answer_before), truncate(example.answer_after))
+            rows.append([marks.get(example.state, example.state), text(truncate(example.prompt)), *answers])
     listed = table(["", "prompt", "answer before", "answer after"], rows)
     return f"{counted(examples)}.\n\n{listed}".strip() if examples else ""
 
@@ -236,22 +259,15 @@ def changed_table(changes: Sequence[Change]) -> str:
     return table(["name", "before", "after"], rows)
 
 
-def changed_lines(lines: Sequence[str]) -> list[str]:
-    return [f"Changed lines of {code(SCORERS)}:", block("\n".join(lines))] if lines else []
-
-
 def value(content: Any) -> str:
     return "" if content is None else code(f"{content:.6g}" if isinstance(content, float) else content)
 
 
 def stages_table(stages: Sequence[StageRun]) -> str:
-    rows = [
-        [
-            code(stage.name),
-            *(", ".join(map(code, names)) or "none" for names in (stage.changed_inputs, stage.changed_outputs)),
-        ]
-        for stage in stages
-    ]
+    rows = []
+    for stage in stages:
+        changed = (", ".join(map(code, names)) or "none" for names in (stage.changed_inputs, stage.changed_outputs))
+        rows.append([code(stage.name), *changed])
     return table(["stage", "changed inputs", "changed outputs"], rows)
 
 
@@ -261,15 +277,18 @@ def samples_table(samples: Sequence[Change]) -> str:
 
 
 def examples_table(examples: pd.DataFrame) -> str:
-    rows = [
-        [
-            f"{signed(row.change)} ({row.loss_before:.2f} → {row.loss_after:.2f})",
-            text(truncate(row.prompt)),
-            text(truncate(row.response)),
-            *highlight_diff(truncate(row.answer_before), truncate(row.answer_after)),
-            text(truncate(row.nearest)),
-        ]
-        for row in examples.itertuples()
+    header = [
+        "loss (nats/token)",
+        "prompt",
+        "reference",
+        "answer before",
+        "answer after",
+        "nearest new training prompt",
     ]
-    answers = ["answer before", "answer after"]
-    return table(["loss (nats/token)", "prompt", "reference", *answers, "nearest new training prompt"], rows)
+    rows = []
+    for row in examples.itertuples():
+        loss = f"{signed(row.change)} ({row.loss_before:.2f} → {row.loss_after:.2f})"
+        prompt, reference, nearest = (text(truncate(content)) for content in (row.prompt, row.response, row.nearest))
+        answers = highlight_diff(truncate(row.answer_before), truncate(row.answer_after))
+        rows.append([loss, prompt, reference, *answers, nearest])
+    return table(header, rows)

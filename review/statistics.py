@@ -122,8 +122,8 @@ class Variances:
 
     def with_runs(self, num_runs: int) -> "Variances":
         """The same variances with another number of runs of each side."""
-        sides = 1 if self.is_paired else 2
-        return replace(self, run_weight=sides / num_runs, freedom=sides * (num_runs - 1))
+        num_groups = 1 if self.is_paired else 2
+        return replace(self, run_weight=num_groups / num_runs, freedom=num_groups * (num_runs - 1))
 
 
 @dataclass(frozen=True)

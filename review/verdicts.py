@@ -71,14 +71,14 @@ def compare_predictions(
         margins: the difference that a gate tolerates, by metric; those on the retention set as `retention.loss`.
         rescoring: how answers are scored again before they are compared.
     """
-    known = [side.read_json(METRICS_FILE) for side in (before, after)]
+    metrics_files = [side.read_json(METRICS_FILE) for side in (before, after)]
     runs = [find_runs(side) for side in (before, after)]
-    splits = ["test", *(["retention"] if all("retention" in metrics for metrics in known) else [])]
+    splits = ["test", *(["retention"] if all("retention" in metrics for metrics in metrics_files) else [])]
 
     def without_difference(verdict: str, *notes: str) -> dict[str, Results]:
         results = {}
         for split in splits:
-            first, second = (metrics_of_split(metrics, split) for metrics in known)
+            first, second = (metrics_of_split(metrics, split) for metrics in metrics_files)
             metrics = [
                 MetricResult(metric, first.get(metric.name), second.get(metric.name), verdict=verdict)
                 for metric in metrics_of_files(first, second)
@@ -86,15 +86,17 @@ def compare_predictions(
             results[split] = Results(metrics, [*runs[0].notes, *runs[1].notes, *notes] if split == "test" else [], [])
         return results
 
-    if not all(known):
-        missing = " and ".join(side.name for side, metrics in zip((before, after), known, strict=True) if not metrics)
+    if not all(metrics_files):
+        missing = " and ".join(
+            side.name for side, metrics in zip((before, after), metrics_files, strict=True) if not metrics
+        )
         return without_difference("not measured", f"{missing} has no {METRICS_FILE}; `dvc repro` writes it.")
     common_seeds = runs[0].hashes.keys() & runs[1].hashes.keys()
     if common_seeds and all(runs[0].hashes[seed] == runs[1].hashes[seed] != "" for seed in common_seeds):
         return without_difference("the same", "Both revisions have bit-identical predictions.")
-    for revision, side in zip((before, after), runs, strict=True):
-        read_runs(revision, side, rescoring)
-    if not all(side.tables for side in runs):
+    read_runs(before, runs[0], rescoring)
+    read_runs(after, runs[1], rescoring)
+    if not runs[0].tables or not runs[1].tables:
         return without_difference("not measured: no predictions")
     results = {}
     for split in splits:
