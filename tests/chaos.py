@@ -210,10 +210,11 @@ def running_stages(folder: Path) -> dict[psutil.Process, str]:
     """The processes of stages in this folder, with the names of the stages."""
     found = {}
     for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            _, module, name = " ".join(process.cmdline()).partition("-m stages.")
-            if module and process.cwd() == str(folder.resolve()):
-                found[process] = name
+        with suppress(psutil.Error, ValueError):  # the process has ended, or has no -m; a shell has it inside a text
+            command = process.cmdline()
+            name = " ".join(command[command.index("-m") + 1 :])
+            if name.startswith("stages.") and process.cwd() == str(folder.resolve()):
+                found[process] = name.removeprefix("stages.")
     return found
 
 

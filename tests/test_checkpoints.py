@@ -152,8 +152,9 @@ def test_a_finished_run_that_another_process_has_locked_is_not_deleted(inputs: P
     assert names(folder) == ["best.safetensors", "finished", "run.json", "step-00000001"]
 
 
-HOLD_THE_LOCK = (
-    "import sys; from pathlib import Path; from stages.runtime.locks import file_lock\n"
+HOLD_THE_LOCK = (  # with the Ctrl-C that a shell makes background processes ignore
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "from pathlib import Path; from stages.runtime.locks import file_lock\n"
     "with file_lock(Path('a.lock'), 'runs the same training', wait=True): print('locked', flush=True); sys.stdin.read()"
 )
 
